@@ -1,0 +1,105 @@
+"""Settings and where they come from: command line over environment (`MOEINF_*`) over config file over default.
+
+The config file is `$MOEINF_HOME/config.toml`; its keys are the fields of `EngineOptions`, spelled with `_` or `-`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UsageError
+
+__all__ = ["EngineOptions", "home_path", "is_debug", "resolve_options"]
+
+_CHOICES = {"prefetch": ("off",), "kernels": ("auto", "torch")}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine is asked for, as typed: sizes and shares stay text until the model and the machine are known.
+
+    `experts` is a number of slots or a share of all experts ("25%"); `context` counts tokens; None means "choose for me".
+    """
+
+    device: str = "auto"
+    device_memory: str | None = None
+    host_memory: str | None = None
+    experts: str | None = None
+    context: int | None = None
+    policy: str = "lru"
+    prefetch: str = "off"
+    kernels: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError(f"--{name} {value} is not known", hint=f"choose one of: {', '.join(known)}")
+        for name in ("context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be 1 or more, not {value}")
+
+
+def home_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder that holds everything: `MOEINF_HOME`, else `~/.moeinf`."""
+    return Path(environ.get("MOEINF_HOME") or Path.home() / ".moeinf").expanduser()
+
+
+def is_debug(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `MOEINF_DEBUG=1` asks for tracebacks."""
+    return environ.get("MOEINF_DEBUG", "") not in ("", "0")
+
+
+def resolve_options(
+    flags: Mapping[str, object], *, environ: Mapping[str, str] = os.environ, home: Path | None = None
+) -> EngineOptions:
+    """Engine options from `flags` (None: not given), then the environment, then the config file, then the defaults.
+
+    Raises UsageError for a value that cannot be, naming where it came from.
+    """
+    config = _read_config((home or home_path(environ)) / "config.toml")
+    values: dict[str, object] = {}
+    for field in dataclasses.fields(EngineOptions):
+        variable = f"MOEINF_{field.name.upper()}"
+        found = [
+            (flags.get(field.name), f"--{field.name.replace('_', '-')}"),
+            (environ.get(variable) or None, variable),
+            (config.pop(field.name, None), "config.toml"),
+        ]
+        given = [(value, origin) for value, origin in found if value is not None]
+        if given:
+            values[field.name] = _convert(field.name, *given[0])
+    if config:
+        raise UsageError(
+            f"config.toml has unknown keys: {', '.join(sorted(config))}", hint="see docs/cli.md for the names"
+        )
+    return EngineOptions(**values)  # type: ignore[arg-type]  # _convert made every field what it must be
+
+
+def _convert(name: str, value: object, origin: str) -> object:
+    if name not in ("context", "threads"):
+        return str(value)
+    try:
+        return int(str(value))
+    except ValueError:
+        raise UsageError(f"{origin}: {value!r} is not a whole number") from None
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(text).items()}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error

@@ -1,0 +1,39 @@
+"""What all tests share: a home of their own, few threads, and one tiny model that is pulled once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and threads that wait for each other cost more than they bring
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point moeinf at an empty folder, whatever the machine has, and away from the network."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("MOEINF_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home in which `tiny` is pulled: a random Qwen3-MoE of 2 layers of 8 experts, 2 per token."""
+    from families import make_checkpoint
+    from moeinf.pull import pull
+    from moeinf.store import Store
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_checkpoint("qwen3_moe", folder / "checkpoint")
+    pull(str(folder / "checkpoint"), store=Store(folder / "home"), name="tiny")
+    yield folder / "home"
+
+
+@pytest.fixture
+def tiny(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a pulled model that tests may load, and may not change."""
+    monkeypatch.setenv("MOEINF_HOME", str(tiny_home))
+    return "tiny"

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeinf.errors import UsageError
+from moeinf.settings import EngineOptions, home_path, is_debug, resolve_options
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('experts = "10%"\ncontext = 100\nhost-memory = "1GB"\n')
+    environ = {"MOEINF_EXPERTS": "20%", "MOEINF_CONTEXT": "200"}
+    options = resolve_options({"experts": "30%", "context": None}, environ=environ, home=tmp_path)
+    assert options == EngineOptions(experts="30%", context=200, host_memory="1GB")
+
+
+def test_nothing_given_means_the_defaults(tmp_path: Path) -> None:
+    assert resolve_options({}, environ={}, home=tmp_path) == EngineOptions()
+
+
+@pytest.mark.parametrize(
+    ("environ", "config", "message"),
+    [
+        ({"MOEINF_CONTEXT": "many"}, "", "MOEINF_CONTEXT: 'many' is not a whole number"),
+        ({}, 'context = "x"', "config.toml: 'x' is not a whole number"),
+        ({}, "speed = 3", "unknown keys: speed"),
+        ({}, "context =", "is not valid TOML"),
+        ({"MOEINF_PREFETCH": "always"}, "", "--prefetch always is not known"),
+        ({"MOEINF_THREADS": "0"}, "", "--threads must be 1 or more"),
+    ],
+)
+def test_bad_settings_are_errors(tmp_path: Path, environ: dict[str, str], config: str, message: str) -> None:
+    (tmp_path / "config.toml").write_text(config)
+    with pytest.raises(UsageError, match=message):
+        resolve_options({}, environ=environ, home=tmp_path)
+
+
+def test_home_and_debug() -> None:
+    assert home_path({"MOEINF_HOME": "/somewhere"}) == Path("/somewhere")
+    assert home_path({}) == Path.home() / ".moeinf"
+    assert [is_debug({"MOEINF_DEBUG": value}) for value in ("", "0", "1")] == [False, False, True]
