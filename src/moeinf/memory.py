@@ -1,0 +1,66 @@
+"""How much memory there is, and how much this process holds. The only module that asks the operating system."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from .units import KIB
+
+__all__ = ["available_bytes", "cgroup_headrooms", "peak_rss_bytes", "rss_bytes"]
+
+_GROUPS = Path("/proc/self/cgroup")
+
+
+def available_bytes() -> int:
+    """Bytes that this process may still take without pushing others out: free memory, or less under a cgroup's limit."""
+    rooms = [int(psutil.virtual_memory().available)]
+    if _GROUPS.exists():
+        rooms += cgroup_headrooms(_GROUPS.read_text(encoding="utf-8"))
+    return max(0, min(rooms))
+
+
+def rss_bytes() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever held, in bytes."""
+    if sys.platform == "linux":  # getrusage would include what the parent held before exec
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * KIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cgroup_headrooms(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that each memory cgroup above this process still allows, v1 and v2; none for a group without a limit.
+
+    `groups` is the text of /proc/self/cgroup. Page cache that the kernel would drop counts as free.
+    """
+    found = []
+    for line in groups.splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / group.lstrip("/")
+        levels = [level for level in (folder, *folder.parents) if level == top or top in level.parents]
+        found += [room for level in levels if (room := _headroom(level, *names)) is not None]
+    return found
+
+
+def _headroom(folder: Path, limit: str, used: str, droppable: str) -> int | None:
+    try:
+        most = int((folder / limit).read_text(encoding="ascii"))
+        taken = int((folder / used).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):  # no such group on this machine, or its limit is "max"
+        return None
+    return most - taken + int(stat.get(droppable, 0))

@@ -1,0 +1,112 @@
+"""The bookkeeping of the cache, against a plain model of what it should do."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from moeinf.cache import ExpertCache, Outcome
+from moeinf.policies import LruPolicy
+
+
+def make_cache(slots: int, experts: int = 10) -> ExpertCache:
+    return ExpertCache(experts, slots, LruPolicy())
+
+
+def fill(cache: ExpertCache, *experts: int) -> None:
+    """Bring experts in, arrived and released."""
+    for expert in experts:
+        assert cache.acquire(expert) is not None
+        cache.arrived(expert)
+        cache.release(expert)
+
+
+def test_a_miss_then_a_wait_then_a_hit() -> None:
+    cache = make_cache(2)
+    assert cache.acquire(7) == (0, Outcome.MISS)
+    assert cache.acquire(7) == (0, Outcome.WAIT)
+    assert not cache.is_resident(7)
+    cache.arrived(7)
+    assert cache.is_resident(7)
+    assert cache.acquire(7) == (0, Outcome.HIT)
+    counters = cache.counters
+    assert (counters.misses, counters.waits, counters.hits, counters.requests) == (1, 1, 1, 3)
+    cache.check_integrity()
+
+
+def test_leased_and_loading_experts_stay() -> None:
+    cache = make_cache(2)
+    fill(cache, 0)
+    assert cache.acquire(1) == (1, Outcome.MISS)
+    cache.release(1)  # still loading
+    assert cache.acquire(0) == (0, Outcome.HIT)
+    assert cache.acquire(2) is None
+    cache.check_integrity()
+    cache.release(0)
+    assert cache.acquire(2) == (0, Outcome.MISS)
+    assert cache.slot(0) is None
+    assert cache.counters.evictions == 1
+
+
+def test_a_failed_fetch_gives_its_slot_back() -> None:
+    cache = make_cache(1)
+    cache.acquire(3)
+    cache.failed(3)
+    cache.check_integrity()
+    assert cache.slot(3) is None
+    assert cache.num_free == 1
+    assert cache.acquire(4) == (0, Outcome.MISS)
+
+
+def test_what_passes_through_leaves_the_others_where_they_are() -> None:
+    cache = make_cache(4)
+    fill(cache, 0, 1, 2, 3)
+    for expert in (4, 5, 6, 7):
+        assert cache.acquire(expert, keep=False) is not None
+        cache.arrived(expert)
+        cache.release(expert)
+    assert [cache.is_resident(expert) for expert in range(4)] == [False, True, True, True]
+
+
+def test_ending_a_lease_that_is_none_is_a_bug() -> None:
+    cache = make_cache(1)
+    fill(cache, 0)
+    with pytest.raises(AssertionError, match="not leased"):
+        cache.release(0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_histories_keep_the_tables_true(seed: int) -> None:
+    chance = random.Random(seed)
+    experts, slots = 12, chance.randint(1, 8)
+    cache = make_cache(slots, experts)
+    leases = [0] * experts
+    loading: set[int] = set()
+    for _ in range(400):
+        expert = chance.randrange(experts)
+        match chance.choice(["acquire", "acquire", "release", "arrive", "fail"]):
+            case "acquire":
+                was_here, was_loading = cache.slot(expert) is not None, expert in loading
+                leased = cache.acquire(expert, keep=chance.random() < 0.7)
+                if leased is None:
+                    assert not was_here
+                    assert cache.num_free == 0
+                    continue
+                expected = Outcome.WAIT if was_loading else Outcome.HIT if was_here else Outcome.MISS
+                assert leased[1] is expected
+                leases[expert] += 1
+                if leased[1] is Outcome.MISS:
+                    loading.add(expert)
+            case "release" if leases[expert]:
+                cache.release(expert)
+                leases[expert] -= 1
+            case "arrive" if loading:
+                cache.arrived(loading.pop())
+            case "fail" if loading:
+                failed = loading.pop()
+                cache.failed(failed)
+                leases[failed] = 0
+        cache.check_integrity()
+        assert all(cache.slot(other) is not None for other in range(experts) if leases[other])
+        assert cache.num_resident + cache.num_free + len(loading) == slots

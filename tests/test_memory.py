@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from moeinf.memory import available_bytes, cgroup_headrooms, peak_rss_bytes, rss_bytes
+
+MIB = 1 << 20
+
+
+def make_group(folder: Path, files: dict[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(f"{content}\n")
+
+
+def test_the_tightest_group_counts_and_cache_that_can_go_is_free(tmp_path: Path) -> None:
+    make_group(tmp_path, {"memory.stat": "inactive_file 0"})
+    make_group(tmp_path / "user", {"memory.max": "max", "memory.current": 5, "memory.stat": "inactive_file 0"})
+    make_group(
+        tmp_path / "user/app",
+        {"memory.max": 900 * MIB, "memory.current": 300 * MIB, "memory.stat": f"anon 7\ninactive_file {100 * MIB}"},
+    )
+    assert cgroup_headrooms("0::/user/app\n", tmp_path) == [700 * MIB]
+
+
+def test_v1_has_names_of_its_own_and_every_level_counts(tmp_path: Path) -> None:
+    for folder, limit in (("memory", 2000), ("memory/a", 1000), ("memory/a/b", 1500)):
+        make_group(
+            tmp_path / folder,
+            {
+                "memory.limit_in_bytes": limit * MIB,
+                "memory.usage_in_bytes": 400 * MIB,
+                "memory.stat": "total_inactive_file 0",
+            },
+        )
+    assert cgroup_headrooms("5:cpu:/x\n4:memory:/a/b\n", tmp_path) == [1100 * MIB, 600 * MIB, 1600 * MIB]
+
+
+def test_no_cgroups_no_limits(tmp_path: Path) -> None:
+    assert cgroup_headrooms("1:name=systemd:/\n0::/\n", tmp_path) == []
+
+
+def test_the_peak_is_this_process_alone() -> None:
+    code = (
+        "from moeinf.memory import *; before = peak_rss_bytes(); block = bytearray(b'x') * (64 << 20); del block;"
+        "print(before, rss_bytes(), peak_rss_bytes())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after, peak = map(int, output.split())
+    assert 60 * MIB < peak - before < 80 * MIB
+    assert after - before < 16 * MIB
+
+
+def test_numbers_of_this_machine_make_sense() -> None:
+    assert 0 < rss_bytes() <= peak_rss_bytes() + MIB
+    assert available_bytes() > 0
