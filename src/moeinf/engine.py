@@ -1,0 +1,262 @@
+"""A loaded model: the dense part in memory, the experts behind a cache, ready to generate.
+
+`load` puts it together (the plan, the dense weights, the two hooks, the slots and their readers); `Engine` holds it and takes it apart.
+Knows nothing of terminals, prompts or templates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from . import hooks, memory
+from .cache import ExpertCache
+from .errors import IntegrityError, UnsupportedError, UsageError
+from .generation import Session
+from .kernels import ExpertMaths
+from .ledger import MemoryPlan, ModelShape, make_plan
+from .manifest import Manifest, expert_path
+from .policies import make_policy
+from .runtime import ExpertRuntime
+from .settings import EngineOptions
+from .stats import ByteStats, ExpertStats, MemoryStats, Stats
+from .store import Store, StoredModel
+from .tensorfile import TensorFile
+from .transfer import TORCH_DTYPES, Reader, SlotPool, allocate_buffer, can_read_direct
+from .units import align_up
+
+__all__ = ["Engine", "load"]
+
+READERS = 8
+"""Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
+
+
+class Engine:
+    """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
+
+    `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan` says what
+    memory goes where; `manifest` what is in the store.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: MemoryPlan,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        generation_config: GenerationConfig,
+        runtime: ExpertRuntime,
+        *,
+        libraries_bytes: int,
+        load_s: float,
+        on_close: ExitStack,
+    ) -> None:
+        self.manifest = manifest
+        self.plan = plan
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
+        self.runtime = runtime
+        self.last_logits_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self.uses_dynamic_cache: bool = model._supports_default_dynamic_cache()
+        self._libraries_bytes = libraries_bytes
+        self._load_s = load_s
+        self._on_close = on_close
+        self._last = Stats()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        eos = self.generation_config.eos_token_id
+        return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+    def session(self) -> Session:
+        """A new conversation, with a KV cache of its own."""
+        return Session(self)
+
+    def stats(self, timing: Stats | None = None) -> Stats:
+        """What the last generation cost; counts since then for a model that is called directly. `timing` brings its times."""
+        if timing is not None:
+            self._last = timing
+        decode, prefill, traffic = self.runtime.decode, self.runtime.prefill, self.runtime.traffic
+        return dataclasses.replace(
+            self._last,
+            load_s=self._load_s,
+            stall_s=traffic.stall_s,
+            experts=ExpertStats(
+                slots=self.plan.slots,
+                requests=decode.requests + prefill.requests,
+                hits=decode.hits + prefill.hits,
+                waits=decode.waits + prefill.waits,
+                misses=decode.misses + prefill.misses,
+                hit_rate=decode.hits / decode.requests if decode.requests else 0.0,
+                decode_requests=decode.requests,
+                decode_hits=decode.hits,
+                evictions=decode.evictions + prefill.evictions,
+            ),
+            bytes=ByteStats(disk_to_host=traffic.disk_bytes),
+            memory=MemoryStats(
+                budget=self.plan.budget,
+                dense=self.plan.dense,
+                kv_cache=self.plan.kv_cache,
+                workspace=self.plan.workspace,
+                experts=self.plan.experts,
+                libraries=self._libraries_bytes,
+                peak_rss=memory.peak_rss_bytes(),
+            ),
+        )
+
+    def close(self) -> None:
+        """End the readers and give up the lock. The engine is of no use afterwards; closing twice is harmless."""
+        self._on_close.close()
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+    experts: str | None = None,
+    context: int | None = None,
+    policy: str = "lru",
+    prefetch: str = "off",
+    kernels: str = "auto",
+    threads: int | None = None,
+) -> Engine:
+    """Load a stored model. The options are those of the command line (docs/cli.md), under the same names.
+
+    Raises ModelNotFoundError, IntegrityError, CapacityError (with the budget that would do), UsageError, UnsupportedError.
+    """
+    options = EngineOptions(device, device_memory, host_memory, experts, context, policy, prefetch, kernels, threads)
+    _check_device(options)
+    with ExitStack() as stack:
+        store = Store()
+        stored = store.resolve(str(model))
+        stack.enter_context(store.hold(stored.name))
+        engine = _load(stored, options, stack)
+        engine._on_close = stack.pop_all()
+        return engine
+
+
+def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engine:
+    begin = time.perf_counter()
+    manifest, folder = stored.manifest, stored.path
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with hooks.quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class = hooks.causal_lm_class(config)  # imports the family's code, before memory is counted
+        tokenizer = _load_tokenizer(folder)
+    libraries_bytes = memory.rss_bytes()
+    plan = make_plan(
+        manifest,
+        _shape(manifest, config, model_class),
+        available_bytes=memory.available_bytes(),
+        host_memory=options.host_memory,
+        experts=options.experts,
+        context=options.context,
+    )
+    direct = _reads_direct(folder, manifest, plan)
+    model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
+    modules = [model.get_submodule(layer.module) for layer in manifest.layers]
+    reader = Reader(threads=READERS, direct=direct)
+    stack.callback(reader.close)
+    runtime = ExpertRuntime(
+        folder,
+        manifest,
+        [ExpertMaths(module) for module in modules],
+        cache=ExpertCache(manifest.num_experts, plan.slots, make_policy(options.policy)),
+        pool=SlotPool(manifest.layout, plan.slots),
+        reader=reader,
+    )
+    hooks.attach(modules, model, runtime)
+    return Engine(
+        manifest,
+        plan,
+        model,
+        tokenizer,
+        model.generation_config,
+        runtime,
+        libraries_bytes=libraries_bytes,
+        load_s=time.perf_counter() - begin,
+        on_close=stack,
+    )
+
+
+def _check_device(options: EngineOptions) -> None:
+    if options.device not in ("auto", "cpu"):
+        raise UnsupportedError(
+            f"--device {options.device}: this version computes on the CPU only",
+            hint="leave --device out, or give --device cpu",
+        )
+    if options.device_memory is not None:
+        raise UsageError(
+            "--device-memory bounds a GPU's memory, and this version uses none", hint="bound --host-memory instead"
+        )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+
+
+def _shape(manifest: Manifest, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelShape:
+    text = config.get_text_config(decoder=True)
+    holds_scores = not model_class._supports_sdpa
+    widest = max(max(tensor.shape) for tensor in manifest.layout.tensors)
+    return ModelShape(
+        hidden=text.hidden_size,
+        widest=max(widest, getattr(text, "intermediate_size", None) or 0),
+        vocabulary=text.vocab_size,
+        score_heads=getattr(text, "num_attention_heads", 0) if holds_scores else 0,
+        dtype_bytes=getattr(torch, manifest.dtype).itemsize,
+    )
+
+
+def _reads_direct(folder: Path, manifest: Manifest, plan: MemoryPlan) -> bool:
+    """Whether to go past the page cache: not where it is refused, nor where memory is left to cache every expert beside the slots."""
+    if not can_read_direct(folder / expert_path(0, 0)):
+        return False
+    return memory.available_bytes() < plan.total + manifest.experts_bytes
+
+
+def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, torch.Tensor]:
+    """The dense tensors by name: views of one buffer per file, filled at the disk's speed."""
+    reader = Reader(threads=READERS, direct=direct)
+    try:
+        tensors: dict[str, torch.Tensor] = {}
+        for number, name in enumerate(manifest.dense_files):
+            size = manifest.files[name].size
+            buffer = allocate_buffer(align_up(size, 4096))
+            reader.fetch(number, folder / name, 0, size, memoryview(buffer))
+            arrival = reader.wait()
+            if arrival.error is not None:
+                raise arrival.error
+            with TensorFile.open(folder / name) as file:
+                for entry in file.entries.values():
+                    dtype = TORCH_DTYPES[entry.dtype]
+                    count = math.prod(entry.shape)
+                    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.begin)
+                    tensors[entry.name] = flat.view(entry.shape)
+        return tensors
+    finally:
+        reader.close()

@@ -1,0 +1,260 @@
+"""Tokens out of a loaded model: one conversation's KV cache, sampling, stopping. The loop itself is transformers' `generate`.
+
+Knows nothing of text, terminals or how experts are found.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .errors import UsageError
+from .hooks import quiet
+from .runtime import StepStopped
+from .stats import Stats
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["Completion", "FinishReason", "Sampling", "Session"]
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; None leaves it to the model's own generation config. Temperature 0 is greedy.
+
+    With a `seed` the same request gives the same tokens again.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_tokens": (1, None),
+            "temperature": (0, None),
+            "top_p": (0, 1),
+            "top_k": (0, None),
+            "seed": (0, None),
+        }
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= least and (most is None or value <= most)):
+                span = f"{least} or more" if most is None else f"from {least} to {most}"
+                raise UsageError(f"{name.replace('_', ' ')} must be {span}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer: its `tokens` (a stop token included), why it ended, and what it cost. `prompt_tokens` counts the whole input."""
+
+    prompt_tokens: int
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+class Session:
+    """One conversation with an engine: what was said stays in the KV cache, and only what is new is computed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._cache: Cache | None = None
+        self._tokens: list[int] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        return len(self._tokens)
+
+    def clear(self) -> None:
+        """Forget everything, and give the memory back."""
+        self._cache, self._tokens = None, []
+
+    def generate(
+        self,
+        input_ids: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        on_token: Callable[[int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Completion:
+        """Continue `input_ids`, the whole sequence so far; a prefix that the session holds already is not computed again.
+
+        `on_token` gets each token as it is made. `should_stop` is asked between tokens, and between the layers of a long prompt; when
+        it says yes, the answer ends there. Raises UsageError for an empty input or one that does not fit the context.
+        """
+        sampling = sampling or Sampling()
+        ids = list(input_ids)
+        room = self._engine.plan.context - len(ids)
+        if not ids:
+            raise UsageError("there is nothing to continue: the prompt has no tokens")
+        if room < 1:
+            raise UsageError(
+                f"the conversation has {len(ids)} tokens and the context holds {self._engine.plan.context}",
+                hint="start afresh, or give a larger --context (it takes memory from the experts)",
+            )
+        max_tokens = min(sampling.max_tokens or room, room)
+        clock = _Clock(on_token, should_stop)
+        self._engine.runtime.reset_counters()
+        self._engine.runtime.should_stop = should_stop
+        try:
+            with torch.inference_mode(), quiet():
+                new = self._generate(ids, sampling, max_tokens, clock)
+        except StepStopped:
+            self.clear()
+            new = []
+        except BaseException:
+            self.clear()  # a step that ended midway has left some layers longer than others
+            raise
+        finally:
+            self._engine.runtime.should_stop = None
+        stats = self._engine.stats(clock.timing(len(ids) - clock.reused))
+        return Completion(len(ids), tuple(new), self._finish_reason(new, max_tokens, clock), stats)
+
+    def _generate(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int]:
+        model = self._engine.model
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        config = _generation_config(self._engine.generation_config, sampling, max_tokens)
+        clock.reused = self._reuse(ids)
+        self._prefill(ids, clock)
+        prompt = torch.tensor([ids])
+        output: Any = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            past_key_values=self._cache,
+            streamer=clock,
+            stopping_criteria=StoppingCriteriaList([clock.criterion()]),
+            return_dict_in_generate=True,
+        )
+        self._cache = output.past_key_values
+        sequence: list[int] = output.sequences[0].tolist()
+        self._tokens = sequence[:-1]  # the last token was made, and not yet read
+        return sequence[len(ids) :]
+
+    def _reuse(self, ids: list[int]) -> int:
+        """Cut the cache back to what it shares with `ids`, less the last token, whose logits are needed; returns what is left."""
+        shared = 0
+        for held, asked in zip(self._tokens, ids[:-1], strict=False):
+            if held != asked:
+                break
+            shared += 1
+        if shared < len(self._tokens):
+            if shared and _can_crop(self._cache):
+                assert self._cache is not None
+                self._cache.crop(shared - len(self._tokens))  # negative: how many to remove
+                self._tokens = self._tokens[:shared]
+            else:
+                self.clear()
+        if self._cache is None and self._engine.uses_dynamic_cache:
+            self._cache = DynamicCache(config=self._engine.model.config.get_text_config(decoder=True))
+        return len(self._tokens)
+
+    def _prefill(self, ids: list[int], clock: _Clock) -> None:
+        """Put a long prompt through the model in pieces that the workspace has room for; `generate` does the last piece."""
+        step = self._engine.plan.prefill_tokens
+        while self._cache is not None and len(ids) - len(self._tokens) > step:
+            if clock.is_stopped():
+                raise StepStopped
+            begin = len(self._tokens)
+            piece = torch.tensor([ids[begin : begin + step]])
+            self._engine.model(
+                input_ids=piece, past_key_values=self._cache, use_cache=True, **self._engine.last_logits_only
+            )
+            self._tokens = ids[: begin + step]
+
+    def _finish_reason(self, new: list[int], max_tokens: int, clock: _Clock) -> FinishReason:
+        if new and new[-1] in self._engine.stop_tokens:
+            return "stop"
+        if clock.is_interrupted or not new:
+            return "interrupted"
+        return "length"
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers does not type its streamers
+    """Watches one `generate`: hands tokens on, asks whether to stop, and takes the times."""
+
+    def __init__(self, on_token: Callable[[int], None] | None, should_stop: Callable[[], bool] | None) -> None:
+        self.reused = 0
+        self.is_interrupted = False
+        self._on_token = on_token
+        self._should_stop = should_stop
+        self._begin = time.perf_counter()
+        self._times: list[float] = []
+        self._saw_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._saw_prompt:  # the first thing that `generate` streams is the prompt
+            self._saw_prompt = True
+            return
+        self._times.append(time.perf_counter())
+        if self._on_token is not None:
+            for token in value.reshape(-1).tolist():
+                self._on_token(token)
+
+    def end(self) -> None:
+        pass
+
+    def is_stopped(self) -> bool:
+        if self._should_stop is not None and self._should_stop():
+            self.is_interrupted = True
+        return self.is_interrupted
+
+    def criterion(self) -> StoppingCriteria:
+        clock = self
+
+        class _Stop(StoppingCriteria):  # type: ignore[misc]
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+                return torch.full((input_ids.shape[0],), clock.is_stopped(), dtype=torch.bool)
+
+        return _Stop()
+
+    def timing(self, prefilled: int) -> Stats:
+        """Times alone; `prefilled` prompt tokens were computed."""
+        if not self._times:
+            return Stats()
+        first = self._times[0] - self._begin
+        rest = self._times[-1] - self._times[0]
+        steps = len(self._times) - 1
+        return Stats(
+            ttft_s=first,
+            tpot_s=rest / steps if steps else 0.0,
+            prefill_tokens_per_s=prefilled / first if first else 0.0,
+            decode_tokens_per_s=steps / rest if steps and rest else 0.0,
+        )
+
+
+def _generation_config(base: GenerationConfig, sampling: Sampling, max_tokens: int) -> GenerationConfig:
+    config = copy.deepcopy(base)
+    config.max_length, config.max_new_tokens = None, max_tokens
+    if sampling.temperature is not None:
+        config.do_sample = sampling.temperature > 0
+        config.temperature = sampling.temperature or None
+    elif sampling.top_p is not None or sampling.top_k is not None:
+        config.do_sample = True
+    if config.do_sample:
+        config.top_p = sampling.top_p if sampling.top_p is not None else config.top_p
+        config.top_k = sampling.top_k if sampling.top_k is not None else config.top_k
+    else:
+        config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
+    return config
+
+
+def _can_crop(cache: Cache | None) -> bool:
+    """Whether every layer's state can be cut back: those of recurrent and convolutional layers, and full sliding windows, cannot."""
+    layers = getattr(cache, "layers", None)
+    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)

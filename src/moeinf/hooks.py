@@ -1,0 +1,122 @@
+"""The two places where moeinf enters transformers: it loads models without their experts, and computes experts itself.
+
+Loading: a "quantizer" that empties every experts module before the weights are loaded, so that `from_pretrained` builds the dense
+part, for any family, and experts never occupy memory outside the slots. Compute: an experts implementation that transformers calls
+in place of its own. Both are public extension points (transformers/quantizers/auto.py, transformers/integrations/moe.py), registered
+when this module is imported. A family is supported when its experts module is made by `use_experts_implementation`; no family is named here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .runtime import ExpertRuntime
+
+__all__ = ["attach", "causal_lm_class", "is_experts_module", "load_dense_model", "quiet"]
+
+_NAME = "moeinf"
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether `module` holds routed experts in the form that transformers' `use_experts_implementation` gives them."""
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
+@register_quantization_config(_NAME)
+class _StoreConfig(QuantizationConfigMixin):
+    def __init__(self, **_: Any) -> None:
+        self.quant_method = _NAME  # type: ignore[assignment]  # typed as transformers' own enum
+
+
+@register_quantizer(_NAME)
+class _StoreQuantizer(HfQuantizer):
+    """Takes the experts out of a model before it is loaded. What it loads carries its final names: no conversions."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for module in model.modules():
+            if is_experts_module(module):
+                for name, _parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, None)
+                module._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """Take off every mark of a quantized model: some families compute differently when they see one (jamba)."""
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        return []
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that AutoModelForCausalLM makes of `config`; its module is imported."""
+    known: type[PreTrainedModel] = _get_model_class(config, AutoModelForCausalLM._model_mapping)
+    return known
+
+
+def load_dense_model(
+    config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of `config` with the dense weights in `tensors`, which it uses in place, and no experts."""
+    with quiet():
+        model: PreTrainedModel = causal_lm_class(config).from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, quantization_config=_StoreConfig()
+        )
+    return model.eval()
+
+
+def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime) -> None:
+    """Let `runtime` compute the experts of `modules`, one per MoE layer in order, whenever `model` runs."""
+    for layer, module in enumerate(modules):
+        module.moeinf = (runtime, layer)  # type: ignore[assignment]  # a plain attribute, not a submodule
+    model.set_experts_implementation(_NAME)
+
+
+def _experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    runtime, layer = module.moeinf
+    output: torch.Tensor = runtime.forward(layer, hidden_states, top_k_index, top_k_weights)
+    return output
+
+
+ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the user's terminal; its errors still come as exceptions."""
+    level = transformers.logging.get_verbosity()
+    shows_bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if shows_bars:
+            transformers.logging.enable_progress_bar()

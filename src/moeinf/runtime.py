@@ -1,0 +1,253 @@
+"""What happens when a forward pass reaches an MoE layer: the experts of the step are leased, fetched, computed and added up.
+
+Owns the cache, the slots and the readers, and ties them together; one thread calls it, the model's. Decides nothing that the
+cache decides and computes nothing that the kernels compute. Rows are added in ascending order of expert whatever order the experts
+arrived in, so the result depends on nothing but the input.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .cache import CacheCounters, ExpertCache, Outcome
+from .kernels import ExpertMaths, route
+from .manifest import Manifest, expert_path
+from .transfer import Arrival, Reader, SlotPool
+
+__all__ = ["ExpertRuntime", "StepStopped"]
+
+STREAM_BYTES = 64 << 20
+"""A long prompt passes its experts through slots of about this size together, at least two, and leaves the other slots alone."""
+
+
+class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
+    """A forward pass was given up between two layers because `should_stop` said so; the KV cache is then half written."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What moved since the counters were reset: bytes off the disk, and seconds in which nothing could be computed for want of them."""
+
+    disk_bytes: int = 0
+    stall_s: float = 0.0
+
+
+class ExpertRuntime:
+    """The experts of one loaded model.
+
+    Args:
+        folder: the model's folder in the store.
+        manifest: what lies there.
+        maths: the experts' functions, one per MoE layer, in the manifest's order.
+        cache, pool, reader: theirs is the bookkeeping, the memory and the threads; `close` ends the threads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        maths: list[ExpertMaths],
+        *,
+        cache: ExpertCache,
+        pool: SlotPool,
+        reader: Reader,
+    ) -> None:
+        self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
+        self.should_stop: Callable[[], bool] | None = None
+        self.cache = cache
+        self._pool = pool
+        self._reader = reader
+        self._maths = maths
+        self._span = (manifest.layout.data_offset, manifest.layout.file_bytes)
+        self._sizes = [layer.num_experts for layer in manifest.layers]
+        self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
+        self._paths = [
+            folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
+        ]
+        self._window = max(2, STREAM_BYTES // pool.slot_bytes)
+
+    def reset_counters(self) -> None:
+        self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def forward(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The MoE layer's output [tokens, H] for `hidden` [tokens, H] and the router's choice, both [tokens, k].
+
+        Raises what an expert's fetch raised (the path is in the message), or StepStopped.
+        """
+        if hidden.shape[0] == 1:
+            experts = top_k_index[0].tolist()
+            if len(set(experts)) == len(experts) and max(experts) < self._sizes[layer]:
+                return self._forward_token(layer, hidden, experts, top_k_weights)
+        elif self.should_stop is not None and self.should_stop():
+            raise StepStopped
+        return self._forward_tokens(layer, hidden, top_k_index, top_k_weights)
+
+    def _forward_token(
+        self, layer: int, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One token: all its experts are leased at once; those that are here are computed while the others arrive."""
+        maths, first, cache = self._maths[layer], self._first[layer], self.cache
+        cache.counters = self.decode
+        rows: dict[int, torch.Tensor] = {}
+        place = {first + expert: number for number, expert in enumerate(experts)}
+        step = _Step(self)
+        try:
+            here = step.lease(sorted(place))
+            for key in (*here, *step.arriving()):
+                number = place[key]
+                rows[number] = maths.expert(hidden, step.tensors(key), weights[:, number : number + 1])
+        finally:
+            step.end()
+        total = maths.zeros(hidden, weights)
+        for key in sorted(place):
+            total += rows[place[key]].to(total.dtype)
+        return total.to(hidden.dtype)
+
+    def _forward_tokens(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Many tokens: each expert is leased when there is a slot for it, and released as soon as it is computed.
+
+        The experts of the last token are what decoding is likely to ask for next, and take their place in the cache; the others
+        pass through free slots, or through a small window of them.
+        """
+        maths, first = self._maths[layer], self._first[layer]
+        self.cache.counters = self.prefill
+        requests = route(top_k_index, weights, self._sizes[layer])
+        kept = {first + expert for expert in top_k_index[-1].tolist()}
+        total = maths.zeros(hidden, weights)
+        rows: dict[int, torch.Tensor] = {}
+        unadded = deque(requests)
+        step = _Step(self)
+        try:
+            for key in step.stream([first + expert for expert in requests], kept, self._window):
+                expert = key - first
+                tokens, shares = requests[expert]
+                rows[expert] = maths.expert(hidden[tokens], step.tensors(key), shares).to(total.dtype)
+                while unadded and unadded[0] in rows:
+                    expert = unadded.popleft()
+                    total.index_add_(0, requests[expert][0], rows.pop(expert))
+        finally:
+            step.end()
+        return total.to(hidden.dtype)
+
+    # What a step does to the cache, the slots and the readers.
+
+    def lease(self, key: int, *, keep: bool) -> Outcome | None:
+        """Lease an expert, and fetch it on a miss; None if no slot can be had now."""
+        leased = self.cache.acquire(key, keep=keep)
+        if leased is None:
+            return None
+        slot, outcome = leased
+        if outcome is Outcome.MISS:
+            self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot))
+        return outcome
+
+    def tensors(self, key: int) -> dict[str, torch.Tensor]:
+        slot = self.cache.slot(key)
+        assert slot is not None
+        return self._pool.tensors(slot)
+
+    def wait(self) -> Arrival:
+        """The next arrival, counted and entered in the cache; time spent here is a stall."""
+        arrival = self._reader.poll()
+        if arrival is None:
+            begin = time.perf_counter()
+            arrival = self._reader.wait()
+            self.traffic.stall_s += time.perf_counter() - begin
+        if arrival.error is None:
+            self.traffic.disk_bytes += self._span[1] - self._span[0]
+            self.cache.arrived(arrival.key)
+        else:
+            self.cache.failed(arrival.key)
+        return arrival
+
+
+class _Step:
+    """The leases of one step. Whatever happens, `end` leaves none of them, and nothing under way."""
+
+    def __init__(self, runtime: ExpertRuntime) -> None:
+        self._runtime = runtime
+        self._leased: set[int] = set()
+        self._awaited: set[int] = set()
+
+    def tensors(self, key: int) -> dict[str, torch.Tensor]:
+        return self._runtime.tensors(key)
+
+    def lease(self, keys: Iterable[int]) -> list[int]:
+        """Lease all `keys`, for which there are slots, fetching what is not here; returns those that are."""
+        here = [key for key in keys if self._is_here(key, keep=True)]
+        assert len(here) + len(self._awaited) == len(self._leased)
+        return here
+
+    def arriving(self) -> Iterable[int]:
+        """The leased experts that were not here, as they arrive."""
+        while self._awaited:
+            yield self._next_arrival()
+
+    def stream(self, keys: list[int], kept: set[int], window: int) -> Iterable[int]:
+        """All `keys`, the resident ones first, each leased until the next one is asked for, at most `window` on their way."""
+        absent = deque(key for key in keys if not self._runtime.cache.is_resident(key))
+        resident = set(keys) - set(absent)
+        here = deque(key for key in keys if key in resident and self._is_here(key, keep=key in kept))
+        while True:
+            while absent and len(self._awaited) < window and self._try(absent[0], keep=absent[0] in kept):
+                absent.popleft()
+            if here:
+                key = here.popleft()
+            elif self._awaited:
+                key = self._next_arrival()
+            else:
+                assert not absent, "no slot for an expert although none is leased"
+                return
+            yield key
+            self._release(key)
+
+    def end(self) -> None:
+        """Release what is still leased, after what is under way has arrived."""
+        while self._awaited:
+            arrival = self._runtime.wait()
+            self._awaited.discard(arrival.key)
+            if arrival.error is not None:
+                self._leased.discard(arrival.key)
+        for key in sorted(self._leased):
+            self._runtime.cache.release(key)
+        self._leased.clear()
+
+    def _is_here(self, key: int, *, keep: bool) -> bool:
+        return self._try(key, keep=keep) and key not in self._awaited
+
+    def _try(self, key: int, *, keep: bool) -> bool:
+        outcome = self._runtime.lease(key, keep=keep)
+        if outcome is None:
+            return False
+        self._leased.add(key)
+        if outcome is not Outcome.HIT:
+            self._awaited.add(key)
+        return True
+
+    def _next_arrival(self) -> int:
+        while True:
+            arrival = self._runtime.wait()
+            if arrival.error is not None:
+                self._awaited.discard(arrival.key)
+                self._leased.discard(arrival.key)
+                raise arrival.error
+            if arrival.key in self._awaited:
+                self._awaited.remove(arrival.key)
+                return arrival.key
+
+    def _release(self, key: int) -> None:
+        self._leased.remove(key)
+        self._runtime.cache.release(key)

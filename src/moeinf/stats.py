@@ -1,0 +1,73 @@
+"""What a generation cost: the `stats` object of `run --json` and of `Engine.stats()`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ByteStats", "ExpertStats", "MemoryStats", "Stats"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """Requests by how the cache met them; one request is one expert asked for by one layer in one step.
+
+    hits + waits + misses = requests, over prefill and decode; `hit_rate` and the `decode_` counts are of decode alone.
+    """
+
+    slots: int = 0
+    requests: int = 0
+    hits: int = 0
+    waits: int = 0
+    misses: int = 0
+    hit_rate: float = 0.0
+    decode_requests: int = 0
+    decode_hits: int = 0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ByteStats:
+    """Bytes of expert weights moved between the tiers."""
+
+    disk_to_host: int = 0
+    host_to_device: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """The ledger, in bytes, beside what the process really held.
+
+    `budget` bounds dense + kv_cache + workspace + experts. `libraries` is what the process held before the model (Python, torch,
+    transformers, tokenizer), which the budget leaves out: `peak_rss` stays below libraries + budget.
+    """
+
+    budget: int = 0
+    dense: int = 0
+    kv_cache: int = 0
+    workspace: int = 0
+    experts: int = 0
+    libraries: int = 0
+    peak_rss: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Times in seconds. `ttft_s`: from the request to the first token. `tpot_s`: per token after the first. `stall_s`: waiting for bytes."""
+
+    load_s: float = 0.0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    stall_s: float = 0.0
+    experts: ExpertStats = field(default_factory=ExpertStats)
+    bytes: ByteStats = field(default_factory=ByteStats)
+    memory: MemoryStats = field(default_factory=MemoryStats)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        return dataclasses.asdict(self)

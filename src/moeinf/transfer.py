@@ -1,0 +1,232 @@
+"""Bytes on their way: slots that experts are read into, and the threads that read them.
+
+Owns the memory of the slots and the reader threads. Knows nothing of policies, of who asked, or of what the bytes mean: the cache
+decides which expert goes into which slot, the kernels see the slots as tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import sys
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from .errors import IntegrityError, MoeinfError
+from .manifest import ExpertLayout
+from .units import MIB, align_up
+
+__all__ = ["TORCH_DTYPES", "Arrival", "Reader", "SlotPool", "allocate_buffer", "can_read_direct"]
+
+DIRECT_ALIGNMENT = 4096
+PIECE_BYTES = 1 * MIB
+"""An expert is read in pieces of this size, so that all readers work on the one that is needed first (docs/experiments.md)."""
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+SlotTensors = dict[str, torch.Tensor]
+
+
+def allocate_buffer(size_bytes: int) -> mmap.mmap:
+    """Page-aligned anonymous memory, in huge pages where the system has them. Pages count once they are touched."""
+    buffer = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+class SlotPool:
+    """`num_slots` equal pieces of one buffer, each holding one expert's data and seen as that expert's tensors."""
+
+    def __init__(self, layout: ExpertLayout, num_slots: int) -> None:
+        self.slot_bytes = align_up(layout.nbytes, DIRECT_ALIGNMENT)
+        self._buffer = allocate_buffer(num_slots * self.slot_bytes)
+        self._memory = memoryview(self._buffer)
+        self._tensors = [self._views(layout, slot * self.slot_bytes) for slot in range(num_slots)]
+
+    def memory(self, slot: int) -> memoryview:
+        """The slot's bytes, page-aligned and rounded up to whole pages."""
+        return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def tensors(self, slot: int) -> SlotTensors:
+        """The slot's bytes as the expert's tensors by name: views, valid for as long as the expert is leased."""
+        return self._tensors[slot]
+
+    def _views(self, layout: ExpertLayout, start: int) -> SlotTensors:
+        return {
+            spec.name: torch.frombuffer(
+                self._buffer,
+                dtype=TORCH_DTYPES[spec.dtype],
+                count=spec.nbytes // TORCH_DTYPES[spec.dtype].itemsize,
+                offset=start + spec.offset,
+            ).view(spec.shape)
+            for spec in layout.tensors
+        }
+
+
+def can_read_direct(path: Path) -> bool:
+    """Whether the file system that holds `path` lets reads go past its page cache."""
+    try:
+        os.close(_open(path, direct=True))
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOTSUP):
+            return False
+        raise
+    return True
+
+
+def _open(path: Path, *, direct: bool) -> int:
+    if direct and sys.platform != "darwin":
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    descriptor = os.open(path, os.O_RDONLY)
+    if direct:
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    return descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A fetch that ended: well, or with `error`."""
+
+    key: int
+    error: MoeinfError | None = None
+
+
+@dataclass(slots=True)
+class _Job:
+    """One fetch on its way: bytes `begin` to `end` of `path`, to the start of `memory`."""
+
+    key: int
+    path: Path
+    begin: int
+    end: int
+    memory: memoryview
+    pieces_left: int
+    descriptor: int = -1
+    error: MoeinfError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Reader:
+    """A pool of threads that read files into memory, in the order they were asked for, all threads on the oldest fetch first.
+
+    Args:
+        threads: how many reads are in flight at most.
+        direct: read past the page cache (needs `can_read_direct`); offsets and memory are then page-aligned, and memory is
+            as long as the bytes wanted rounded up to whole pages.
+    """
+
+    def __init__(self, *, threads: int, direct: bool) -> None:
+        self._direct = direct
+        self._pieces: deque[tuple[_Job, int]] = deque()
+        self._work = threading.Condition()
+        self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
+        self._is_closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"moeinf-reader-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview) -> None:
+        """Read bytes `begin` to `end` of `path` into `memory`; an `Arrival` with this `key` will say how that ended."""
+        starts = range(begin, end, PIECE_BYTES)
+        job = _Job(key, path, begin, end, memory, len(starts))
+        with self._work:
+            self._pieces.extend((job, start) for start in starts)
+            self._work.notify(len(starts))
+
+    def wait(self) -> Arrival:
+        """The next fetch that ended; blocks until there is one. Call it only while one is under way."""
+        return self._arrivals.get()
+
+    def poll(self) -> Arrival | None:
+        """The next fetch that ended, if there is one already."""
+        return None if self._arrivals.empty() else self._arrivals.get()
+
+    def close(self) -> None:
+        """Finish the reads in flight, drop those that wait, and end the threads."""
+        with self._work:
+            self._is_closed = True
+            self._pieces.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._work:
+                while not self._pieces and not self._is_closed:
+                    self._work.wait()
+                if self._is_closed:
+                    return
+                job, start = self._pieces.popleft()
+            try:
+                self._read_piece(job, start)
+            except MoeinfError as error:
+                job.error = error
+            except OSError as error:
+                job.error = _read_error(job.path, error)
+            except BaseException as error:  # whatever it is, somebody waits for this fetch
+                job.error = MoeinfError(f"{job.path}: reading failed: {error!r}")
+            self._end_piece(job)
+
+    def _read_piece(self, job: _Job, start: int) -> None:
+        with job.lock:
+            if job.error is not None:
+                return
+            if job.descriptor < 0:
+                job.descriptor = _open(job.path, direct=self._direct)
+        into = start - job.begin
+        wanted = min(start + PIECE_BYTES, job.end) - start
+        length = align_up(wanted, DIRECT_ALIGNMENT) if self._direct else wanted
+        _read_exactly(job.descriptor, job.memory[into : into + length], start, wanted, job.path)
+
+    def _end_piece(self, job: _Job) -> None:
+        with job.lock:
+            job.pieces_left -= 1
+            if job.pieces_left:
+                return
+        if job.descriptor >= 0:
+            os.close(job.descriptor)
+        self._arrivals.put(Arrival(job.key, job.error))
+
+
+def _read_exactly(descriptor: int, memory: memoryview, offset: int, wanted: int, path: Path) -> None:
+    """Fill `memory` with at least `wanted` bytes from `offset`; a direct read may bring up to a page more."""
+    done = 0
+    while done < wanted:
+        count = os.preadv(descriptor, [memory[done:]], offset + done)
+        done += count
+        if done < wanted and (count == 0 or os.fstat(descriptor).st_size < offset + wanted):
+            raise IntegrityError(
+                f"{path} ends at byte {os.fstat(descriptor).st_size}, and should hold {offset + wanted}", hint=_VERIFY
+            )
+
+
+def _read_error(path: Path, error: OSError) -> MoeinfError:
+    if error.errno == errno.ENOENT:
+        return IntegrityError(f"{path} is missing", hint=_VERIFY)
+    return MoeinfError(f"{path} cannot be read: {error.strerror}", hint=f"check the disk; {_VERIFY}")
+
+
+_VERIFY = "check the model with `moeinf verify`, then pull it again"

@@ -1,0 +1,132 @@
+"""Reading experts: every byte in its place, and every failure told to whoever waits."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeinf import transfer
+from moeinf.errors import IntegrityError, MoeinfError
+from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.transfer import Reader, SlotPool, allocate_buffer, can_read_direct
+
+LAYOUT = ExpertLayout(
+    4096, (TensorSpec("gate_up_proj", "BF16", (6, 100), 0), TensorSpec("down_proj", "F32", (3, 7), 1200))
+)
+
+
+@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
+def direct(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
+    (tmp_path / "probe").write_bytes(b"x")
+    if request.param and not can_read_direct(tmp_path / "probe"):
+        pytest.skip("this file system has no direct reads")
+    return bool(request.param)
+
+
+def write_random(path: Path, size: int) -> bytes:
+    data = os.urandom(size)
+    path.write_bytes(data)
+    return data
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 3 * 4096 + 17])
+def test_reads_bring_exactly_the_bytes(
+    tmp_path: Path, direct: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 4096)
+    reader = Reader(threads=3, direct=direct)
+    contents = {key: write_random(tmp_path / f"{key}", 4096 + size) for key in range(5)}
+    buffers = {key: memoryview(allocate_buffer(size + 4096)) for key in contents}
+    for key in contents:
+        reader.fetch(key, tmp_path / f"{key}", 4096, 4096 + size, buffers[key])
+    arrivals = [reader.wait() for _ in contents]
+    reader.close()
+    assert sorted(arrival.key for arrival in arrivals) == [0, 1, 2, 3, 4]
+    assert all(arrival.error is None for arrival in arrivals)
+    for key, content in contents.items():
+        assert buffers[key][:size] == content[4096:]
+    assert reader.poll() is None
+
+
+def test_a_slot_shows_its_bytes_as_tensors(tmp_path: Path, direct: bool) -> None:
+    gate_up, down = torch.randn(6, 100, dtype=torch.bfloat16), torch.randn(3, 7)
+    data = b"".join(bytes(tensor.view(torch.uint8).flatten().tolist()) for tensor in (gate_up, down))
+    (tmp_path / "expert").write_bytes(b" " * 4096 + data)
+    pool = SlotPool(LAYOUT, 3)
+    reader = Reader(threads=2, direct=direct)
+    reader.fetch(9, tmp_path / "expert", 4096, 4096 + len(data), pool.memory(2))
+    assert reader.wait() == transfer.Arrival(9)
+    reader.close()
+    assert pool.slot_bytes == 4096
+    assert torch.equal(pool.tensors(2)["gate_up_proj"], gate_up)
+    assert torch.equal(pool.tensors(2)["down_proj"], down)
+    assert not pool.tensors(1)["down_proj"].any()
+
+
+def test_a_short_file_is_an_integrity_error(tmp_path: Path, direct: bool) -> None:
+    write_random(tmp_path / "short", 4096 + 5000)
+    reader = Reader(threads=2, direct=direct)
+    reader.fetch(1, tmp_path / "short", 4096, 4096 + 9000, memoryview(allocate_buffer(12288)))
+    arrival = reader.wait()
+    reader.close()
+    assert isinstance(arrival.error, IntegrityError)
+    assert "short ends at byte 9096, and should hold 13096" in str(arrival.error)
+
+
+def test_a_missing_file_is_an_integrity_error(tmp_path: Path, direct: bool) -> None:
+    reader = Reader(threads=1, direct=direct)
+    reader.fetch(1, tmp_path / "gone", 0, 100, memoryview(allocate_buffer(4096)))
+    arrival = reader.wait()
+    reader.close()
+    assert isinstance(arrival.error, IntegrityError)
+    assert str(arrival.error) == f"{tmp_path / 'gone'} is missing"
+
+
+def test_a_failing_disk_is_told_once_and_other_reads_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece of a bad file fails; the waiter hears of the file once, and of the good one as ever."""
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 4096)
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    data = write_random(good, 8192)
+    write_random(bad, 8192)
+
+    class FailingReader(Reader):
+        def _read_piece(self, job: transfer._Job, start: int) -> None:
+            if job.path == bad:
+                raise OSError(errno.EIO, "Input/output error")
+            super()._read_piece(job, start)
+
+    reader = FailingReader(threads=2, direct=False)
+    memory = memoryview(allocate_buffer(8192))
+    reader.fetch(1, bad, 0, 8192, memoryview(allocate_buffer(8192)))
+    reader.fetch(2, good, 0, 8192, memory)
+    arrivals = {arrival.key: arrival.error for arrival in (reader.wait(), reader.wait())}
+    reader.close()
+    assert reader.poll() is None
+    assert memory[:] == data
+    assert arrivals[2] is None
+    assert type(arrivals[1]) is MoeinfError
+    assert str(arrivals[1]) == f"{bad} cannot be read: Input/output error"
+
+
+def test_a_bug_in_a_worker_reaches_the_waiter(tmp_path: Path) -> None:
+    class BrokenReader(Reader):
+        def _read_piece(self, job: transfer._Job, start: int) -> None:
+            raise ZeroDivisionError("bug")
+
+    reader = BrokenReader(threads=1, direct=False)
+    reader.fetch(1, tmp_path / "any", 0, 1, memoryview(allocate_buffer(1)))
+    assert "ZeroDivisionError('bug')" in str(reader.wait().error)
+    reader.close()
+
+
+def test_closing_drops_what_has_not_begun(tmp_path: Path) -> None:
+    write_random(tmp_path / "file", 4096)
+    reader = Reader(threads=1, direct=False)
+    for key in range(200):
+        reader.fetch(key, tmp_path / "file", 0, 4096, memoryview(allocate_buffer(4096)))
+    reader.close()
+    assert not any(thread.is_alive() for thread in reader._threads)
