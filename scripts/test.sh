@@ -1,0 +1,7 @@
+#!/bin/sh
+# Set moeinf up with its test tools and run the tests; arguments go to pytest. VENV names the virtual environment (default .venv).
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+make_venv "${VENV:=.venv}" '[dev]' >&2
+exec "$VENV/bin/python" -m pytest "$@"
