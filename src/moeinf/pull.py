@@ -1,0 +1,397 @@
+"""From a checkpoint, at the hub or in a folder, to a model in the store.
+
+Owns the order of the work, and what is refused beforehand. Knows nothing of how bytes travel (origins, hub), what
+becomes of tensors (conversion, sharding), or how files become durable (incoming). torch and transformers are imported
+inside functions: they take seconds, and many calls end before they are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import catalog
+from .checkpoint import CONFIG_NAME, Checkpoint
+from .errors import CapacityError, IntegrityError, ModelNotFoundError, UsageError
+from .files import Bytes, explained
+from .incoming import DenseWriter, Incoming
+from .manifest import SCHEMA, Manifest, Source, expert_path
+from .origins import Download, Origin, find_origin
+from .progress import NO_PROGRESS, Progress, Task
+from .reference import Reference, read_reference
+from .store import Store, StoredModel, is_valid_name
+from .units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from .conversion import Plan
+
+__all__ = ["PullPlan", "plan_pull", "pull"]
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_COPY_BYTES = 4 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class PullPlan:
+    """What a pull would do: download `files`, and take `needed_bytes` of the `free_bytes` of disk at its height.
+
+    `is_stored` says that there is nothing to do. With `is_estimate`, tensors will be known only after the download:
+    `store_bytes` is a guess then, and `architecture`, `dtype` and `precision` are None.
+    """
+
+    name: str
+    source: Source
+    is_stored: bool
+    files: tuple[Download, ...]
+    store_bytes: int
+    needed_bytes: int
+    free_bytes: int
+    is_estimate: bool = False
+    architecture: str | None = None
+    dtype: str | None = None
+    precision: str | None = None
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def has_room(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+
+def pull(
+    source: str,
+    *,
+    store: Store,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+    notify: Callable[[str], None] = lambda _: None,
+) -> StoredModel:
+    """Bring a model into the store, and return it.
+
+    `source` is a folder, an alias, a hub id with or without `@revision`, or the name of a model that is here. What is
+    here already from the same source is returned as it is, unless `force` asks for it anew. A pull that did not finish
+    is continued if its source is still the same. `notify` gets a sentence about what a person might not expect.
+
+    Raises UsageError when the name is taken by another model, CapacityError when the disk is too small (before any
+    weights are downloaded, where that can be known), MoeinfError while another process pulls or uses the model, and
+    what hub, checkpoint, conversion and sharding raise.
+    """
+    request = _read_request(source, store, name, revision, dtype)
+    if not force and (model := _existing(request, store)):
+        notify(f"{model.name} is here already, from {model.manifest.source.repo}")
+        return model
+    origin = find_origin(request.reference, store.disk)
+    require_room = partial(_require_room, request.name, store.home)
+    with store.incoming(request.name) as incoming:
+        _begin(incoming, origin, request, notify)
+        # the download and, at the least, as much again in the store, or half of it where four bytes become two
+        least_bytes = origin.blind_bytes * 2 if dtype == "auto" else origin.blind_bytes * 3 // 2
+        require_room(least_bytes - _bytes_in(incoming.source))
+        checkpoint = origin.read(incoming.source, progress)
+        plan = _plan(checkpoint, dtype)
+        if plan.precision != plan.dtype:
+            notify(f"precision: {plan.precision}")
+        _copy_companions(incoming, checkpoint, plan)
+        _shard(incoming, origin, checkpoint, plan, require_room, progress)
+        incoming.publish(_manifest(origin.source, plan))
+    return store.open(request.name)
+
+
+def plan_pull(
+    source: str,
+    *,
+    store: Store,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+) -> PullPlan:
+    """What `pull` would do, from the start; what an unfinished pull has already is not taken off.
+
+    Nothing in the store changes; from the hub, configuration and index are fetched, but no weights. Raises what `pull`
+    raises before it writes, except for CapacityError.
+    """
+    request = _read_request(source, store, name, revision, dtype)
+    if not force and (model := _existing(request, store)):
+        return _plan_of_stored(model, _free_bytes(store.home))
+    origin = find_origin(request.reference, store.disk)
+    with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
+        checkpoint = origin.peek(Path(folder))
+        plan = None if checkpoint is None else _plan(checkpoint, dtype)
+    files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
+    sizes = [file.size for file in files]
+    store_bytes = sum(sizes) if plan is None else _store_bytes(plan)
+    return PullPlan(
+        name=request.name,
+        source=origin.source,
+        is_stored=False,
+        files=files,
+        store_bytes=store_bytes,
+        needed_bytes=store_bytes + _in_flight_bytes(sizes),
+        free_bytes=_free_bytes(store.home),
+        is_estimate=plan is None,
+        architecture=plan.architecture if plan else None,
+        dtype=plan.dtype if plan else None,
+        precision=plan.precision if plan else None,
+    )
+
+
+# What is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    reference: Reference
+    name: str
+    dtype: str
+
+
+def _read_request(source: str, store: Store, name: str | None, revision: str | None, dtype: str) -> _Request:
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype} is not known", hint=f"choose one of: {', '.join(_DTYPES)}")
+    if name is not None:
+        store.path(name)
+    reference, stored_name = _read_source(source, store)
+    if revision is not None:
+        reference = _at_revision(reference, revision)
+    if name is None:
+        same = [model.name for model in store.find(reference) if reference.is_source_of(model.manifest.source)]
+        name = stored_name or next(iter(same), reference.default_name)
+    return _Request(reference, name, dtype)
+
+
+def _read_source(source: str, store: Store) -> tuple[Reference, str | None]:
+    """Where the model comes from, and its name if it is here and was called by that."""
+    reference = read_reference(source)
+    if is_valid_name(source) and source in store.names():
+        try:
+            return Reference.of(store.open(source).manifest.source), source
+        except IntegrityError:
+            if reference is None:
+                raise
+    if reference is None:
+        near = catalog.suggest(source)
+        raise ModelNotFoundError(
+            f"{source!r} is no alias, no hub id and no folder",
+            hint=f"did you mean {' or '.join(near)}?" if near else "write a hub id as org/name, and a folder as ./name",
+        )
+    return reference, None
+
+
+def _at_revision(reference: Reference, revision: str) -> Reference:
+    if reference.is_folder:
+        raise UsageError(f"{reference.repo} is a folder, and has no revisions", hint="leave out --revision")
+    if reference.revision not in (None, revision):
+        raise UsageError(f"two revisions are asked for, {reference.revision} and {revision}", hint="give one of them")
+    return dataclasses.replace(reference, revision=revision)
+
+
+def _existing(request: _Request, store: Store) -> StoredModel | None:
+    """The model that is asked for, if it is here. Raises UsageError if its name is taken by another one."""
+    try:
+        model = store.open(request.name)
+    except ModelNotFoundError:
+        return None
+    except IntegrityError as error:
+        raise IntegrityError(str(error), hint="add --force to pull it again") from error
+    there = model.manifest
+    if request.reference.is_source_of(there.source) and request.dtype in ("auto", there.dtype):
+        return model
+    raise UsageError(
+        f"{model.name} is here already, and is {there.source.repo} in {there.dtype}",
+        hint="add --name to keep both, or --force to replace it",
+    )
+
+
+# What it takes
+
+
+def _plan(checkpoint: Checkpoint, dtype: str) -> Plan:
+    from .conversion import plan_conversion
+
+    return plan_conversion(checkpoint, dtype)
+
+
+def _plan_of_stored(model: StoredModel, free_bytes: int) -> PullPlan:
+    there = model.manifest
+    return PullPlan(
+        name=model.name,
+        source=there.source,
+        is_stored=True,
+        files=(),
+        store_bytes=there.stored_bytes,
+        needed_bytes=0,
+        free_bytes=free_bytes,
+        architecture=there.architecture,
+        dtype=there.dtype,
+        precision=there.precision,
+    )
+
+
+def _store_bytes(plan: Plan) -> int:
+    """Bytes of all experts and of the dense part."""
+    return sum(layer.num_experts for layer in plan.layers) * plan.layout.file_bytes + plan.dense_bytes
+
+
+def _done_bytes(plan: Plan, incoming: Incoming) -> int:
+    """Bytes of these that are written."""
+    from .sharding import DENSE_NAME
+
+    paths = (
+        expert_path(index, expert) for index, layer in enumerate(plan.layers) for expert in range(layer.num_experts)
+    )
+    experts = sum(map(incoming.is_done, paths))
+    if incoming.is_done(DENSE_NAME):
+        dense_bytes = plan.dense_bytes
+    else:
+        dense_bytes = sum(tensor.nbytes for tensor in plan.dense if incoming.has_tensor(DENSE_NAME, tensor.name))
+    return experts * plan.layout.file_bytes + dense_bytes
+
+
+def _in_flight_bytes(sizes: Iterable[int]) -> int:
+    """Disk that downloads take at most: one file that is used, and one that is on its way."""
+    return sum(sorted(sizes)[-2:])
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk where `folder` is or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _require_room(name: str, home: Path, needed_bytes: int) -> None:
+    free_bytes = _free_bytes(home)
+    if needed_bytes > free_bytes:
+        raise CapacityError(
+            f"{name} needs {format_bytes(needed_bytes)} more disk, and {format_bytes(free_bytes)} are free at {home}",
+            hint=f"free {format_bytes(needed_bytes - free_bytes)}, or set MOEINF_HOME to a folder on a larger disk",
+        )
+
+
+# The work
+
+
+def _begin(incoming: Incoming, origin: Origin, request: _Request, notify: Callable[[str], None]) -> None:
+    had_something = incoming.folder.exists()
+    key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
+    if incoming.begin(key):
+        notify(
+            f"going on with an unfinished pull of {request.name}: {format_bytes(incoming.written_bytes)} are written"
+        )
+    elif had_something:
+        notify(f"an unfinished pull of {request.name} was of another source, version or dtype, and starts afresh")
+
+
+def _copy_companions(incoming: Incoming, checkpoint: Checkpoint, plan: Plan) -> None:
+    """Configuration as the plan has it; tokenizer and chat template as they are."""
+    if not incoming.is_done(CONFIG_NAME):
+        incoming.write(CONFIG_NAME, [plan.config.encode()])
+    for name in checkpoint.other_files:
+        if not incoming.is_done(name):
+            incoming.write(name, _chunks(checkpoint.folder / name))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        while chunk := stream.read(_COPY_BYTES):
+            yield chunk
+
+
+def _shard(
+    incoming: Incoming,
+    origin: Origin,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    require_room: Callable[[int], None],
+    progress: Progress,
+) -> None:
+    """Fetch what is still needed, file by file, and write what becomes of it."""
+    from .sharding import Sharder
+
+    total_bytes, done_bytes = _store_bytes(plan), _done_bytes(plan, incoming)
+    with (
+        progress.task("shard", total_bytes, "bytes", done=done_bytes) as task,
+        Sharder(plan, _ReportingSink(incoming, task)) as sharder,
+    ):
+        finished = set(sharder.finished_files())
+        origin.forget(finished, incoming.source)
+        names = [file for file in checkpoint.weight_files if file not in finished]
+        in_flight_bytes = _in_flight_bytes(file.size for file in origin.downloads(names))
+        require_room(total_bytes - done_bytes + max(0, in_flight_bytes - _bytes_in(incoming.source)))
+        with closing(origin.fetch(names, incoming.source, progress)) as paths:
+            for path in paths:
+                sharder.add_file(path)
+                incoming.sync()
+                origin.forget(set(sharder.finished_files()) - finished, incoming.source)
+                finished.update(sharder.finished_files())
+        sharder.finish()
+
+
+def _manifest(source: Source, plan: Plan) -> Manifest:
+    from .sharding import DENSE_NAME
+
+    return Manifest(
+        source=source,
+        architecture=plan.architecture,
+        model_type=plan.model_type,
+        dtype=plan.dtype,
+        precision=plan.precision,
+        layers=plan.layers,
+        layout=plan.layout,
+        dense_files=(DENSE_NAME,),
+        dense_bytes=plan.dense_bytes,
+        kv_token_bytes=plan.kv_token_bytes,
+        kv_fixed_bytes=plan.kv_fixed_bytes,
+        max_context=plan.max_context,
+        files={},
+    )
+
+
+class _ReportingSink:
+    """The sink, which also tells a progress bar what goes into it."""
+
+    def __init__(self, incoming: Incoming, task: Task) -> None:
+        self._incoming = incoming
+        self._task = task
+
+    def is_done(self, path: str) -> bool:
+        return self._incoming.is_done(path)
+
+    def write(self, path: str, chunks: Iterable[Bytes]) -> None:
+        self._incoming.write(path, map(self._report, chunks))
+
+    def dense(self, path: str, header: bytes, size: int) -> _ReportingWriter:
+        return _ReportingWriter(self._incoming.dense(path, header, size), self._task)
+
+    def _report(self, chunk: Bytes) -> Bytes:
+        self._task.advance(memoryview(chunk).nbytes)
+        return chunk
+
+
+class _ReportingWriter:
+    def __init__(self, writer: DenseWriter, task: Task) -> None:
+        self._writer = writer
+        self._task = task
+        self.is_done = writer.is_done
+        self.mark_done = writer.mark_done
+        self.close = writer.close
+
+    def write_at(self, offset: int, data: Bytes) -> None:
+        self._writer.write_at(offset, data)
+        self._task.advance(memoryview(data).nbytes)

@@ -1,0 +1,139 @@
+"""The manifest: what it says of a model, and that only a whole one is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeinf.errors import IntegrityError, UnsupportedError
+from moeinf.manifest import (
+    DTYPE_BYTES,
+    EXPERT_ALIGNMENT,
+    SCHEMA,
+    ExpertLayout,
+    FileRecord,
+    Manifest,
+    MoeLayer,
+    Source,
+    TensorSpec,
+    expert_path,
+)
+from moeinf.tensorfile import encode_header
+
+SPECIFICATION = Path(__file__).parents[1] / "docs" / "store-format.md"
+MANIFEST = Manifest(
+    source=Source("org/tiny", "0" * 40),
+    architecture="TinyForCausalLM",
+    model_type="tiny",
+    dtype="bfloat16",
+    precision="mxfp4 expanded to bfloat16",
+    layers=(MoeLayer("model.layers.1.mlp.experts", 8, 2), MoeLayer("model.layers.3.mlp.experts", 4, 1)),
+    layout=ExpertLayout(4096, (TensorSpec("gate_up_proj", "BF16", (32, 16), 0), TensorSpec("bias", "F32", (7,), 1024))),
+    dense_files=("dense.safetensors",),
+    dense_bytes=1000,
+    kv_token_bytes=256,
+    kv_fixed_bytes=64,
+    max_context=2048,
+    files={"config.json": FileRecord(10, "a" * 64), "dense.safetensors": FileRecord(1100, "b" * 64)},
+)
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> str:
+    raw = json.loads(MANIFEST.to_json())
+    change(raw)
+    return json.dumps(raw)
+
+
+def test_what_is_written_is_read_back() -> None:
+    assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
+    from_folder = replace(MANIFEST, source=Source("/models/größe"))
+    assert Manifest.from_json(from_folder.to_json()) == from_folder
+
+
+def test_the_same_manifest_is_the_same_text() -> None:
+    other_order = replace(MANIFEST, files=dict(reversed(MANIFEST.files.items())))
+    assert other_order.to_json() == MANIFEST.to_json()
+
+
+def test_the_numbers_follow_from_the_fields() -> None:
+    assert [tensor.nbytes for tensor in MANIFEST.layout.tensors] == [1024, 28]
+    assert MANIFEST.layout.nbytes == 1052
+    assert MANIFEST.layout.file_bytes == 5148
+    assert MANIFEST.num_experts == 12
+    assert MANIFEST.token_experts == 3
+    assert MANIFEST.experts_bytes == 12 * 1052
+    assert MANIFEST.stored_bytes == 1110
+
+
+def test_experts_lie_where_the_format_says() -> None:
+    assert expert_path(3, 17) == "experts/L003/E017.safetensors"
+    assert expert_path(0, 1234) == "experts/L000/E1234.safetensors"
+
+
+def test_a_dtype_has_the_bytes_that_its_name_says() -> None:
+    bits = {name: int("".join(filter(str.isdigit, name.split("_")[0])) or 8) for name in DTYPE_BYTES}
+    assert {name: size * 8 for name, size in DTYPE_BYTES.items()} == bits
+
+
+def test_the_specification_names_every_field() -> None:
+    def names(prefix: str, value: object) -> set[str]:
+        if isinstance(value, dict) and prefix != "files":
+            return {name for key in value for name in names(f"{prefix}.{key}".lstrip("."), value[key])}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return names(f"{prefix}[]", value[0])
+        return {f"{prefix}[]" if isinstance(value, list) and not prefix.endswith("shape") else prefix}
+
+    text = SPECIFICATION.read_text(encoding="utf-8")
+    missing = {name for name in names("", json.loads(MANIFEST.to_json())) if f"| `{name}` |" not in text}
+    assert missing == set()
+
+
+def test_the_bytes_in_the_specification_are_those_that_are_written() -> None:
+    tensors = [("gate_up_proj", "BF16", (32, 16)), ("down_proj", "BF16", (16, 16))]
+    header = encode_header(tensors, alignment=EXPERT_ALIGNMENT)
+    text = SPECIFICATION.read_text(encoding="utf-8")
+    lines = [line.split("|")[0].split() for line in text.splitlines() if "  |" in line]
+    dump = {int(line[0], 16): bytes.fromhex("".join(line[1:])) for line in lines}
+    assert sorted(dump) == list(range(0, 0xB0, 16))
+    assert header.startswith(b"".join(dump[offset] for offset in sorted(dump)))
+    assert header[0xB0:].strip() == b""
+    assert len(header) == 4096
+
+
+def test_a_newer_schema_is_not_guessed_at() -> None:
+    newer = edited(lambda raw: raw.update(schema=SCHEMA + 1, something_new=1))
+    with pytest.raises(UnsupportedError, match=f"schema {SCHEMA + 1}") as caught:
+        Manifest.from_json(newer)
+    assert "update moeinf" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        "{}",
+        MANIFEST.to_json()[:-20],
+        edited(lambda raw: raw.pop("layers")),
+        edited(lambda raw: raw.pop("schema")),
+        edited(lambda raw: raw.update(layers=None)),
+        edited(lambda raw: raw.update(layers=[{"module": "x"}])),
+        edited(lambda raw: raw.update(files=[])),
+        edited(lambda raw: raw["files"].update(x={"size": 1})),
+        edited(lambda raw: raw["layout"].pop("data_offset")),
+        edited(lambda raw: raw["layout"]["tensors"][0].pop("shape")),
+        edited(lambda raw: raw.update(source="org/tiny")),
+        edited(lambda raw: raw.update(unknown=1)),
+    ],
+)
+def test_what_is_no_manifest_is_damaged(text: str) -> None:
+    with pytest.raises(IntegrityError, match=r"moeinf\.json is damaged"):
+        Manifest.from_json(text)
