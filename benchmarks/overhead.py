@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py
 
-Drives the engine's own path for one token, with stand-ins that compute nothing and read nothing, over a model of 48 layers of 128
-experts, 8 per token. Prints microseconds per request: all experts resident, and a quarter of them with random routing.
+Drives the engine's own path for one token, with stand-ins that compute nothing and read nothing, over a model of 48
+layers of 128 experts, 8 per token. Prints microseconds per request: all experts resident, and a quarter of them with
+random routing.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        f"{LAYERS} layers x {EXPERTS} experts, {TOP_K} per token, policy {arguments.policy}; microseconds per expert request"
+        f"{LAYERS} layers x {EXPERTS} experts, {TOP_K} per token, policy {arguments.policy};"
+        " microseconds per expert request"
     )
     for label, slots in (
         ("all experts resident", LAYERS * EXPERTS),

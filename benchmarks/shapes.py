@@ -1,4 +1,5 @@
-"""Random checkpoints with the shapes of real models, written layer by layer, so that anybody can repeat the figures in docs/.
+"""Random checkpoints with the shapes of real models, written layer by layer, so that anybody can repeat the figures in
+docs/.
 
     python benchmarks/shapes.py small FOLDER
 
@@ -11,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +23,7 @@ __all__ = ["SHAPES", "write_checkpoint"]
 
 def small(layers: int = 16) -> PreTrainedConfig:
     """1.67 B parameters: 16 layers of 64 experts of 3 MiB, 8 per token."""
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim comes from a base class without types
         vocab_size=32000,
         hidden_size=1024,
         intermediate_size=2048,
@@ -39,7 +41,7 @@ def small(layers: int = 16) -> PreTrainedConfig:
 
 def qwen3_30b_a3b(layers: int = 12) -> PreTrainedConfig:
     """The shapes of Qwen3-30B-A3B: layers of 128 experts of 9 MiB, 8 per token."""
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim comes from a base class without types
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=6144,
@@ -76,10 +78,11 @@ SHAPES = {"small": small, "qwen3-30b-a3b": qwen3_30b_a3b, "mixtral-8x7b": mixtra
 
 
 def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
-    """Write a random checkpoint of `config`, a shard per layer, under the names and in the shapes of the transformers model itself.
+    """Write a random checkpoint of `config`, a shard per layer, under the names and in the shapes of the transformers
+    model itself.
 
-    So transformers can map it into memory as it lies, which is the best case for the programs that moeinf is measured against.
-    Holds one layer in memory at a time. A folder that has an index already is left as it is.
+    So transformers can map it into memory as it lies, which is the best case for the programs that moeinf is measured
+    against. Holds one layer in memory at a time. A folder that has an index already is left as it is.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -107,7 +110,8 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 def _shards(config: PreTrainedConfig) -> Iterator[dict[str, tuple[int, ...]]]:
     """The shapes of all tensors by name, what stands outside the layers first."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for layer in (None, *range(config.num_hidden_layers)):
         prefix = f"model.layers.{layer}."

@@ -1,12 +1,14 @@
-"""Decode from a model that does not fit: moeinf against transformers with its weights mapped or offloaded, in one memory cgroup.
+"""Decode from a model that does not fit: moeinf against transformers with its weights mapped or offloaded, in one
+memory cgroup.
 
     python benchmarks/streaming.py                       # the small shape; needs root, for the cgroup
     python benchmarks/streaming.py --shape mixtral-8x7b
 
-Writes a random checkpoint with the shapes of a real model, pulls it, and lets each system decode the same tokens from it in turn, as
-processes of their own in a memory cgroup that holds the dense weights, a quarter of the experts and 1 GiB. Beside them it measures how
-fast the disk gives whole experts to direct reads, which bounds the time per token: bytes missed / that rate. The page cache is dropped
-before each run. Last, in one process without a limit, everything resident: moeinf against plain transformers.
+Writes a random checkpoint with the shapes of a real model, pulls it, and lets each system decode the same tokens from
+it in turn, as processes of their own in a memory cgroup that holds the dense weights, a quarter of the experts and
+1 GiB. Beside them it measures how fast the disk gives whole experts to direct reads, which bounds the time per token:
+bytes missed / that rate. The page cache is dropped before each run. Last, in one process without a limit, everything
+resident: moeinf against plain transformers.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,9 @@ SYSTEMS = ("moeinf", "mmap", "offload")
 
 @dataclass(frozen=True)
 class Run:
-    """What one worker reports. `token_s`: one time per decoded token; `missed_bytes`: expert bytes read per decoded token."""
+    """What one worker reports. `token_s`: one time per decoded token; `missed_bytes`: expert bytes read per decoded
+    token.
+    """
 
     system: str
     ttft_s: float
@@ -66,11 +71,13 @@ class Stopwatch:
     def intervals(self) -> tuple[float, list[float]]:
         """(time to the first token, times per token after it). The first `put` is the prompt."""
         _, begin, *tokens = self.times
-        return tokens[0] - begin, [after - before for before, after in zip(tokens, tokens[1:], strict=False)]
+        return tokens[0] - begin, [after - before for before, after in pairwise(tokens)]
 
 
 def generate(model: Any, new_tokens: int) -> tuple[Stopwatch, list[int]]:
-    """Sample with a fixed seed: greedy decoding of a random model falls into a loop, and a loop has a locality all its own."""
+    """Sample with a fixed seed: greedy decoding of a random model falls into a loop, and a loop has a locality all its
+    own.
+    """
     watch = Stopwatch()
     torch.manual_seed(1)
     prompt = torch.tensor([PROMPT])
@@ -100,14 +107,17 @@ def run_moeinf(name: str, new_tokens: int, experts: str | None = None) -> Run:
 
 
 def run_transformers(system: str, checkpoint: Path, new_tokens: int) -> Run:
-    """mmap: weights mapped, paged in by the kernel. offload: experts on disk for three layers of four, loaded by accelerate."""
+    """mmap: weights mapped, paged in by the kernel. offload: experts on disk for three layers of four, loaded by
+    accelerate.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {}
     if system == "offload":
         layers = AutoConfig.from_pretrained(checkpoint).num_hidden_layers
+        auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            blank = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+            blank = auto.from_config(AutoConfig.from_pretrained(checkpoint))
         on_disk = {
             name
             for name, module in blank.named_modules()
@@ -153,7 +163,9 @@ def resident(name: str, checkpoint: Path, new_tokens: int) -> tuple[list[float],
 
 
 def disk_rate(name: str, seconds: float = 3.0) -> float:
-    """Bytes per second of direct reads of whole experts in random order, as many in flight as the engine has, in one request each."""
+    """Bytes per second of direct reads of whole experts in random order, as many in flight as the engine has, in one
+    request each.
+    """
     from moeinf import engine, transfer
     from moeinf.manifest import expert_path
     from moeinf.store import Store
@@ -231,8 +243,9 @@ def report(results: list[tuple[float, Run | str]], systems: list[str]) -> None:
     for rate, run in ours:
         bound = run.missed_bytes / rate
         print(
-            f"moeinf: {run.slots} slots, hit rate {run.hit_rate:.3f}, {run.missed_bytes / MIB:.0f} MiB missed per token, disk"
-            f" {rate / 1e9:.2f} GB/s: bound {bound * 1e3:.1f} ms, measured {run.tpot_s * 1e3:.1f} ms, ratio {run.tpot_s / bound:.2f}"
+            f"moeinf: {run.slots} slots, hit rate {run.hit_rate:.3f}, {run.missed_bytes / MIB:.0f} MiB missed a token,"
+            f" disk {rate / 1e9:.2f} GB/s: bound {bound * 1e3:.1f} ms, measured {run.tpot_s * 1e3:.1f} ms,"
+            f" ratio {run.tpot_s / bound:.2f}"
         )
     for system in systems:
         others = [run.tpot_s for _, run in runs if run.system == system]
@@ -286,8 +299,8 @@ def main() -> None:
     before = setting.read_text() if setting else "unknown"
     print(
         f"{arguments.shape}: {len(manifest.layers)} layers x {manifest.layers[0].num_experts} experts of"
-        f" {manifest.layout.nbytes / MIB:.1f} MiB, {manifest.layers[0].top_k} per token; dense {manifest.dense_bytes / MIB:.0f} MiB;"
-        f" cgroup {limit / MIB:.0f} MiB; {arguments.threads} threads"
+        f" {manifest.layout.nbytes / MIB:.1f} MiB, {manifest.layers[0].top_k} per token;"
+        f" dense {manifest.dense_bytes / MIB:.0f} MiB; cgroup {limit / MIB:.0f} MiB; {arguments.threads} threads"
     )
     try:
         if setting and arguments.read_ahead is not None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and threads that wait for each other cost more than they bring
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: threads would wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +19,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="session")
-def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which `tiny` is pulled: a random Qwen3-MoE of 2 layers of 8 experts, 2 per token."""
     from families import make_checkpoint
     from moeinf.pull import pull
@@ -29,7 +28,7 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tiny")
     make_checkpoint("qwen3_moe", folder / "checkpoint")
     pull(str(folder / "checkpoint"), store=Store(folder / "home"), name="tiny")
-    yield folder / "home"
+    return folder / "home"
 
 
 @pytest.fixture

@@ -61,7 +61,9 @@ class FailingReader(Reader):
 
 
 def use_reader(monkeypatch: pytest.MonkeyPatch, kind: Callable[..., Reader]) -> list[Any]:
-    """Let engines that are loaded from now on read through `kind`; returns the readers they make, the experts' one last."""
+    """Let engines that are loaded from now on read through `kind`; returns the readers they make, the experts' one
+    last.
+    """
     made: list[Any] = []
 
     def make(*, threads: int, direct: bool) -> Reader:

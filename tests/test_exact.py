@@ -1,5 +1,5 @@
-"""The contract of the project: moeinf's output is transformers' output, for every family, whatever the cache holds and whatever
-order the experts arrive in. Through save, pull and load, against transformers' eager experts, bit for bit."""
+"""The contract of the project: moeinf's output is transformers' output, for every family, whatever the cache holds and
+whatever order the experts arrive in. Through save, pull and load, against transformers' eager experts, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVERY_FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 def reference(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, list[int]]:
     """Logits [1, tokens, vocabulary] and greedy tokens of the checkpoint in plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     with torch.inference_mode():
         return model(PROMPT).logits, greedy(model)
 

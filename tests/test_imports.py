@@ -19,10 +19,13 @@ LAYERS = [
     {
         "checkpoint",
         "conversion",
+        "dtypes",
         "files",
         "hub",
         "incoming",
         "locks",
+        "metamodel",
+        "origins",
         "pull",
         "reference",
         "sharding",
@@ -37,8 +40,19 @@ LAYERS = [
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {
-    "torch": {"conversion", "sharding", "transfer", "kernels", "runtime", "hooks", "engine", "generation"},
-    "transformers": {"conversion", "hooks", "engine", "generation"},
+    "torch": {
+        "conversion",
+        "dtypes",
+        "metamodel",
+        "sharding",
+        "transfer",
+        "kernels",
+        "runtime",
+        "hooks",
+        "engine",
+        "generation",
+    },
+    "transformers": {"conversion", "metamodel", "hooks", "engine", "generation"},
     "safetensors": set(),
     "huggingface_hub": {"hub"},
     "psutil": {"memory"},

@@ -1,4 +1,6 @@
-"""Grouping a step's requests, against the masks of transformers' eager experts; the maths itself is held by test_exact.py."""
+"""Grouping a step's requests, against the masks of transformers' eager experts; the maths itself is held by
+test_exact.py.
+"""
 
 from __future__ import annotations
 

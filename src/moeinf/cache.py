@@ -1,8 +1,8 @@
 """The expert cache: which expert is in which slot, who is using it, and what was asked for so far.
 
-Pure bookkeeping. It owns no bytes and no threads and knows nothing of tensors, so the engine and a replay of a recorded trace
-drive the same class. An expert is one integer counted over all MoE layers: `first[layer] + index`. The cache decides, others move:
-a miss returns a slot that the caller fills and then reports with `arrived` or `failed`.
+Pure bookkeeping. It owns no bytes and no threads and knows nothing of tensors, so the engine and a replay of a
+recorded trace drive the same class. An expert is one integer counted over all MoE layers: `first[layer] + index`. The
+cache decides, others move: a miss returns a slot that the caller fills and then reports with `arrived` or `failed`.
 
     absent ──acquire──▶ loading ──arrived──▶ resident ──evicted by another acquire──▶ absent
                            └──────failed────▶ absent
@@ -83,8 +83,9 @@ class ExpertCache:
     def acquire(self, expert: int, *, keep: bool = True) -> tuple[int, Outcome] | None:
         """Lease `expert`, giving it a slot if it has none.
 
-        Returns (slot, outcome), or None when every slot is leased and nothing changed. On a MISS the caller fetches the expert
-        into the slot and reports it. `keep=False` asks for one pass only: it neither counts as a use nor holds its place.
+        Returns (slot, outcome), or None when every slot is leased and nothing changed. On a MISS the caller fetches
+        the expert into the slot and reports it. `keep=False` asks for one pass only: it neither counts as a use nor
+        holds its place.
         """
         slot = self._slot_of[expert]
         if slot >= 0:

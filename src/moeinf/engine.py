@@ -1,7 +1,7 @@
 """A loaded model: the dense part in memory, the experts behind a cache, ready to generate.
 
-`load` puts it together (the plan, the dense weights, the two hooks, the slots and their readers); `Engine` holds it and takes it apart.
-Knows nothing of terminals, prompts or templates.
+`load` puts it together (the plan, the dense weights, the two hooks, the slots and their readers); `Engine` holds it
+and takes it apart. Knows nothing of terminals, prompts or templates.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from . import hooks, memory
 from .cache import ExpertCache
+from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError, UsageError
 from .generation import Session
 from .kernels import ExpertMaths
 from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
+from .metamodel import causal_lm_class
 from .policies import make_policy
 from .runtime import ExpertRuntime
 from .settings import EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, Stats
 from .store import Store, StoredModel
 from .tensorfile import TensorFile
-from .transfer import TORCH_DTYPES, Reader, SlotPool, allocate_buffer, can_read_direct
+from .transfer import Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up
 
 __all__ = ["Engine", "load"]
@@ -42,8 +45,8 @@ READERS = 8
 class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
-    `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan` says what
-    memory goes where; `manifest` what is in the store.
+    `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
+    says what memory goes where; `manifest` what is in the store.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.runtime = runtime
-        self.last_logits_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        self.uses_dynamic_cache: bool = model._supports_default_dynamic_cache()
+        untyped: Any = model
+        self.last_logits_only = {"logits_to_keep": 1} if untyped._supports_logits_to_keep() else {}
+        self.uses_dynamic_cache: bool = untyped._supports_default_dynamic_cache()
         self._libraries_bytes = libraries_bytes
         self._load_s = load_s
         self._on_close = on_close
@@ -91,7 +95,9 @@ class Engine:
         return Session(self)
 
     def stats(self, timing: Stats | None = None) -> Stats:
-        """What the last generation cost; counts since then for a model that is called directly. `timing` brings its times."""
+        """What the last generation cost; counts since then for a model that is called directly. `timing` brings its
+        times.
+        """
         if timing is not None:
             self._last = timing
         decode, prefill, traffic = self.runtime.decode, self.runtime.prefill, self.runtime.traffic
@@ -142,7 +148,8 @@ def load(
 ) -> Engine:
     """Load a stored model. The options are those of the command line (docs/cli.md), under the same names.
 
-    Raises ModelNotFoundError, IntegrityError, CapacityError (with the budget that would do), UsageError, UnsupportedError.
+    Raises ModelNotFoundError, IntegrityError, CapacityError (with the budget that would do), UsageError,
+    UnsupportedError.
     """
     options = EngineOptions(device, device_memory, host_memory, experts, context, policy, prefetch, kernels, threads)
     _check_device(options)
@@ -162,7 +169,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         torch.set_num_threads(options.threads)
     with hooks.quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = hooks.causal_lm_class(config)  # imports the family's code, before memory is counted
+        model_class = causal_lm_class(config)  # imports the family's code, before memory is counted
         tokenizer = _load_tokenizer(folder)
     libraries_bytes = memory.rss_bytes()
     plan = make_plan(
@@ -175,6 +182,8 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     )
     direct = _reads_direct(folder, manifest, plan)
     model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     modules = [model.get_submodule(layer.module) for layer in manifest.layers]
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
@@ -227,13 +236,15 @@ def _shape(manifest: Manifest, config: PreTrainedConfig, model_class: type[PreTr
         hidden=text.hidden_size,
         widest=max(widest, getattr(text, "intermediate_size", None) or 0),
         vocabulary=text.vocab_size,
-        score_heads=getattr(text, "num_attention_heads", 0) if holds_scores else 0,
+        score_heads=max(layer.num_attention_heads for layer in text.per_layer_config) if holds_scores else 0,
         dtype_bytes=getattr(torch, manifest.dtype).itemsize,
     )
 
 
 def _reads_direct(folder: Path, manifest: Manifest, plan: MemoryPlan) -> bool:
-    """Whether to go past the page cache: not where it is refused, nor where memory is left to cache every expert beside the slots."""
+    """Whether to go past the page cache: not where it is refused, nor where memory is left to cache every expert
+    beside the slots.
+    """
     if not can_read_direct(folder / expert_path(0, 0)):
         return False
     return memory.available_bytes() < plan.total + manifest.experts_bytes

@@ -1,4 +1,5 @@
-"""Tokens out of a loaded model: one conversation's KV cache, sampling, stopping. The loop itself is transformers' `generate`.
+"""Tokens out of a loaded model: one conversation's KV cache, sampling, stopping. The loop itself is transformers'
+`generate`.
 
 Knows nothing of text, terminals or how experts are found.
 """
@@ -58,7 +59,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer: its `tokens` (a stop token included), why it ended, and what it cost. `prompt_tokens` counts the whole input."""
+    """One answer: its `tokens` (a stop token included), why it ended, and what it cost. `prompt_tokens` counts the
+    whole input.
+    """
 
     prompt_tokens: int
     tokens: tuple[int, ...]
@@ -91,10 +94,12 @@ class Session:
         on_token: Callable[[int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Completion:
-        """Continue `input_ids`, the whole sequence so far; a prefix that the session holds already is not computed again.
+        """Continue `input_ids`, the whole sequence so far; a prefix that the session holds already is not computed
+        again.
 
-        `on_token` gets each token as it is made. `should_stop` is asked between tokens, and between the layers of a long prompt; when
-        it says yes, the answer ends there. Raises UsageError for an empty input or one that does not fit the context.
+        `on_token` gets each token as it is made. `should_stop` is asked once per token, and between the layers of a
+        long prompt; when it says yes, the token being made is the last. Raises UsageError for an empty input or one
+        that does not fit the context.
         """
         sampling = sampling or Sampling()
         ids = list(input_ids)
@@ -125,7 +130,7 @@ class Session:
         return Completion(len(ids), tuple(new), self._finish_reason(new, max_tokens, clock), stats)
 
     def _generate(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int]:
-        model = self._engine.model
+        model: Any = self._engine.model
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         config = _generation_config(self._engine.generation_config, sampling, max_tokens)
@@ -147,7 +152,9 @@ class Session:
         return sequence[len(ids) :]
 
     def _reuse(self, ids: list[int]) -> int:
-        """Cut the cache back to what it shares with `ids`, less the last token, whose logits are needed; returns what is left."""
+        """Cut the cache back to what it shares with `ids`, less the last token, whose logits are needed; returns what
+        is left.
+        """
         shared = 0
         for held, asked in zip(self._tokens, ids[:-1], strict=False):
             if held != asked:
@@ -165,7 +172,9 @@ class Session:
         return len(self._tokens)
 
     def _prefill(self, ids: list[int], clock: _Clock) -> None:
-        """Put a long prompt through the model in pieces that the workspace has room for; `generate` does the last piece."""
+        """Put a long prompt through the model in pieces that the workspace has room for; `generate` does the last
+        piece.
+        """
         step = self._engine.plan.prefill_tokens
         while self._cache is not None and len(ids) - len(self._tokens) > step:
             if clock.is_stopped():
@@ -185,7 +194,7 @@ class Session:
         return "length"
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers does not type its streamers
+class _Clock(BaseStreamer):
     """Watches one `generate`: hands tokens on, asks whether to stop, and takes the times."""
 
     def __init__(self, on_token: Callable[[int], None] | None, should_stop: Callable[[], bool] | None) -> None:
@@ -217,7 +226,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers does not type 
     def criterion(self) -> StoppingCriteria:
         clock = self
 
-        class _Stop(StoppingCriteria):  # type: ignore[misc]
+        class _Stop(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
                 return torch.full((input_ids.shape[0],), clock.is_stopped(), dtype=torch.bool)
 
@@ -255,6 +264,6 @@ def _generation_config(base: GenerationConfig, sampling: Sampling, max_tokens: i
 
 
 def _can_crop(cache: Cache | None) -> bool:
-    """Whether every layer's state can be cut back: those of recurrent and convolutional layers, and full sliding windows, cannot."""
-    layers = getattr(cache, "layers", None)
+    """Whether the state of every layer can be cut back: that of recurrent layers and of full sliding windows cannot."""
+    layers = getattr(cache, "layers", None) or []
     return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)

@@ -1,9 +1,10 @@
 """The two places where moeinf enters transformers: it loads models without their experts, and computes experts itself.
 
-Loading: a "quantizer" that empties every experts module before the weights are loaded, so that `from_pretrained` builds the dense
-part, for any family, and experts never occupy memory outside the slots. Compute: an experts implementation that transformers calls
-in place of its own. Both are public extension points (transformers/quantizers/auto.py, transformers/integrations/moe.py), registered
-when this module is imported. A family is supported when its experts module is made by `use_experts_implementation`; no family is named here.
+Loading: a "quantizer" that empties every experts module before the weights are loaded, so that `from_pretrained`
+builds the dense part, for any family, and experts never occupy memory outside the slots. Compute: an experts
+implementation that transformers calls in place of its own. Both are public extension points
+(transformers/quantizers/auto.py, transformers/integrations/moe.py), registered when this module is imported. A family
+is supported when its experts module is made by `use_experts_implementation`; no family is named here.
 """
 
 from __future__ import annotations
@@ -16,24 +17,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.auto.auto_factory import _get_model_class
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
 
-__all__ = ["attach", "causal_lm_class", "is_experts_module", "load_dense_model", "quiet"]
+__all__ = ["attach", "load_dense_model", "quiet"]
 
 _NAME = "moeinf"
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-
-
-def is_experts_module(module: nn.Module) -> bool:
-    """Whether `module` holds routed experts in the form that transformers' `use_experts_implementation` gives them."""
-    return all(hasattr(module, flag) for flag in _FLAGS)
 
 
 @register_quantization_config(_NAME)
@@ -51,11 +46,11 @@ class _StoreQuantizer(HfQuantizer):
             if is_experts_module(module):
                 for name, _parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, None)
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]  # a plain attribute
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Take off every mark of a quantized model: some families compute differently when they see one (jamba)."""
-        self.remove_quantization_config(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
@@ -72,12 +67,6 @@ class _StoreQuantizer(HfQuantizer):
         return False
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that AutoModelForCausalLM makes of `config`; its module is imported."""
-    known: type[PreTrainedModel] = _get_model_class(config, AutoModelForCausalLM._model_mapping)
-    return known
-
-
 def load_dense_model(
     config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -86,7 +75,8 @@ def load_dense_model(
         model: PreTrainedModel = causal_lm_class(config).from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, quantization_config=_StoreConfig()
         )
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime) -> None:
@@ -113,10 +103,10 @@ def quiet() -> Iterator[None]:
     level = transformers.logging.get_verbosity()
     shows_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
         if shows_bars:
-            transformers.logging.enable_progress_bar()
+            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,8 +1,9 @@
-"""The maths of experts, in torch: what transformers' eager experts compute, one expert at a time, from tensors that lie in slots.
+"""The maths of experts, in torch: what transformers' eager experts compute, one expert at a time, from tensors that
+lie in slots.
 
-Bit for bit theirs: the same operations on the same rows in the same order (transformers/integrations/moe.py and the `forward` of each
-experts class). A module's flags say what its experts look like; two families differ in one more thing, the dtype they add up in.
-Owns nothing, and knows nothing of caches.
+Bit for bit theirs: the same operations on the same rows in the same order (transformers/integrations/moe.py and the
+`forward` of each experts class). A module's flags say what its experts look like; two families differ in one more
+thing, the dtype they add up in. Owns nothing, and knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 class ExpertMaths:
-    """The experts of one MoE layer, as functions. `module` is their experts module in the transformers model, without its weights."""
+    """The experts of one MoE layer, as functions. `module` is their experts module in the transformers model, without
+    its weights.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         flags: Any = module
@@ -35,7 +38,9 @@ class ExpertMaths:
         self._kind = type(module).__name__
 
     def expert(self, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-        """One expert's weighted rows [n, H] for `hidden` [n, H] and routing `weights` [n, 1]; `tensors` are its slot's."""
+        """One expert's weighted rows [n, H] for `hidden` [n, H] and routing `weights` [n, 1]; `tensors` are its
+        slot's.
+        """
         inner = self._activate(self._project(hidden, tensors, self._up))
         outer = self._project(inner, tensors, "down_proj")
         if self._norm is not None:

@@ -29,7 +29,9 @@ _PREFILL_TOKENS = (1024, 512, 256, 128, 64, 32)
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the workspace depends on, from the model's config. `score_heads` is 0 where attention never holds a whole score matrix."""
+    """What the workspace depends on, from the model's config. `score_heads` is 0 where attention never holds a whole
+    score matrix.
+    """
 
     hidden: int
     widest: int
@@ -40,7 +42,8 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What goes where, in bytes; `slots` experts of `slot_bytes`; `prefill_tokens` of a prompt at once; `context` tokens at most.
+    """What goes where, in bytes; `slots` experts of `slot_bytes`; `prefill_tokens` of a prompt at once; `context`
+    tokens at most.
 
     `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds nothing twice.
     """
@@ -83,9 +86,11 @@ def make_plan(
     experts: str | None = None,
     context: int | None = None,
 ) -> MemoryPlan:
-    """Divide the memory. `available_bytes`: what this process may take; sizes as typed by the user, None meaning "choose".
+    """Divide the memory. `available_bytes`: what this process may take; sizes as typed by the user, None meaning
+    "choose".
 
-    Raises CapacityError when the model cannot run within the budget, with the budget that would do; UsageError for bad options.
+    Raises CapacityError when the model cannot run within the budget, with the budget that would do; UsageError for bad
+    options.
     """
     budget = available_bytes - min(_MOST_RESERVE_BYTES, available_bytes // 10)
     if host_memory is not None:
@@ -101,14 +106,15 @@ def make_plan(
     for prefill_tokens in _PREFILL_TOKENS:
         workspace = _workspace(manifest, shape, min(prefill_tokens, tokens), tokens)
         left = budget - dense - kv_cache - workspace
-        # A long prompt in one piece reads each expert once, but slots serve every token: give the workspace a share at most.
+        # A long prompt in one piece reads each expert once, but slots serve every token: it gets a share at most.
         if left >= needed and (prefill_tokens == _PREFILL_TOKENS[-1] or workspace <= _WORKSPACE_BYTES + left // 8):
             break
     else:
         least = dense + kv_cache + workspace + needed
         raise CapacityError(
-            f"the model needs {format_bytes(least)} for {format_bytes(dense)} of dense weights, {format_bytes(kv_cache)} of KV cache,"
-            f" {format_bytes(workspace)} of workspace and {needed // slot_bytes} experts; the budget is {format_bytes(max(budget, 0))}",
+            f"the model needs {format_bytes(least)}: {format_bytes(dense)} of dense weights, {format_bytes(kv_cache)}"
+            f" of KV cache, {format_bytes(workspace)} of workspace and {needed // slot_bytes} experts; the budget is"
+            f" {format_bytes(max(budget, 0))}",
             hint=f"give it --host-memory {-(-least // MIB)}MiB or more, or a shorter --context than {tokens}"
             + (", or fewer --experts" if wanted_slots else ""),
         )
@@ -127,7 +133,7 @@ def make_plan(
 
 
 def _parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | None:
-    """Slots that `--experts` names: a number, or a share of all experts (rounded, at least the fewest that can work)."""
+    """Slots that `--experts` names: a number, or a share of all experts, never below the fewest that can work."""
     if experts is None:
         return None
     text = experts.strip()
@@ -165,9 +171,9 @@ def _context(manifest: Manifest, asked: int | None, budget: int) -> int:
 
 
 def _workspace(manifest: Manifest, shape: ModelShape, tokens: int, context: int) -> int:
-    """Bytes of activations for `tokens` at once: hidden states and the widest inner layer with their copies, the rows of the
-    experts until they are added up, attention scores where they are held whole, logits of one token. The factors were measured
-    (docs/experiments.md)."""
+    """Bytes of activations for `tokens` at once: hidden states and the widest inner layer with their copies, the rows
+    of the experts until they are added up, attention scores where they are held whole, logits of one token. The
+    factors were measured (docs/experiments.md)."""
     top_k = max(layer.top_k for layer in manifest.layers)
     rows = tokens * (8 * shape.hidden + 4 * shape.widest + top_k * shape.hidden) * max(shape.dtype_bytes, 4)
     scores = shape.score_heads * tokens * context * 8

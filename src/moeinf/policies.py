@@ -1,7 +1,7 @@
 """Which expert leaves the cache when another needs its slot. Bookkeeping only: no tensors, no clocks, no threads.
 
-An expert is named by one integer, counted over all MoE layers (see `cache.py`). A policy sees what the cache does and answers
-one question, `victim`. Every method is O(log n) or better: it is called for each expert of each token.
+An expert is named by one integer, counted over all MoE layers (see `cache.py`). A policy sees what the cache does and
+answers one question, `victim`. Every method is O(log n) or better: it is called for each expert of each token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ __all__ = ["POLICIES", "LruPolicy", "Policy", "make_policy"]
 
 
 class Policy(Protocol):
-    """What the cache asks of an eviction policy. It knows of exactly the resident experts: inserted and not yet removed."""
+    """What the cache asks of an eviction policy. It knows of exactly the resident experts: inserted and not yet
+    removed.
+    """
 
     def insert(self, expert: int, *, keep: bool) -> None:
         """`expert`, not resident before, took a slot. `keep=False`: it only passes through, and is the first to go."""
@@ -46,7 +48,7 @@ class LruPolicy:
         self._order.move_to_end(expert)
 
     def victim(self, is_leased: Callable[[int], bool]) -> int | None:
-        # Leased experts sit at the hot end, or are the few that pass through: the scan ends after as many steps as there are leases.
+        # Leased experts sit at the hot end, or are the few that pass through: the scan is as long as there are leases.
         return next((expert for expert in self._order if not is_leased(expert)), None)
 
     def remove(self, expert: int) -> None:

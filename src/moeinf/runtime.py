@@ -1,8 +1,9 @@
-"""What happens when a forward pass reaches an MoE layer: the experts of the step are leased, fetched, computed and added up.
+"""What happens when a forward pass reaches an MoE layer: the experts of the step are leased, fetched, computed and
+added up.
 
-Owns the cache, the slots and the readers, and ties them together; one thread calls it, the model's. Decides nothing that the
-cache decides and computes nothing that the kernels compute. Rows are added in ascending order of expert whatever order the experts
-arrived in, so the result depends on nothing but the input.
+Owns the cache, the slots and the readers, and ties them together; one thread calls it, the model's. Decides nothing
+that the cache decides and computes nothing that the kernels compute. Rows are added in ascending order of expert
+whatever order the experts arrived in, so the result depends on nothing but the input.
 """
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ from .transfer import Arrival, Reader, SlotPool
 __all__ = ["ExpertRuntime", "StepStopped"]
 
 STREAM_BYTES = 64 << 20
-"""A long prompt passes its experts through slots of about this size together, at least two, and leaves the other slots alone."""
+"""A long prompt passes its experts through slots of about this size together, at least two and at most a quarter of
+all slots.
+"""
 
 
 class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
-    """A forward pass was given up between two layers because `should_stop` said so; the KV cache is then half written."""
+    """A forward pass was given up between two layers because `should_stop` said so; the KV cache is then half written.
+    """
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What moved since the counters were reset: bytes off the disk, and seconds in which nothing could be computed for want of them."""
+    """What moved since the counters were reset: bytes off the disk, and seconds in which nothing could be computed for
+    want of them.
+    """
 
     disk_bytes: int = 0
     stall_s: float = 0.0
@@ -70,7 +76,7 @@ class ExpertRuntime:
         self._paths = [
             folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
         ]
-        self._window = max(2, STREAM_BYTES // pool.slot_bytes)
+        self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
 
     def reset_counters(self) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
@@ -119,8 +125,8 @@ class ExpertRuntime:
     ) -> torch.Tensor:
         """Many tokens: each expert is leased when there is a slot for it, and released as soon as it is computed.
 
-        The experts of the last token are what decoding is likely to ask for next, and take their place in the cache; the others
-        pass through free slots, or through a small window of them.
+        The experts of the last token are what decoding is likely to ask for next, and take their place in the cache;
+        the others pass through free slots, or through a small window of them.
         """
         maths, first = self._maths[layer], self._first[layer]
         self.cache.counters = self.prefill
@@ -197,7 +203,9 @@ class _Step:
             yield self._next_arrival()
 
     def stream(self, keys: list[int], kept: set[int], window: int) -> Iterable[int]:
-        """All `keys`, the resident ones first, each leased until the next one is asked for, at most `window` on their way."""
+        """All `keys`, the resident ones first, each leased until the next one is asked for, at most `window` on their
+        way.
+        """
         absent = deque(key for key in keys if not self._runtime.cache.is_resident(key))
         resident = set(keys) - set(absent)
         here = deque(key for key in keys if key in resident and self._is_here(key, keep=key in kept))

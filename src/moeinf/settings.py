@@ -23,7 +23,8 @@ _CHOICES = {"prefetch": ("off",), "kernels": ("auto", "torch")}
 class EngineOptions:
     """What the engine is asked for, as typed: sizes and shares stay text until the model and the machine are known.
 
-    `experts` is a number of slots or a share of all experts ("25%"); `context` counts tokens; None means "choose for me".
+    `experts` is a number of slots or a share of all experts ("25%"); `context` counts tokens; None means "choose for
+    me".
     """
 
     device: str = "auto"

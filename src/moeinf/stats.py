@@ -41,8 +41,8 @@ class ByteStats:
 class MemoryStats:
     """The ledger, in bytes, beside what the process really held.
 
-    `budget` bounds dense + kv_cache + workspace + experts. `libraries` is what the process held before the model (Python, torch,
-    transformers, tokenizer), which the budget leaves out: `peak_rss` stays below libraries + budget.
+    `budget` bounds dense + kv_cache + workspace + experts. `libraries` is what the process held before the model
+    (Python, torch, transformers, tokenizer), which the budget leaves out: `peak_rss` stays below libraries + budget.
     """
 
     budget: int = 0
@@ -56,7 +56,9 @@ class MemoryStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Times in seconds. `ttft_s`: from the request to the first token. `tpot_s`: per token after the first. `stall_s`: waiting for bytes."""
+    """Times in seconds. `ttft_s`: from the request to the first token. `tpot_s`: per token after the first. `stall_s`:
+    waiting for bytes.
+    """
 
     load_s: float = 0.0
     ttft_s: float = 0.0

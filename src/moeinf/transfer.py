@@ -1,7 +1,7 @@
 """Bytes on their way: slots that experts are read into, and the threads that read them.
 
-Owns the memory of the slots and the reader threads. Knows nothing of policies, of who asked, or of what the bytes mean: the cache
-decides which expert goes into which slot, the kernels see the slots as tensors.
+Owns the memory of the slots and the reader threads. Knows nothing of policies, of who asked, or of what the bytes
+mean: the cache decides which expert goes into which slot, the kernels see the slots as tensors.
 """
 
 from __future__ import annotations
@@ -19,28 +19,18 @@ from queue import SimpleQueue
 
 import torch
 
+from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError
 from .manifest import ExpertLayout
 from .units import MIB, align_up
 
-__all__ = ["TORCH_DTYPES", "Arrival", "Reader", "SlotPool", "allocate_buffer", "can_read_direct"]
+__all__ = ["Arrival", "Reader", "SlotPool", "allocate_buffer", "can_read_direct"]
 
 DIRECT_ALIGNMENT = 4096
 PIECE_BYTES = 1 * MIB
-"""An expert is read in pieces of this size, so that all readers work on the one that is needed first (docs/experiments.md)."""
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+"""An expert is read in pieces of this size, so that all readers work on the one that is needed first
+(docs/experiments.md).
+"""
 
 SlotTensors = dict[str, torch.Tensor]
 
@@ -98,7 +88,7 @@ def _open(path: Path, *, direct: bool) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     descriptor = os.open(path, os.O_RDONLY)
     if direct:
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)  # type: ignore[attr-defined,unused-ignore]  # macOS
     return descriptor
 
 
@@ -126,11 +116,13 @@ class _Job:
 
 
 class Reader:
-    """A pool of threads that read files into memory, in the order they were asked for, all threads on the oldest fetch first.
+    """A pool of threads that read files into memory, in the order they were asked for, all threads on the oldest fetch
+    first.
 
     Args:
         threads: how many reads are in flight at most.
-        direct: read past the page cache (needs `can_read_direct`); offsets and memory are then page-aligned, and memory is
+        direct: read past the page cache (needs `can_read_direct`); offsets and memory are then page-aligned, and
+            memory is
             as long as the bytes wanted rounded up to whole pages.
     """
 

@@ -1,0 +1,162 @@
+"""A session: what it keeps, how it ends, and that it never changes the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import moeinf
+from moeinf import Sampling
+from moeinf.engine import Engine
+from moeinf.errors import UsageError
+
+GREEDY = Sampling(max_tokens=10, temperature=0)
+PROMPT = torch.randint(5, 100, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.fixture
+def engine(tiny: str) -> Iterator[Engine]:
+    with moeinf.load(tiny, experts="50%", context=128) as loaded:
+        loaded.generation_config.eos_token_id = None
+        yield loaded
+
+
+def count_positions(engine: Engine) -> list[int]:
+    """How many positions each forward pass from now on computes."""
+    computed: list[int] = []
+    engine.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: computed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return computed
+
+
+def test_only_what_is_new_is_computed(engine: Engine) -> None:
+    session = engine.session()
+    first = session.generate(PROMPT, GREEDY)
+    assert session.cached_tokens == 40 + 10 - 1
+    computed = count_positions(engine)
+    longer = [*PROMPT, *first.tokens, 7, 8, 9]
+    second = session.generate(longer, GREEDY)
+    assert computed == [4] + [1] * 9  # the last answer's last token was made, and not yet read
+    assert second.tokens == engine.session().generate(longer, GREEDY).tokens
+    assert second.prompt_tokens == 53
+
+
+def test_a_changed_past_is_computed_again_from_where_it_differs(engine: Engine) -> None:
+    session = engine.session()
+    session.generate(PROMPT, GREEDY)
+    changed = [*PROMPT[:30], 99, *PROMPT[31:]]
+    computed = count_positions(engine)
+    answer = session.generate(changed, GREEDY)
+    assert computed[0] == 10
+    assert answer.tokens == engine.session().generate(changed, GREEDY).tokens
+
+
+def test_the_same_prompt_again_computes_its_last_token_alone(engine: Engine) -> None:
+    session = engine.session()
+    first = session.generate(PROMPT, GREEDY)
+    computed = count_positions(engine)
+    assert session.generate(PROMPT, GREEDY).tokens == first.tokens
+    assert computed[0] == 1
+
+
+def test_clearing_forgets(engine: Engine) -> None:
+    session = engine.session()
+    session.generate(PROMPT, GREEDY)
+    session.clear()
+    assert session.cached_tokens == 0
+    computed = count_positions(engine)
+    session.generate(PROMPT, GREEDY)
+    assert computed[0] == 40
+
+
+def test_a_prompt_in_pieces_gives_the_same_tokens(tiny: str, engine: Engine) -> None:
+    whole = engine.session().generate(PROMPT, GREEDY)
+    object.__setattr__(engine.plan, "prefill_tokens", 16)
+    computed = count_positions(engine)
+    session = engine.session()
+    assert session.generate(PROMPT, GREEDY).tokens == whole.tokens
+    assert computed[:3] == [16, 16, 8]
+    assert session.cached_tokens == 49
+
+
+def test_a_seed_makes_sampling_repeatable(engine: Engine) -> None:
+    def sample(seed: int) -> tuple[int, ...]:
+        return engine.session().generate(PROMPT, Sampling(max_tokens=20, temperature=1.5, seed=seed)).tokens
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_top_k_of_one_is_greedy(engine: Engine) -> None:
+    greedy = engine.session().generate(PROMPT, GREEDY).tokens
+    sampled = engine.session().generate(PROMPT, Sampling(max_tokens=10, temperature=2.0, top_k=1, seed=5)).tokens
+    assert sampled == greedy
+
+
+def test_a_stop_token_ends_the_answer(engine: Engine) -> None:
+    tokens = engine.session().generate(PROMPT, GREEDY).tokens
+    engine.generation_config.eos_token_id = [tokens[4]]
+    stopped = engine.session().generate(PROMPT, GREEDY)
+    first = tokens.index(tokens[4])
+    assert stopped.tokens == tokens[: first + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_tokens_are_handed_on_one_by_one(engine: Engine) -> None:
+    seen: list[int] = []
+    completion = engine.session().generate(PROMPT, GREEDY, on_token=seen.append)
+    assert tuple(seen) == completion.tokens
+    assert completion.finish_reason == "length"
+
+
+def test_stopping_keeps_what_was_said_and_the_session_goes_on(engine: Engine) -> None:
+    seen: list[int] = []
+    session = engine.session()
+    completion = session.generate(PROMPT, GREEDY, on_token=seen.append, should_stop=lambda: len(seen) == 2)
+    assert completion.finish_reason == "interrupted"
+    assert completion.tokens == tuple(seen)
+    assert len(seen) == 3
+    more = session.generate([*PROMPT, *seen], GREEDY)
+    assert more.tokens == engine.session().generate([*PROMPT, *seen], GREEDY).tokens
+
+
+def test_stopping_in_a_prompt_ends_at_the_next_layer(engine: Engine) -> None:
+    session = engine.session()
+    asked = iter([False, True])
+    completion = session.generate(PROMPT, GREEDY, should_stop=lambda: next(asked))
+    assert completion.tokens == ()
+    assert completion.finish_reason == "interrupted"
+    assert session.cached_tokens == 0
+    assert session.generate(PROMPT, GREEDY).tokens == engine.session().generate(PROMPT, GREEDY).tokens
+
+
+def test_the_context_is_kept(engine: Engine) -> None:
+    full = engine.session().generate(PROMPT, Sampling(temperature=0))
+    assert (len(full.tokens), full.finish_reason) == (128 - 40, "length")
+    with pytest.raises(UsageError, match="has 128 tokens and the context holds 128"):
+        engine.session().generate(PROMPT * 3 + PROMPT[:8], GREEDY)
+
+
+def test_an_empty_prompt_is_refused(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="nothing to continue"):
+        engine.session().generate([], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -2}, {"max_tokens": 0}, {"seed": -1}, {"top_p": float("nan")}],
+)
+def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        Sampling(**bad)  # type: ignore[arg-type]
+
+
+def test_times_are_taken(engine: Engine) -> None:
+    stats = engine.session().generate(PROMPT, GREEDY).stats
+    assert 0 < stats.ttft_s < 60
+    assert 0 < stats.tpot_s < 60
+    assert stats.decode_tokens_per_s == pytest.approx(1 / stats.tpot_s)
+    assert stats.prefill_tokens_per_s == pytest.approx(40 / stats.ttft_s)

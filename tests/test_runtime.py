@@ -1,0 +1,172 @@
+"""What a step does to cache and disk: reads nothing twice, spares what decoding uses, and survives every failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeinf
+from families import make_checkpoint
+from moeinf.engine import Engine
+from moeinf.errors import IntegrityError, MoeinfError
+from moeinf.manifest import expert_path
+from moeinf.pull import pull
+from moeinf.store import Store
+from readers import FailingReader, RecordingReader, use_reader
+
+GREEDY = moeinf.Sampling(max_tokens=12, temperature=0)
+PROMPT = torch.randint(5, 100, (200,), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+@pytest.fixture(scope="module")
+def wide_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`wide`: 3 layers of 32 experts, 2 per token, so that a long prompt asks for more experts than there are slots."""
+    from families import FAMILIES
+
+    folder = tmp_path_factory.mktemp("wide")
+    original = FAMILIES["qwen3_moe"]
+
+    def widened() -> Any:
+        config = original()
+        config.num_local_experts, config.num_hidden_layers, config.mlp_only_layers = 32, 3, []
+        return config
+
+    FAMILIES["qwen3_moe"] = widened
+    try:
+        make_checkpoint("qwen3_moe", folder / "checkpoint")
+    finally:
+        FAMILIES["qwen3_moe"] = original
+    pull(str(folder / "checkpoint"), store=Store(folder / "home"), name="wide")
+    return folder / "home"
+
+
+@pytest.fixture
+def wide(wide_home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MOEINF_HOME", str(wide_home))
+    return "wide"
+
+
+def run(engine: Engine, prompt: list[int] | None = None) -> tuple[int, ...]:
+    engine.generation_config.eos_token_id = None
+    return engine.session().generate(prompt or PROMPT, GREEDY).tokens
+
+
+def resident(engine: Engine) -> set[int]:
+    return {expert for expert in range(engine.manifest.num_experts) if engine.runtime.cache.is_resident(expert)}
+
+
+@pytest.mark.parametrize("experts", ["2", "10", "30", "96"])
+def test_a_long_prompt_reads_each_expert_once_at_most(wide: str, experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = use_reader(monkeypatch, RecordingReader)
+    with moeinf.load(wide, experts=experts) as engine, torch.inference_mode():
+        engine.model(torch.tensor([PROMPT]))
+        fetched = readers[-1].fetched
+        assert len(fetched) == len(set(fetched)) > 60
+        assert engine.runtime.prefill.misses == len(fetched)
+        assert engine.runtime.decode.requests == 0
+
+
+def test_a_long_prompt_leaves_what_decoding_uses(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeinf.runtime.STREAM_BYTES", 1)
+    with moeinf.load(wide, experts="48") as engine:
+        run(engine, PROMPT[:3])
+        for start in range(0, 150, 3):  # fill the cache with what decoding asks for
+            run(engine, PROMPT[start : start + 3])
+        before = resident(engine)
+        assert len(before) == 48
+        with torch.inference_mode():
+            engine.model(torch.tensor([PROMPT]))
+        window, last_token = 2 + 1, 3 * 2
+        assert len(before - resident(engine)) <= window + last_token
+
+
+def test_a_prompt_leaves_its_last_token_s_experts_behind(wide: str) -> None:
+    with moeinf.load(wide, experts="12") as engine, torch.inference_mode():
+        chosen: list[int] = []
+        forward = engine.runtime.forward
+
+        def spy(layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            chosen.extend(layer * 32 + expert for expert in index[-1].tolist())
+            return forward(layer, hidden, index, weights)
+
+        engine.runtime.forward = spy  # type: ignore[assignment,method-assign]
+        engine.model(torch.tensor([PROMPT]))
+        assert len(set(chosen)) == 6
+        assert set(chosen) <= resident(engine)
+
+
+def test_a_missing_expert_is_named_and_the_engine_goes_on(wide: str, wide_home: Path) -> None:
+    with moeinf.load(wide, experts="8") as engine:
+        tokens = run(engine)
+        path = wide_home / "models/wide" / expert_path(1, 5)
+        os.rename(path, path.with_suffix(".away"))
+        try:
+            with pytest.raises(IntegrityError, match=r"L001/E005\.safetensors is missing"):
+                run(engine)
+        finally:
+            os.rename(path.with_suffix(".away"), path)
+        engine.runtime.cache.check_integrity()
+        assert run(engine) == tokens
+
+
+def test_every_read_may_fail_once(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The N-th expert's file cannot be read, N = 0, 1, 2 … until nothing fails: each time an error with the path, then
+    all is well.
+    """
+    readers = use_reader(monkeypatch, FailingReader)
+    with moeinf.load(wide, experts="6") as engine:
+        short = PROMPT[:4]
+        expected = run(engine, short)
+        reader = readers[-1]
+        messages: list[tuple[str, str]] = []
+        for number in range(0, 1000, 7):
+            reader.fail_at, reader.failed_path = number, None
+            try:
+                tokens = run(engine, short)
+            except MoeinfError as error:
+                messages.append((str(reader.failed_path), str(error)))
+            else:
+                assert tokens == expected
+                break
+            finally:
+                reader.fail_at, reader.failed_path = None, None
+            engine.runtime.cache.check_integrity()
+            assert all(count == 0 for count in engine.runtime.cache._leases)
+            assert run(engine, short) == expected
+        assert len(messages) > 5
+        assert all(message == f"{path} cannot be read: Input/output error" for path, message in messages)
+        assert reader.fail_at is None
+
+
+def test_an_interrupt_in_the_maths_leaves_no_lease(wide: str) -> None:
+    with moeinf.load(wide, experts="8") as engine:
+        expected = run(engine)
+        maths = engine.runtime._maths[1]
+
+        def interrupted(*_: object) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        maths.expert = interrupted  # type: ignore[method-assign,assignment]
+        with pytest.raises(KeyboardInterrupt):
+            run(engine)
+        del maths.expert
+        assert all(count == 0 for count in engine.runtime.cache._leases)
+        engine.runtime.cache.check_integrity()
+        assert run(engine) == expected
+
+
+def test_counters_tell_what_happened(wide: str) -> None:
+    with moeinf.load(wide, experts="100%") as engine:
+        engine.generation_config.eos_token_id = None
+        first = engine.session().generate(PROMPT, GREEDY).stats
+        again = engine.session().generate(PROMPT, GREEDY).stats
+    per_token = 3 * 2
+    assert first.experts.decode_requests == again.experts.decode_requests == 11 * per_token
+    assert first.experts.hits + first.experts.misses == first.experts.requests
+    assert first.bytes.disk_to_host == first.experts.misses * engine.manifest.layout.nbytes > 0
+    assert (again.experts.misses, again.experts.hit_rate, again.bytes.disk_to_host) == (0, 1.0, 0)
+    assert again.stall_s == 0
