@@ -1,4 +1,6 @@
-"""Check the documents: every relative link leads somewhere, every code fence is closed, every heading is unique in its file."""
+"""Check the documents: every relative link leads somewhere, every code fence is closed, every heading is unique in its
+file.
+"""
 
 from __future__ import annotations
 

@@ -69,6 +69,19 @@ def test_what_passes_through_leaves_the_others_where_they_are() -> None:
     assert [cache.is_resident(expert) for expert in range(4)] == [False, True, True, True]
 
 
+def test_lent_slots_are_out_of_use_until_given_back() -> None:
+    cache = make_cache(4)
+    fill(cache, 0, 1, 2)
+    cache.acquire(1)
+    assert sorted(cache.lend(9)) == [0, 2, 3]
+    cache.check_integrity()
+    assert (cache.num_free, cache.num_resident) == (0, 1)
+    assert cache.acquire(5) is None
+    cache.give_back([0, 2])
+    cache.check_integrity()
+    assert cache.acquire(5) is not None
+
+
 def test_ending_a_lease_that_is_none_is_a_bug() -> None:
     cache = make_cache(1)
     fill(cache, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -74,7 +75,7 @@ def test_clearing_forgets(engine: Engine) -> None:
 
 def test_a_prompt_in_pieces_gives_the_same_tokens(tiny: str, engine: Engine) -> None:
     whole = engine.session().generate(PROMPT, GREEDY)
-    object.__setattr__(engine.plan, "prefill_tokens", 16)
+    engine.plan = dataclasses.replace(engine.plan, step_tokens=16, token_workspace=1 << 40)
     computed = count_positions(engine)
     session = engine.session()
     assert session.generate(PROMPT, GREEDY).tokens == whole.tokens

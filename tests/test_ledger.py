@@ -11,7 +11,7 @@ from moeinf.ledger import MemoryPlan, ModelShape, make_plan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
 MIB = 1 << 20
-SHAPE = ModelShape(hidden=1024, widest=2048, vocabulary=32000, score_heads=0, dtype_bytes=2)
+SHAPE = ModelShape(hidden=1024, widest=2048, vocabulary=32000, score_heads=0)
 
 
 def make_manifest(*, layers: int = 16, experts: int = 64, top_k: int = 8, dense: int = 200 * MIB) -> Manifest:
@@ -55,14 +55,15 @@ def test_random_machines_never_exceed_their_budget() -> None:
             continue
         assert made.total <= made.budget < available
         assert 8 <= made.slots <= manifest.num_experts
-        assert 1 <= made.prefill_tokens <= made.context <= manifest.max_context
+        assert 1 <= made.context <= manifest.max_context
+        assert made.step_tokens <= made.prefill_tokens(0) <= made.prefill_tokens(made.slots)
         assert made.dense == manifest.dense_bytes
         assert made.kv_cache == made.context * manifest.kv_token_bytes
-    assert 0 < refused < 250
+    assert 0 < refused < 300
 
 
 def test_more_memory_never_means_fewer_slots() -> None:
-    slots = [plan(available * MIB).slots for available in range(500, 6000, 100)]
+    slots = [plan(available * MIB).slots for available in range(700, 6000, 100)]
     assert slots == sorted(slots)
     assert slots[-1] == 1024
 
@@ -73,6 +74,19 @@ def test_the_budget_that_is_named_would_do() -> None:
     assert caught.value.hint is not None
     named = caught.value.hint.split()[3]
     assert plan(4000 * MIB, host_memory=named, context=4096).slots >= 8
+
+
+def test_a_long_step_borrows_from_slots_what_the_budget_cannot_spare() -> None:
+    roomy = plan(8000 * MIB, experts="100")
+    assert roomy.lent_slots(2048) == 0
+    tight = plan(8000 * MIB, host_memory="1GiB")
+    assert tight.lent_slots(tight.step_tokens) == 0
+    for tokens in (128, 1024, 2048):
+        lent = tight.lent_slots(tokens) * tight.slot_bytes
+        assert tight.total - lent + (tokens - tight.step_tokens) * tight.token_workspace <= tight.budget
+    assert tight.prefill_tokens(0) == tight.step_tokens
+    assert tight.prefill_tokens(tight.lent_slots(512)) == 512
+    assert tight.prefill_tokens(tight.slots) == 2048
 
 
 def test_options_are_kept() -> None:

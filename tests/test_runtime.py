@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,36 @@ def test_a_long_prompt_leaves_what_decoding_uses(wide: str, monkeypatch: pytest.
             engine.model(torch.tensor([PROMPT]))
         window, last_token = 2 + 1, 3 * 2
         assert len(before - resident(engine)) <= window + last_token
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_long_prompt_borrows_slots_and_gives_them_back(wide: str, fails: bool) -> None:
+    with moeinf.load(wide, experts="20", context=256) as engine:
+        nothing_to_spare = str(engine.plan.total)
+    with moeinf.load(wide, experts="20", context=256, host_memory=nothing_to_spare) as engine:
+        runtime, lent = engine.runtime, []
+        lend = runtime.lend
+
+        def spy(count: int) -> None:
+            lend(count)
+            lent.append(count)
+            runtime.cache.check_integrity()
+
+        def interrupted(*_: object) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        runtime.lend = spy  # type: ignore[method-assign]
+        if fails:
+            runtime._maths[1].expert = interrupted  # type: ignore[method-assign,assignment]
+        assert engine.plan.lent_slots(200) > 20
+        with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext(), torch.inference_mode():
+            engine.model(torch.tensor([PROMPT]))
+        assert lent == [18]
+        if fails:
+            del runtime._maths[1].expert
+            run(engine, PROMPT[:1])
+        assert runtime.cache.num_free + runtime.cache.num_resident == 20
+        runtime.cache.check_integrity()
 
 
 def test_a_prompt_leaves_its_last_token_s_experts_behind(wide: str) -> None:

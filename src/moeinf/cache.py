@@ -61,6 +61,7 @@ class ExpertCache:
         self._leases: list[int] = [0] * num_slots
         self._loading: set[int] = set()
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
+        self._lent: set[int] = set()
 
     def slot(self, expert: int) -> int | None:
         """The slot that holds, or is about to hold, `expert`; None if it is absent."""
@@ -73,7 +74,7 @@ class ExpertCache:
 
     @property
     def num_resident(self) -> int:
-        return self.num_slots - len(self._free) - len(self._loading)
+        return self.num_slots - len(self._free) - len(self._lent) - len(self._loading)
 
     @property
     def num_free(self) -> int:
@@ -125,13 +126,25 @@ class ExpertCache:
         assert self._leases[slot] > 0, f"expert {expert} is not leased"
         self._leases[slot] -= 1
 
+    def lend(self, count: int) -> list[int]:
+        """Take up to `count` slots out of use, empty ones first, then those that the policy would evict."""
+        slots = [slot for slot in (self._take_slot() for _ in range(count)) if slot is not None]
+        self._lent.update(slots)
+        return slots
+
+    def give_back(self, slots: list[int]) -> None:
+        """Take lent slots into use again, empty."""
+        self._lent.difference_update(slots)
+        self._free += slots
+
     def check_integrity(self) -> None:
         """Raise AssertionError if the tables contradict each other. For tests: it walks everything."""
         held = {expert: slot for expert, slot in enumerate(self._slot_of) if slot >= 0}
         assert len(set(held.values())) == len(held), "two experts share a slot"
         assert all(self._expert_in[slot] == expert for expert, slot in held.items()), "a slot forgot its expert"
-        assert sorted(self._free) == [slot for slot, expert in enumerate(self._expert_in) if expert < 0], "free list"
-        assert len(held) + len(self._free) == self.num_slots, "slots were lost"
+        empty = [slot for slot, expert in enumerate(self._expert_in) if expert < 0]
+        assert sorted([*self._free, *self._lent]) == empty, "free list"
+        assert len(held) + len(empty) == self.num_slots, "slots were lost"
         assert self._loading <= held.keys(), "an expert is loading into no slot"
         assert all(count >= 0 for count in self._leases), "a lease was ended twice"
         assert all(self._leases[slot] == 0 for slot in self._free), "a free slot is leased"

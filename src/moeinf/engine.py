@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +38,11 @@ from .transfer import Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up
 
 __all__ = ["Engine", "load"]
+
+_PROGRAM_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+"""torch (through ideep) and oneDNN keep a program of 0.3 MB each for every shape of matrix product they met, 1024 of
+them by default, and an expert meets another shape for each number of tokens. This many are kept without a loss in speed
+(docs/experiments.md). Read by them at the first matrix product, so what runs before `load` may use their defaults."""
 
 READERS = 8
 """Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
@@ -164,6 +170,8 @@ def load(
 
 def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engine:
     begin = time.perf_counter()
+    for variable, capacity in _PROGRAM_CACHES.items():
+        os.environ.setdefault(variable, capacity)
     manifest, folder = stored.manifest, stored.path
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -195,7 +203,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         pool=SlotPool(manifest.layout, plan.slots),
         reader=reader,
     )
-    hooks.attach(modules, model, runtime)
+    hooks.attach(modules, model, runtime, plan)
     return Engine(
         manifest,
         plan,
@@ -237,7 +245,6 @@ def _shape(manifest: Manifest, config: PreTrainedConfig, model_class: type[PreTr
         widest=max(widest, getattr(text, "intermediate_size", None) or 0),
         vocabulary=text.vocab_size,
         score_heads=max(layer.num_attention_heads for layer in text.per_layer_config) if holds_scores else 0,
-        dtype_bytes=getattr(torch, manifest.dtype).itemsize,
     )
 
 

@@ -8,8 +8,8 @@
     ├── HubError               6    network or permission at the hub
     └── UnsupportedError       7    moeinf cannot do this with this model, or refuses to for safety
 
-The class is chosen by what the caller does next. A message says what failed and on what; `hint` says what to do about it,
-as a command to paste where there is one. An interrupt is no error: it stays KeyboardInterrupt (exit code 130).
+The class is chosen by what the caller does next. A message says what failed and on what; `hint` says what to do about
+it, as a command to paste where there is one. An interrupt is no error: it stays KeyboardInterrupt (exit code 130).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
 
@@ -79,8 +80,23 @@ def load_dense_model(
     return model
 
 
-def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime) -> None:
-    """Let `runtime` compute the experts of `modules`, one per MoE layer in order, whenever `model` runs."""
+def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime, plan: MemoryPlan) -> None:
+    """Let `runtime` compute the experts of `modules`, one per MoE layer in order, whenever `model` runs.
+
+    A step of more tokens than the plan's workspace has room for borrows the memory of slots while it lasts.
+    """
+
+    def borrow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime.take_back()  # after a KeyboardInterrupt torch does not call give_back
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is not None and tokens.numel() > plan.step_tokens:
+            runtime.lend(min(plan.lent_slots(tokens.numel()), plan.slots - 2))
+
+    def give_back(*_: Any) -> None:
+        runtime.take_back()
+
+    model.register_forward_pre_hook(borrow, with_kwargs=True)
+    model.register_forward_hook(give_back, always_call=True)
     for layer, module in enumerate(modules):
         module.moeinf = (runtime, layer)  # type: ignore[assignment]  # a plain attribute, not a submodule
     model.set_experts_implementation(_NAME)

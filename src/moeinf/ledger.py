@@ -21,10 +21,13 @@ Regime = Literal["resident", "streaming"]
 _PAGE = 4096
 _MOST_RESERVE_BYTES = 1024 * MIB
 """Left free for everybody else when no budget is given: this, or a tenth of what is available if that is less."""
-_WORKSPACE_BYTES = 96 * MIB
+_WORKSPACE_BYTES = 128 * MIB
 _DEFAULT_CONTEXT = 4096
-_PREFILL_TOKENS = (1024, 512, 256, 128, 64, 32)
-"""How many prompt tokens go through the model at once: the first of these whose workspace leaves room for the slots."""
+_STEP_TOKENS = 64
+"""The workspace has room for this many tokens at once, always."""
+_PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
+"""A long prompt goes through the model in pieces of one of these, for which slots lend their memory: each piece
+may have to read every expert, so a quarter of the pieces is a quarter of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,13 @@ class ModelShape:
     widest: int
     vocabulary: int
     score_heads: int
-    dtype_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What goes where, in bytes; `slots` experts of `slot_bytes`; `prefill_tokens` of a prompt at once; `context`
-    tokens at most.
+    """What goes where, in bytes; `slots` experts of `slot_bytes`; `context` tokens at most.
 
+    `workspace` serves steps of up to `step_tokens` tokens; each token more takes `token_workspace`, which slots lend.
     `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds nothing twice.
     """
 
@@ -52,12 +54,13 @@ class MemoryPlan:
     dense: int
     kv_cache: int
     workspace: int
+    token_workspace: int
     slots: int
     slot_bytes: int
     all_experts: int
     token_experts: int
     context: int
-    prefill_tokens: int
+    step_tokens: int = _STEP_TOKENS
 
     @property
     def experts(self) -> int:
@@ -70,6 +73,16 @@ class MemoryPlan:
     @property
     def regime(self) -> Regime:
         return "resident" if self.slots >= self.all_experts else "streaming"
+
+    def lent_slots(self, tokens: int) -> int:
+        """Slots that have to lend their memory to a step of `tokens` tokens, past what the budget has to spare."""
+        needed = max(0, tokens - self.step_tokens) * self.token_workspace - (self.budget - self.total)
+        return -(-max(0, needed) // self.slot_bytes)
+
+    def prefill_tokens(self, lendable_slots: int) -> int:
+        """How many tokens of a prompt go through the model at once, when so many slots can be lent."""
+        fitting = (tokens for tokens in _PREFILL_TOKENS if self.lent_slots(tokens) <= lendable_slots)
+        return next(fitting, self.step_tokens)
 
     @property
     def thrashes(self) -> bool:
@@ -102,14 +115,11 @@ def make_plan(
     tokens = _context(manifest, context, budget)
     kv_cache = manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes
 
+    token_workspace = _token_workspace(manifest, shape, tokens)
+    workspace = _base_workspace(manifest, shape, tokens) + _STEP_TOKENS * token_workspace
     needed = (wanted_slots or fewest_slots) * slot_bytes
-    for prefill_tokens in _PREFILL_TOKENS:
-        workspace = _workspace(manifest, shape, min(prefill_tokens, tokens), tokens)
-        left = budget - dense - kv_cache - workspace
-        # A long prompt in one piece reads each expert once, but slots serve every token: it gets a share at most.
-        if left >= needed and (prefill_tokens == _PREFILL_TOKENS[-1] or workspace <= _WORKSPACE_BYTES + left // 8):
-            break
-    else:
+    left = budget - dense - kv_cache - workspace
+    if left < needed:
         least = dense + kv_cache + workspace + needed
         raise CapacityError(
             f"the model needs {format_bytes(least)}: {format_bytes(dense)} of dense weights, {format_bytes(kv_cache)}"
@@ -123,12 +133,12 @@ def make_plan(
         dense=dense,
         kv_cache=kv_cache,
         workspace=workspace,
+        token_workspace=token_workspace,
         slots=wanted_slots or min(manifest.num_experts, left // slot_bytes),
         slot_bytes=slot_bytes,
         all_experts=manifest.num_experts,
         token_experts=manifest.token_experts,
         context=tokens,
-        prefill_tokens=min(prefill_tokens, tokens),
     )
 
 
@@ -170,12 +180,17 @@ def _context(manifest: Manifest, asked: int | None, budget: int) -> int:
     return min(tokens, manifest.max_context)
 
 
-def _workspace(manifest: Manifest, shape: ModelShape, tokens: int, context: int) -> int:
-    """Bytes of activations for `tokens` at once: hidden states and the widest inner layer with their copies, the rows
-    of the experts until they are added up, attention scores where they are held whole, logits of one token. The
-    factors were measured (docs/experiments.md)."""
+def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
+    """Bytes of activations per token of a step: hidden states and the widest inner layer with their copies, the rows of
+    the experts until they are added up, its row of the mask, attention scores where they are held whole. The factors
+    were measured (docs/experiments.md).
+    """
     top_k = max(layer.top_k for layer in manifest.layers)
-    rows = tokens * (8 * shape.hidden + 4 * shape.widest + top_k * shape.hidden) * max(shape.dtype_bytes, 4)
-    scores = shape.score_heads * tokens * context * 8
-    logits = shape.vocabulary * 4 * 6
-    return _WORKSPACE_BYTES + rows + scores + logits
+    rows = (2 * top_k * shape.hidden + 20 * shape.hidden + 10 * shape.widest) * 4
+    return rows + (shape.score_heads + 1) * context * 8
+
+
+def _base_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
+    """Bytes that any step takes: programs of matrix products, one layer's KV cache while it grows, logits."""
+    growth = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
+    return _WORKSPACE_BYTES + growth + shape.vocabulary * 4 * 6

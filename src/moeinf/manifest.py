@@ -75,7 +75,9 @@ class ExpertLayout:
 
 @dataclass(frozen=True, slots=True)
 class MoeLayer:
-    """One MoE layer: the name of its experts module in the transformers model, its experts, and how many a token asks for."""
+    """One MoE layer: the name of its experts module in the transformers model, its experts, and how many a token asks
+    for.
+    """
 
     module: str
     num_experts: int
@@ -100,9 +102,10 @@ class Source:
 class Manifest:
     """See docs/store-format.md for every field.
 
-    `dtype` is the dtype of the model's maths; `precision` says what the weights were released in ("bfloat16",
-    "mxfp4 expanded to bfloat16", …). `kv_token_bytes` and `kv_fixed_bytes` are what one token of context and what a
-    conversation of any length add to the KV cache. `files` maps relative paths to sizes and hashes, all files but the manifest.
+    `dtype` is the dtype of the model's maths; `precision` says what the weights were released in ("bfloat16", "mxfp4
+    expanded to bfloat16", …). `kv_token_bytes` and `kv_fixed_bytes` are what one token of context and what a
+    conversation of any length add to the KV cache. `files` maps relative paths to sizes and hashes, all files but the
+    manifest.
     """
 
     source: Source
@@ -143,7 +146,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what `to_json` wrote. Raises IntegrityError if it is no manifest, UnsupportedError if it is a newer one."""
+        """Read what `to_json` wrote. Raises IntegrityError if it is no manifest, UnsupportedError if it is a newer
+        one.
+        """
         try:
             raw = json.loads(text)
             if raw["schema"] != SCHEMA:

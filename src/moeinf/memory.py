@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from .units import KIB
 
-__all__ = ["available_bytes", "cgroup_headrooms", "peak_rss_bytes", "rss_bytes"]
+__all__ = ["available_bytes", "cgroup_headrooms", "peak_rss_bytes", "return_free_memory", "rss_bytes"]
 
 _GROUPS = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
-    """Bytes that this process may still take without pushing others out: free memory, or less under a cgroup's limit.
-    """
+    """Bytes that this process may still take without pushing others out: free memory, or less under a cgroup's limit."""
     rooms = [int(psutil.virtual_memory().available)]
     if _GROUPS.exists():
         rooms += cgroup_headrooms(_GROUPS.read_text(encoding="utf-8"))
@@ -35,6 +36,21 @@ def peak_rss_bytes() -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) * KIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it for itself otherwise (glibc)."""
+    _malloc_trim(0)
+
+
+def _find_malloc_trim() -> Callable[[int], object]:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):  # another C library
+        return lambda _: None
+
+
+_malloc_trim = _find_malloc_trim()
 
 
 def cgroup_headrooms(groups: str, root: Path = Path("/sys/fs/cgroup")) -> list[int]:

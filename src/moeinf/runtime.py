@@ -19,6 +19,7 @@ import torch
 from .cache import CacheCounters, ExpertCache, Outcome
 from .kernels import ExpertMaths, route
 from .manifest import Manifest, expert_path
+from .memory import return_free_memory
 from .transfer import Arrival, Reader, SlotPool
 
 __all__ = ["ExpertRuntime", "StepStopped"]
@@ -29,9 +30,13 @@ all slots.
 """
 
 
+MANY_TOKENS = 32
+"""Steps of this many tokens leave holes in the heap that add up to more than all activations, unless they are returned
+(docs/experiments.md). It takes 2 to 5 ms per layer."""
+
+
 class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
-    """A forward pass was given up between two layers because `should_stop` said so; the KV cache is then half written.
-    """
+    """A forward pass was given up between two layers because `should_stop` said so; the KV cache is then half written."""
 
 
 @dataclass(slots=True)
@@ -66,6 +71,7 @@ class ExpertRuntime:
     ) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
+        self._lent: list[int] = []
         self.cache = cache
         self._pool = pool
         self._reader = reader
@@ -80,6 +86,23 @@ class ExpertRuntime:
 
     def reset_counters(self) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
+
+    @property
+    def lendable_slots(self) -> int:
+        """Slots whose memory a long prompt should borrow at most: the empty ones, and a quarter of the others."""
+        empty = self.cache.num_free
+        return empty + (self.cache.num_slots - empty) // 4
+
+    def lend(self, count: int) -> None:
+        """Take `count` slots out of use, and give their memory to whoever needs it, until `take_back`."""
+        self._lent = self.cache.lend(count)
+        for slot in self._lent:
+            self._pool.release(slot)
+
+    def take_back(self) -> None:
+        """Use all slots again. Harmless when none is lent."""
+        self.cache.give_back(self._lent)
+        self._lent = []
 
     def close(self) -> None:
         self._reader.close()
@@ -146,6 +169,8 @@ class ExpertRuntime:
                     total.index_add_(0, requests[expert][0], rows.pop(expert))
         finally:
             step.end()
+        if len(hidden) >= MANY_TOKENS:
+            return_free_memory()
         return total.to(hidden.dtype)
 
     # What a step does to the cache, the slots and the readers.

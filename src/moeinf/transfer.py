@@ -60,6 +60,10 @@ class SlotPool:
         """The slot's bytes as the expert's tensors by name: views, valid for as long as the expert is leased."""
         return self._tensors[slot]
 
+    def release(self, slot: int) -> None:
+        """Give the slot's memory back to the system until it is next written to; its bytes are lost."""
+        self._buffer.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+
     def _views(self, layout: ExpertLayout, start: int) -> SlotTensors:
         return {
             spec.name: torch.frombuffer(

@@ -1,0 +1,115 @@
+"""What `run` and `chat` share: a loaded engine, Ctrl-C while it answers, and what is said after an answer."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import moeinf
+from moeinf.store import Store
+from moeinf.units import format_bytes, format_seconds
+
+from .options import EngineFlags, SamplingFlags
+from .output import Output
+
+if TYPE_CHECKING:
+    from moeinf.engine import Engine
+    from moeinf.generation import Completion, Sampling
+    from moeinf.ledger import MemoryPlan
+    from moeinf.stats import Stats
+
+__all__ = ["Interrupts", "describe_cut", "describe_plan", "describe_stats", "open_engine"]
+
+_TWICE_S = 1.0
+
+
+class Interrupts:
+    """Ctrl-C as a person means it: once, stop the answer; twice within a second, leave."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = -math.inf
+
+    def press(self) -> bool:
+        """Take note of a Ctrl-C; whether it is the second within a second."""
+        before, self._last = self._last, self._clock()
+        return self._last - before <= _TWICE_S
+
+    @contextmanager
+    def watch(self) -> Iterator[Callable[[], bool]]:
+        """While this is open, the first Ctrl-C makes the given function true and the second raises KeyboardInterrupt.
+
+        A process that was started to ignore Ctrl-C goes on ignoring it.
+        """
+        stopping = False
+
+        def stop(_signal: int, _frame: FrameType | None) -> None:
+            nonlocal stopping
+            if self.press() or stopping:
+                raise KeyboardInterrupt
+            stopping = True
+
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, stop)
+        try:
+            yield lambda: stopping
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def open_engine(
+    model: str, engine_flags: EngineFlags, sampling_flags: SamplingFlags, output: Output
+) -> Iterator[tuple[str, Engine, Sampling]]:
+    """The stored name of `model`, its engine, and how to sample. Warns when the cache is too small to help."""
+    name = Store().resolve(model).name
+    options = engine_flags.resolve()
+    with output.busy(f"loading {name}"):
+        sampling = sampling_flags.resolve()
+        engine = moeinf.load(name, **asdict(options))
+    with engine:
+        plan = engine.plan
+        if plan.thrashes:
+            output.warn(
+                f"{plan.slots} experts fit and one token asks for {plan.token_experts}: hardly any is found in memory"
+                f" (--experts {plan.token_experts} would help)"
+            )
+        yield name, engine, sampling
+
+
+def describe_plan(plan: MemoryPlan) -> str:
+    """Which regime the engine is in."""
+    if plan.regime == "resident":
+        return f"all {plan.all_experts:,} experts in memory"
+    return f"{plan.slots:,} of {plan.all_experts:,} experts in memory, the others are read from disk when asked for"
+
+
+def describe_stats(stats: Stats) -> list[str]:
+    """What an answer cost, in lines."""
+    experts = stats.experts
+    times = (
+        f"time to first token {format_seconds(stats.ttft_s)} · prompt {stats.prefill_tokens_per_s:.1f} tokens/s"
+        f" · answer {stats.decode_tokens_per_s:.1f} tokens/s"
+    )
+    return [
+        times if stats.ttft_s else "no token was made",
+        f"expert hit rate {experts.hit_rate:.1%} of {experts.decode_requests:,} in {experts.slots:,} host slots"
+        f" · disk to host {format_bytes(stats.bytes.disk_to_host)}"
+        f" · host to device {format_bytes(stats.bytes.host_to_device)} · stalled {format_seconds(stats.stall_s)}",
+    ]
+
+
+def describe_cut(completion: Completion, sampling: Sampling, context: int) -> str | None:
+    """Why an answer ends in the middle and what to do, or None if it does not."""
+    if completion.finish_reason != "length":
+        return None
+    if len(completion.tokens) == sampling.max_tokens:
+        return f"the answer was cut at {sampling.max_tokens} tokens; --max-tokens sets that"
+    return f"the answer was cut where the context of {context} tokens was full; --context sets that"

@@ -1,0 +1,1030 @@
+"""The command line as transcripts: what is typed, all that comes back, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import moeinf
+from cli_fakes import STATS, FakeEngine, make_byte_tokenizer, store_model
+from cli_terminal import CTRL_C, CTRL_D, Terminal
+from cli_transcripts import CommandLine
+from families import make_checkpoint
+from moeinf.chat import complete
+from moeinf.errors import CapacityError, HubError, IntegrityError, MoeinfError, UnsupportedError, UsageError
+from moeinf.manifest import Source, expert_path
+from moeinf.origins import Download
+from moeinf.pull import PullPlan
+from moeinf.settings import EngineOptions
+from moeinf.store import Store
+from moeinf.units import format_bytes
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    return CommandLine(tmp_path / "home", monkeypatch)
+
+
+@pytest.fixture
+def stored(cli: CommandLine) -> CommandLine:
+    """A command line whose store has a model."""
+    store_model(cli.home)
+    return cli
+
+
+@pytest.fixture
+def engine(stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """What the stored model is loaded as."""
+    fake = FakeEngine()
+    monkeypatch.setitem(vars(moeinf), "load", lambda name, **options: fake)
+    return fake
+
+
+def damage(home: Path) -> None:
+    (home / "models/tiny" / expert_path(0, 1)).write_bytes(b"")
+    (home / "models/tiny/config.json").write_bytes(b"[]")
+
+
+# What is there
+
+
+def test_list_of_nothing(cli: CommandLine) -> None:
+    cli.check("""
+        $ moeinf list
+        ! no models here yet; moeinf pull SOURCE brings one
+        = 0
+    """)
+
+
+def test_list(stored: CommandLine) -> None:
+    store_model(stored.home, "other", "/home/me/other")
+    stored.check("""
+        $ moeinf list
+        | NAME   ARCHITECTURE     EXPERTS         PRECISION  SIZE      SOURCE
+        | other  TinyForCausalLM  2 x 2/3, top 2  float32    21.8 KiB  /home/me/other
+        | tiny   TinyForCausalLM  2 x 2/3, top 2  float32    21.8 KiB  org/tiny
+        = 0
+    """)
+
+
+def test_list_of_names(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf list -q
+        | tiny
+        = 0
+    """)
+
+
+def test_list_as_json(stored: CommandLine) -> None:
+    stdout, stderr, code = stored.run("list", "--json")
+    assert (stderr, code) == ("", 0)
+    assert json.loads(stdout) == {
+        "schema": 1,
+        "models": [
+            {
+                "name": "tiny",
+                "architecture": "TinyForCausalLM",
+                "model_type": "tiny",
+                "layers": 2,
+                "experts": 5,
+                "token_experts": 4,
+                "dtype": "float32",
+                "precision": "float32",
+                "stored_bytes": Store(stored.home).open("tiny").manifest.stored_bytes,
+                "source": {"repo": "org/tiny", "commit": "c" * 40},
+            }
+        ],
+        "unfinished": [],
+    }
+
+
+def test_list_shows_what_is_damaged_or_unfinished(stored: CommandLine) -> None:
+    (stored.home / "models/tiny/moeinf.json").write_text("{")
+    with Store(stored.home).incoming("half") as incoming:
+        incoming.begin({"source": "org/half"})
+    with pytest.raises(IntegrityError) as caught:
+        Store(stored.home).open("tiny")
+    stored.check(f"""
+        $ moeinf list
+        ! warning: tiny: {caught.value} ({caught.value.hint})
+        ! half is only partly pulled: run its `moeinf pull` again to go on, or `moeinf rm half`
+        = 0
+    """)
+
+
+def test_show(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf show org/tiny
+        | name           tiny
+        | source         org/tiny, commit cccccccccccccccccccccccccccccccccccccccc
+        | architecture   TinyForCausalLM (tiny)
+        | precision      float32, computed in float32
+        | experts        5 (2 x 2/3, top 2)
+        | context        up to 128 tokens
+        | on disk        21.8 KiB in 8 files at HOME/models/tiny
+        |   dense        440 B
+        |   experts      1.25 KiB, 256 B each
+        | KV cache       15.6 KiB per 1,000 tokens
+        | a token reads  4 experts, 1.00 KiB, 80% of them all
+        | license        LICENSE.txt
+        = 0
+    """)
+
+
+def test_show_as_json(stored: CommandLine) -> None:
+    stdout, stderr, code = stored.run("show", "tiny", "--json")
+    assert (stderr, code) == ("", 0)
+    shown = json.loads(stdout)
+    assert shown["schema"] == 1
+    assert shown["path"] == "HOME/models/tiny"
+    assert {key: shown[key] for key in ("dense_bytes", "experts_bytes", "expert_bytes", "token_bytes")} == {
+        "dense_bytes": 440,
+        "experts_bytes": 5 * 256,
+        "expert_bytes": 256,
+        "token_bytes": 4 * 256,
+    }
+
+
+def test_a_model_that_is_not_here(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf show mixtral
+        ! error: mixtral is not pulled
+        ! hint: moeinf pull mixtral
+        = 3
+    """)
+
+
+# Pull
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as the hub would have it, in a folder."""
+    folder = tmp_path_factory.mktemp("hub") / "mix"
+    make_checkpoint("mixtral", folder)
+    return folder
+
+
+def test_pull(cli: CommandLine, checkpoint: Path) -> None:
+    first = cli.run("pull", str(checkpoint), "--name", "mine")
+    size = format_bytes(Store(cli.home).open("mine").manifest.stored_bytes)
+    assert first == (f"mine: MixtralForCausalLM, 2 x 8, top 2, {size}\n", "shard: 165 KiB\n", 0)
+    cli.check(f"""
+        $ moeinf pull {checkpoint} --name mine
+        | mine: MixtralForCausalLM, 2 x 8, top 2, {size}
+        ! mine is here already, from {checkpoint}
+        = 0
+    """)
+
+
+def test_pull_quietly_and_as_json(cli: CommandLine, checkpoint: Path) -> None:
+    assert cli.run("pull", str(checkpoint), "-q") == ("mix\n", "", 0)
+    pulled, stderr, code = cli.run("pull", str(checkpoint), "--force", "--json")
+    assert (json.loads(pulled), code) == (json.loads(cli.run("show", "mix", "--json")[0]), 0)
+    assert stderr.startswith("shard: ")
+
+
+def test_pull_dry_run(cli: CommandLine, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    cli.check(f"""
+        $ moeinf pull {checkpoint} --dry-run
+        | name          mix
+        | source        {checkpoint}
+        | architecture  MixtralForCausalLM
+        | precision     bfloat16
+        | download      nothing
+        | store         165 KiB
+        | disk needed   165 KiB of 954 MiB free
+        = 0
+    """)
+    stdout, stderr, code = cli.run("pull", str(checkpoint), "--dry-run", "--json")
+    assert (stderr, code) == ("", 0)
+    assert json.loads(stdout)["needed_bytes"] == json.loads(stdout)["store_bytes"]
+    assert cli.run("list", "-q") == ("", "", 0)
+
+
+def test_pull_dry_run_of_what_does_not_fit(cli: CommandLine, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    stdout, stderr, code = cli.run("pull", str(checkpoint), "--dry-run", "--json")
+    assert json.loads(stdout)["has_room"] is False
+    assert stderr.startswith("error: mix does not fit\nhint: free ")
+    assert code == 5
+
+
+def test_pull_dry_run_from_the_hub(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = (Download("model-1.safetensors", 3000), Download("model-2.safetensors", 500))
+    plan = PullPlan("big", Source("org/big", "c" * 40), False, files, 4000, 7500, 10_000, is_estimate=True)
+    monkeypatch.setattr("moeinf.cli.models.plan_pull", lambda source, **_: plan if source == "org/big" else None)
+    cli.check("""
+        $ moeinf pull org/big --dry-run
+        | name                   big
+        | source                 org/big
+        | download               3.42 KiB in 2 files
+        |   model-1.safetensors  2.93 KiB
+        |   model-2.safetensors  500 B
+        | store                  about 3.91 KiB
+        | disk needed            about 7.32 KiB of 9.77 KiB free
+        = 0
+    """)
+
+
+def test_pull_of_nothing(cli: CommandLine) -> None:
+    cli.check("""
+        $ moeinf pull mixtrall
+        ! error: 'mixtrall' is no alias, no hub id and no folder
+        ! hint: did you mean mixtral?
+        = 3
+    """)
+
+
+# Rm, verify
+
+
+def test_rm_without_a_terminal_does_not_guess(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf rm tiny
+        ! error: not a terminal, so nobody can answer: remove tiny?
+        ! hint: moeinf rm -y tiny
+        = 2
+    """)
+    assert Store(stored.home).names() == ["tiny"]
+
+
+def test_rm(stored: CommandLine) -> None:
+    store_model(stored.home, "other")
+    stored.check("""
+        $ moeinf rm tiny other tiny -y
+        | removed tiny
+        | removed other
+        = 0
+    """)
+    assert Store(stored.home).names() == []
+
+
+def test_rm_as_json(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf rm -y --json org/tiny
+        | {"schema": 1, "removed": ["tiny"]}
+        = 0
+    """)
+
+
+def test_rm_removes_nothing_when_one_name_is_wrong(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf rm -y tiny tinny
+        ! error: no model is called 'tinny'
+        ! hint: did you mean tiny?
+        = 3
+    """)
+    assert Store(stored.home).names() == ["tiny"]
+
+
+def test_rm_of_damaged_and_unfinished_models(stored: CommandLine) -> None:
+    (stored.home / "models/tiny/moeinf.json").write_text("{")
+    with Store(stored.home).incoming("half") as incoming:
+        incoming.begin({"source": "org/half"})
+    stored.check("""
+        $ moeinf rm -y tiny half
+        | removed tiny
+        | removed half
+        = 0
+    """)
+
+
+def test_verify(stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf verify tiny
+        | tiny: 8 files, 21.8 KiB, all as they were written
+        ! verify tiny: 21.8 KiB
+        = 0
+    """)
+
+
+def test_verify_of_a_damaged_model(stored: CommandLine) -> None:
+    damage(stored.home)
+    stored.check("""
+        $ moeinf verify tiny
+        | config.json: has other bytes than were written
+        | experts/L000/E001.safetensors: 0 B (0 bytes) instead of 4352 bytes
+        ! verify tiny: 21.8 KiB
+        ! error: tiny: 2 files are not as written
+        ! hint: moeinf pull org/tiny --name tiny --force
+        = 4
+    """)
+    stdout, _, code = stored.run("verify", "--json", "tiny")
+    assert code == 4
+    assert json.loads(stdout) == {
+        "schema": 1,
+        "model": "tiny",
+        "ok": False,
+        "problems": [
+            {"path": "config.json", "what": "has other bytes than were written"},
+            {"path": "experts/L000/E001.safetensors", "what": "0 B (0 bytes) instead of 4352 bytes"},
+        ],
+    }
+
+
+# Run
+
+
+def test_run(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf run tiny "How are you?"
+        | Hello.
+        ! loading tiny
+        = 0
+    """)
+    assert engine.prompts == ["<user>How are you?<end><assistant>"]
+    assert engine.is_closed
+
+
+def test_run_puts_standard_input_after_the_prompt(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf run -q tiny Sum:
+        < one
+        < two
+        | Hello.
+        = 0
+    """)
+    stored.check("""
+        $ moeinf run -q tiny
+        < only this
+        | Hello.
+        = 0
+    """)
+    assert engine.prompts == ["<user>Sum:\none\ntwo<end><assistant>", "<user>only this<end><assistant>"]
+
+
+def test_run_keeps_the_answer_as_it_is(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.replies = ["# Grüße\n\n* [bold] \x1b[31m **你好**\n"]
+    assert stored.run("run", "-q", "tiny", "Hi") == (engine.replies[0], "", 0)
+
+
+def test_run_passes_options_on(stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    seen: dict[str, object] = {}
+
+    def load(name: str, **options: object) -> FakeEngine:
+        seen.update(options, name=name)
+        return engine
+
+    monkeypatch.setitem(vars(moeinf), "load", load)
+    monkeypatch.setenv("MOEINF_THREADS", "3")
+    (stored.home / "config.toml").write_text('threads = 5\nhost-memory = "1GiB"\ncontext = 7\n')
+    line = "run -q org/tiny Hi --experts 25% --context 99 --system Brief. --max-tokens 3 --temperature 0.5 --top-p 0.9"
+    stdout, stderr, code = stored.run(*line.split(), "--top-k", "4", "--seed", "1")
+    assert (stdout, stderr, code) == ("Hel\n", "", 0)
+    assert seen == {
+        "name": "tiny",
+        "device": "auto",
+        "device_memory": None,
+        "host_memory": "1GiB",
+        "experts": "25%",
+        "context": 99,
+        "policy": "lru",
+        "prefetch": "off",
+        "kernels": "auto",
+        "threads": 3,
+    }
+    assert engine.samplings == [moeinf.Sampling(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=1)]
+    assert engine.prompts == ["<system>Brief.<end><user>Hi<end><assistant>"]
+
+
+def test_run_raw(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf run tiny --raw "Once upon"
+        | Hello.
+        ! loading tiny
+        = 0
+    """)
+    assert engine.prompts == ["Once upon"]
+    stored.check("""
+        $ moeinf run tiny --raw --system Be. "Once upon"
+        ! error: --raw goes without a system prompt
+        ! hint: leave out --raw or --system
+        = 2
+    """)
+
+
+def test_run_of_a_model_without_template(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.tokenizer = make_byte_tokenizer(None)
+    stored.check("""
+        $ moeinf run tiny "Once upon"
+        | Hello.
+        ! loading tiny
+        ! tiny has no chat template: it continues the prompt as it stands
+        = 0
+    """)
+    assert engine.prompts == ["Once upon"]
+
+
+def test_run_as_json(engine: FakeEngine, stored: CommandLine) -> None:
+    stdout, stderr, code = stored.run("run", "tiny", "Hi", "--json")
+    assert (stderr, code, stdout.count("\n")) == ("loading tiny\n", 0, 1)
+    assert json.loads(stdout) == {
+        "schema": 1,
+        "model": "tiny",
+        "prompt_tokens": len(engine.tokenizer.encode(engine.prompts[0])),
+        "tokens": [*engine.tokenizer.encode("Hello."), engine.tokenizer.eos_token_id],
+        "text": "Hello.",
+        "finish_reason": "stop",
+        "stats": STATS.to_dict(),
+    }
+
+
+def test_run_with_stats(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf run tiny Hi --stats
+        | Hello.
+        ! loading tiny
+        ! time to first token 250 ms · prompt 48.0 tokens/s · answer 8.0 tokens/s
+        ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
+        = 0
+    """)
+
+
+def test_run_says_why_an_answer_was_cut(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf run tiny Hi --max-tokens 4
+        | Hell
+        ! loading tiny
+        ! the answer was cut at 4 tokens; --max-tokens sets that
+        = 0
+    """)
+    engine.replies = ["o" * 500]
+    stored.check(f"""
+        $ moeinf run tiny Hi
+        | {"o" * 195}
+        ! loading tiny
+        ! the answer was cut where the context of 200 tokens was full; --context sets that
+        = 0
+    """)
+
+
+def test_run_warns_of_too_few_slots(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.plan = FakeEngine(slots=3).plan
+    stored.check("""
+        $ moeinf run tiny Hi
+        | Hello.
+        ! loading tiny
+        ! warning: 3 experts fit and one token asks for 4: hardly any is found in memory (--experts 4 would help)
+        = 0
+    """)
+
+
+def interrupt_at(*steps: int) -> Callable[[int], None]:
+    return lambda step: signal.raise_signal(signal.SIGINT) if step in steps else None
+
+
+def test_an_interrupted_run_keeps_what_was_said(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.on_step = interrupt_at(3)
+    stored.check("""
+        $ moeinf run tiny Hi
+        | Hel
+        ! loading tiny
+        = 130
+    """)
+    stdout, _, code = stored.run("run", "tiny", "Hi", "--json")
+    assert code == 130
+    assert {key: json.loads(stdout)[key] for key in ("text", "finish_reason")} == {
+        "text": "Hel",
+        "finish_reason": "interrupted",
+    }
+
+
+def test_two_interrupts_end_a_run_that_does_not_stop(engine: FakeEngine, stored: CommandLine) -> None:
+    def press_twice(step: int) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    engine.on_step = press_twice
+    stored.check("""
+        $ moeinf run tiny Hi
+        | Hel
+        ! loading tiny
+        = 130
+    """)
+    assert engine.is_closed
+
+
+def test_a_run_that_was_started_to_ignore_interrupts_does(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.on_step = interrupt_at(3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert stored.run("run", "-q", "tiny", "Hi") == ("Hello.\n", "", 0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_terminated_run_leaves_with_143(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
+    stored.check("""
+        $ moeinf run tiny Hi
+        | Hel
+        ! loading tiny
+        = 143
+    """)
+    assert engine.is_closed
+
+
+def test_a_real_model_from_its_checkpoint_to_its_answer(cli: CommandLine, checkpoint: Path) -> None:
+    assert cli.run("pull", str(checkpoint), "-q") == ("mix\n", "", 0)
+    with moeinf.load("mix") as engine:
+        expected = complete(engine, "hello", moeinf.Sampling(max_tokens=12, temperature=0))
+    line = ["run", str(checkpoint), "hello", "--raw", "--temperature", "0", "--max-tokens", "12"]
+    for slots in ("100%", "2"):
+        stdout, _, code = cli.run(*line, "--json", "--experts", slots)
+        said = json.loads(stdout)
+        assert (said["model"], said["text"], code) == ("mix", expected.text, 0)
+        assert said["tokens"] == list(expected.completion.tokens)
+    stdout, stderr, code = cli.run(*line, "-q")
+    assert (stdout.removesuffix("\n"), stderr, code) == (expected.text.removesuffix("\n"), "", 0)
+
+
+# Chat
+
+
+def test_chat(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.replies = ["One.", "Two.\n"]
+    stored.check("""
+        $ moeinf chat tiny
+        < first
+        <
+        < second
+        | One.
+        | Two.
+        ! loading tiny
+        = 0
+    """)
+    assert engine.prompts[1] == "<user>first<end><assistant>One.<end><user>second<end><assistant>"
+
+
+def test_chat_message_of_several_lines(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check('''
+        $ moeinf chat -q tiny
+        < """one
+        < /two
+        <
+        <   three"""
+        < """
+        < four
+        < """
+        < """/five"""
+        < """"""
+        < """six
+        | Hello.
+        | Hello.
+        | Hello.
+        ! warning: the last message was not closed with """ and was not sent
+        = 0
+    ''')
+    users = [prompt.split("<user>")[-1].removesuffix("<end><assistant>") for prompt in engine.prompts]
+    assert users == ["one\n/two\n\n  three", "four", "/five"]
+
+
+def test_chat_commands(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf chat tiny --temperature 0
+        < /system Be brief.
+        < /set temperature 0.7
+        < /set max_tokens 3
+        < /set seed default
+        < Hi
+        < /show
+        < /stats
+        < /set stats
+        < /retry
+        < /set stats off
+        < /system
+        < /clear
+        < /show
+        < /bye
+        < never read
+        | Hel
+        | Hel
+        ! loading tiny
+        ! system prompt set
+        ! temperature 0.7
+        ! max_tokens 3
+        ! seed default
+        ! the answer was cut at 3 tokens; --max-tokens sets that
+        ! model     tiny
+        ! system    Be brief.
+        ! settings  max_tokens 3, temperature 0.7, top_p default, top_k default, seed default
+        ! messages  2, 19 of 200 tokens
+        ! time to first token 250 ms · prompt 48.0 tokens/s · answer 8.0 tokens/s
+        ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
+        ! stats on
+        ! the answer was cut at 3 tokens; --max-tokens sets that
+        ! time to first token 250 ms · prompt 48.0 tokens/s · answer 8.0 tokens/s
+        ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
+        ! stats off
+        ! no system prompt
+        ! forgot what was said
+        ! model     tiny
+        ! system    none
+        ! settings  max_tokens 3, temperature 0.7, top_p default, top_k default, seed default
+        ! messages  0, 0 of 200 tokens
+        = 0
+    """)
+    assert engine.samplings == [moeinf.Sampling(max_tokens=3, temperature=0.7)] * 2
+
+
+def test_chat_help(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check('''
+        $ moeinf chat tiny
+        < /help
+        ! loading tiny
+        ! /help            this list
+        ! /clear           forget what was said
+        ! /system [TEXT]   set the system prompt, or have none
+        ! /set NAME VALUE  temperature, top_p, top_k, seed, max_tokens (or default); stats on, stats off
+        ! /show            the model, the settings, and how full the context is
+        ! /stats           what the last answer cost
+        ! /save NAME       keep this chat under a name
+        ! /load NAME       go on with a kept chat
+        ! /retry           answer the last message again
+        ! /bye             leave
+        ! """              begins and ends a message of several lines
+        = 0
+    ''')
+
+
+def test_chat_is_saved_and_loaded(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf chat tiny --system Brief.
+        < Hi
+        < /save talk
+        | Hello.
+        ! loading tiny
+        ! saved HOME/chats/talk.json
+        = 0
+    """)
+    stored.check("""
+        $ moeinf chat tiny
+        < /load talk
+        < More
+        | Hello.
+        ! loading tiny
+        ! loaded talk: 2 messages
+        = 0
+    """)
+    assert engine.prompts[-1] == "<system>Brief.<end><user>Hi<end><assistant>Hello.<end><user>More<end><assistant>"
+
+
+def test_a_chat_from_a_file_ends_at_the_first_mistake(engine: FakeEngine, stored: CommandLine) -> None:
+    stored.check("""
+        $ moeinf chat tiny
+        < Hi
+        < /hepl
+        < never sent
+        | Hello.
+        ! loading tiny
+        ! error: /hepl is no command
+        ! hint: /help lists them; a message that starts with / goes in \"\"\"
+        = 2
+    """)
+    assert len(engine.prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set", "error: what is to be set?\nhint: /set knows temperature, top_p, top_k, seed, max_tokens, stats"),
+        (
+            "/set heat 3",
+            "error: 'heat' cannot be set\nhint: /set knows temperature, top_p, top_k, seed, max_tokens, stats",
+        ),
+        ("/set temperature", "error: temperature must be a number or default, not ''"),
+        ("/set temperature hot", "error: temperature must be a number or default, not 'hot'"),
+        ("/set temperature -1", "error: temperature must be 0 or more, not -1.0"),
+        ("/set temperature nan", "error: temperature must be 0 or more, not nan"),
+        ("/set top_p 2", "error: top p must be from 0 to 1, not 2.0"),
+        ("/set top_k 1.5", "error: top_k must be a whole number or default, not '1.5'"),
+        ("/set max_tokens 0", "error: max tokens must be 1 or more, not 0"),
+        ("/set stats maybe", "error: stats are on or off, not 'maybe'"),
+        ("/stats", "error: there is no answer yet"),
+        ("/retry", "error: there is no answer to try again"),
+        ("/save ../x", "error: '../x' cannot name a chat\nhint: use letters, digits, '-', '_' and '.'"),
+        ("/load x", "error: no chat is saved as 'x'\nhint: saved chats: none"),
+    ],
+)
+def test_chat_commands_check_what_they_are_given(
+    engine: FakeEngine, stored: CommandLine, line: str, message: str
+) -> None:
+    assert stored.run("chat", "-q", "tiny", given=f"{line}\n".encode()) == ("", f"{message}\n", 2)
+
+
+def test_an_interrupted_answer_is_kept_and_the_chat_goes_on(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.on_step = lambda step: interrupt_at(3)(step) if len(engine.prompts) == 1 else None
+    stored.check("""
+        $ moeinf chat tiny
+        < first
+        < second
+        | Hel
+        | Hello.
+        ! loading tiny
+        ! stopped; what was said is kept, /retry asks again
+        = 0
+    """)
+    assert engine.prompts[1] == "<user>first<end><assistant>Hel<end><user>second<end><assistant>"
+
+
+def test_two_interrupts_within_a_second_end_a_chat(engine: FakeEngine, stored: CommandLine) -> None:
+    engine.on_step = interrupt_at(3)
+    stored.check("""
+        $ moeinf chat tiny
+        < first
+        < second
+        < never sent
+        | Hel
+        | Hel
+        ! loading tiny
+        ! stopped; what was said is kept, /retry asks again
+        = 130
+    """)
+
+
+# Mistakes and their exit codes
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("frobnicate", "error: No such command 'frobnicate'\nhint: moeinf --help\n"),
+        ("run", "error: Missing argument 'MODEL'\nhint: moeinf run --help\n"),
+        ("run tiny Hi --xyz", "error: No such option: --xyz\nhint: moeinf run --help\n"),
+        ("list --json -q", "error: --json and --quiet exclude each other\nhint: leave one of them out\n"),
+        ("run tiny Hi --prefetch maybe", "error: --prefetch maybe is not known\nhint: choose one of: off\n"),
+        ("run tiny Hi --context 0", "error: --context must be 1 or more, not 0\n"),
+        (
+            "run tiny",
+            'error: there is no prompt\nhint: moeinf run tiny "Why is the sky blue?", or moeinf chat tiny to talk\n',
+        ),
+    ],
+)
+def test_usage_errors(stored: CommandLine, line: str, message: str) -> None:
+    assert stored.run(*line.split()) == ("", message, 2)
+
+
+def test_input_that_is_not_utf8(engine: FakeEngine, stored: CommandLine) -> None:
+    message = "error: standard input is not valid UTF-8: byte 0xff\n"
+    assert stored.run("run", "-q", "tiny", given=b"a\xff") == ("", message, 2)
+    assert stored.run("chat", "-q", "tiny", given=b"a\xff\n") == ("", message, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (IntegrityError("E003 is short", hint="pull again"), 4),
+        (CapacityError("too big", hint="give it more"), 5),
+        (HubError("no answer", hint="try later"), 6),
+        (UnsupportedError("no pickles", hint="find another"), 7),
+        (MoeinfError("busy", hint="wait"), 1),
+    ],
+)
+def test_each_error_has_its_exit_code(
+    stored: CommandLine, monkeypatch: pytest.MonkeyPatch, error: MoeinfError, code: int
+) -> None:
+    monkeypatch.setitem(vars(moeinf), "load", raiser(error))
+    assert stored.run("run", "-q", "tiny", "Hi") == ("", f"error: {error}\nhint: {error.hint}\n", code)
+
+
+def raiser(error: BaseException) -> Callable[..., object]:
+    def fail(*_: object, **__: object) -> object:
+        raise error
+
+    return fail
+
+
+def test_the_unexpected_has_no_traceback_unless_asked_for(stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(moeinf), "load", raiser(KeyError("x")))
+    stored.check("""
+        $ moeinf run -q tiny Hi
+        ! error: KeyError: 'x'
+        ! hint: MOEINF_DEBUG=1 shows where this comes from
+        = 1
+    """)
+    monkeypatch.setenv("MOEINF_DEBUG", "1")
+    _, stderr, code = stored.run("run", "-q", "tiny", "Hi")
+    assert code == 1
+    assert stderr.startswith("Traceback (most recent call last):")
+    assert stderr.endswith("error: KeyError: 'x'\nhint: MOEINF_DEBUG=1 shows where this comes from\n")
+
+
+def test_an_interrupt_outside_an_answer_is_quiet(stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(moeinf), "load", raiser(KeyboardInterrupt()))
+    assert stored.run("run", "-q", "tiny", "Hi") == ("", "", 130)
+
+
+# Terminals
+
+
+def test_chat_in_a_terminal(stored: CommandLine) -> None:
+    history = stored.home / "history/chat"
+    history.parent.mkdir()
+    history.touch(0o644)
+    with Terminal(stored.home, "chat", "tiny") as terminal:
+        terminal.expect("tiny: all 5 experts in memory. /help lists the commands, Ctrl-D leaves.")
+        terminal.expect(">>>")
+        terminal.press("count\r")
+        terminal.expect("0 1 2 3 4")
+        terminal.press(CTRL_C)
+        terminal.expect("stopped; what was said is kept")
+        terminal.expect(">>>")
+        terminal.press("/sho\t")
+        terminal.expect("/sho")
+        terminal.expect("w")
+        terminal.press("\r")
+        terminal.expect("messages  2, ")
+        terminal.expect(">>>")
+        terminal.press("/bad\r")
+        terminal.expect("error:\x1b[0m /bad is no command")
+        terminal.expect(">>>")
+        terminal.press('"""two\r')
+        terminal.expect("...")
+        terminal.press('lines"""\r')
+        terminal.expect("0 1 2 3 4")
+        time.sleep(1.1)  # a second Ctrl-C within a second of the first would leave
+        terminal.press(CTRL_C)
+        terminal.expect("stopped; what was said is kept")
+        terminal.expect(">>>")
+        terminal.press(CTRL_D)
+        assert terminal.wait() == 0
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert "+count\n" in history.read_text()
+
+
+def test_two_interrupts_leave_a_chat_in_a_terminal(stored: CommandLine) -> None:
+    with Terminal(stored.home, "chat", "tiny", environ={"NO_COLOR": "1"}) as terminal:
+        terminal.expect(">>>")
+        terminal.press(CTRL_C)
+        terminal.expect("Ctrl-C again or Ctrl-D to leave")
+        terminal.expect(">>>")
+        time.sleep(1.1)
+        terminal.press("count\r")
+        terminal.expect("0 1 2 3 4")
+        # On a busy machine, two signals may come as one or a second apart: so there are more, also while it ends.
+        assert terminal.wait(pressing=CTRL_C) == 130
+
+
+def test_rm_asks_in_a_terminal(stored: CommandLine) -> None:
+    for answer, code, left in (("\r", 1, ["tiny"]), ("y\r", 0, [])):
+        with Terminal(stored.home, "rm", "tiny") as terminal:
+            terminal.expect("remove tiny? [y/N] ")
+            terminal.press(answer)
+            assert terminal.wait() == code
+        assert Store(stored.home).names() == left
+
+
+# Processes
+
+
+def spawn(home: Path, *args: str, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "MOEINF_HOME": str(home), **environ},
+    )
+
+
+def test_what_needs_no_model_imports_nothing_slow(stored: CommandLine) -> None:
+    script = """
+import sys
+from moeinf.cli import main
+for line in ("--help", "run --help", "list", "show tiny", "verify tiny", "rm -y tiny"):
+    assert main(line.split()) == 0
+    slow = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "rich", "prompt_toolkit", "jinja2"}
+    assert not slow & set(sys.modules), (line, slow & set(sys.modules))
+"""
+    process = spawn(stored.home, "-c", script)
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (0, "verify tiny: 21.8 KiB\n")
+
+
+def test_nobody_reads_the_output(stored: CommandLine) -> None:
+    process = spawn(stored.home, "-m", "moeinf", "list")
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+    process.stderr.close()
+
+
+def test_a_full_disk_behind_the_output_is_told(stored: CommandLine) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "moeinf", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(SOURCE), "MOEINF_HOME": str(stored.home)},
+        )
+    assert process.returncode == 5
+    assert process.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+def test_a_locale_that_cannot_show_the_answer(stored: CommandLine) -> None:
+    store_model(stored.home, "other", "/home/me/größer")
+    process = spawn(stored.home, "-m", "moeinf", "list", PYTHONIOENCODING="ascii")
+    stdout, _ = process.communicate()
+    assert process.returncode == 0
+    assert "/home/me/gr??er" in stdout
+
+
+# Help, version, completion, reference
+
+
+def test_help_begins_with_two_examples(cli: CommandLine) -> None:
+    commands = [[], *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat"))]
+    for command in commands:
+        stdout, stderr, code = cli.run(*command, "--help")
+        lines = stdout.splitlines()
+        assert (stderr, code) == ("", 0)
+        assert lines[0].startswith(" ".join(["Usage: moeinf", *command]))
+        for example in lines[2:4]:
+            assert f"{example} ".startswith(" ".join(["  moeinf", *command, ""]))
+        assert lines[4] == ""
+
+
+def test_no_command_shows_the_help(cli: CommandLine) -> None:
+    assert cli.run() == cli.run("--help")
+
+
+def test_version(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: f"1.2.3 of {name}")
+    cli.check("""
+        $ moeinf --version
+        | moeinf 1.2.3 of moeinf
+        = 0
+    """)
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "expected"),
+    [
+        ("bash", "moeinf run t", "tiny\ntoy"),
+        ("bash", "moeinf rm toy ti", "tiny"),
+        ("bash", "moeinf pull mixtral-8x22b", "mixtral-8x22b-instruct"),
+        ("zsh", "moeinf chat ti", "_arguments '*: :((\"tiny\"))'"),
+        ("fish", "moeinf show ti", "tiny"),
+        ("fish", "moeinf pull mixtral-8x22b", "mixtral-8x22b-instruct\tMixtral 8x22B, follows instructions"),
+    ],
+)
+def test_completion(
+    stored: CommandLine, monkeypatch: pytest.MonkeyPatch, shell: str, words: str, expected: str
+) -> None:
+    store_model(stored.home, "toy")
+    monkeypatch.setenv("_MOEINF_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", words)
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    assert stored.run() == (f"{expected}\n", "", 0)
+
+
+def test_completion_says_nothing_about_a_store_it_cannot_read(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "names", raiser(PermissionError()))
+    monkeypatch.setenv("_MOEINF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "moeinf run ti")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert cli.run() == ("\n", "", 0)
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    script = runpy.run_path(str(SOURCE.parent / "scripts/generate_cli_docs.py"))
+    page = script["PATH"].read_text(encoding="utf-8")
+    assert page == script["render"](), "docs/cli.md is stale: run scripts/generate_cli_docs.py"
+
+
+@pytest.mark.parametrize("name", ["prefetch", "kernels"])
+def test_the_choices_in_the_help_are_those_that_are_taken(name: str) -> None:
+    nonsense: dict[str, Any] = {name: "nonsense"}
+    with pytest.raises(UsageError) as caught:
+        EngineOptions(**nonsense)
+    choices = str(caught.value.hint).removeprefix("choose one of: ").replace(", ", "\\|")
+    assert f"`--{name} {choices}`" in (SOURCE.parent / "docs/cli.md").read_text(encoding="utf-8")
