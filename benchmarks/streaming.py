@@ -6,9 +6,9 @@ memory cgroup.
 
 Writes a random checkpoint with the shapes of a real model, pulls it, and lets each system decode the same tokens from
 it in turn, as processes of their own in a memory cgroup that holds the dense weights, a quarter of the experts and
-1 GiB. Beside them it measures how fast the disk gives whole experts to direct reads, which bounds the time per token:
-bytes missed / that rate. The page cache is dropped before each run. Last, in one process without a limit, everything
-resident: moeinf against plain transformers.
+1 GiB. Before and after each run it measures how fast the disk gives whole experts to direct reads, which bounds the
+time per token: bytes missed / that rate. The page cache is dropped before each run. Last, in one process without a
+limit, everything resident: moeinf against plain transformers.
 """
 
 from __future__ import annotations
@@ -204,12 +204,12 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace, limit_bytes: int) -> list[tuple[float, Run | str]]:
-    """(disk rate just before, run or what went wrong) for each system in turn, `repeats` times."""
+    """(disk rate around the run, run or what went wrong) for each system in turn, `repeats` times."""
     results: list[tuple[float, Run | str]] = []
     for _ in range(arguments.repeats):
         for system in arguments.systems:
+            before = disk_rate(arguments.shape)
             Path("/proc/sys/vm/drop_caches").write_text("3")
-            rate = disk_rate(arguments.shape)
             command = [sys.executable, __file__, "--worker", system, "--shape", arguments.shape]
             command += ["--folder", str(arguments.folder), "--tokens", str(arguments.tokens)]
             command += ["--threads", str(arguments.threads)]
@@ -221,7 +221,7 @@ def measure(arguments: argparse.Namespace, limit_bytes: int) -> list[tuple[float
                 if done.returncode == 0
                 else f"{system}: exit {done.returncode}: {lines[-1]}"
             )
-            results.append((rate, ended))
+            results.append((2 / (1 / before + 1 / disk_rate(arguments.shape)), ended))
     return results
 
 

@@ -3,6 +3,7 @@ whatever order the experts arrive in. Through save, pull and load, against trans
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,9 @@ def test_the_model_itself_generates_as_transformers_does(tiny: str, tiny_home: P
     _, tokens = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
     with moeinf.load(tiny, experts="25%") as engine:
         assert greedy(engine.model) == tokens
+
+
+def test_the_list_of_families_in_the_docs_is_this_one() -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts/generate_family_docs.py"))
+    page = (Path(__file__).parents[1] / "docs/families.md").read_text(encoding="utf-8")
+    assert page == script["render"](), "docs/families.md is stale: run scripts/generate_family_docs.py"

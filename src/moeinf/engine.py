@@ -176,9 +176,9 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with hooks.quiet():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _load_part(AutoConfig, folder, "configuration")
         model_class = causal_lm_class(config)  # imports the family's code, before memory is counted
-        tokenizer = _load_tokenizer(folder)
+        tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
     libraries_bytes = memory.rss_bytes()
     plan = make_plan(
         manifest,
@@ -229,11 +229,15 @@ def _check_device(options: EngineOptions) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_part(auto: Any, folder: Path, what: str) -> Any:
+    """What one of transformers' Auto classes makes of `folder`; code that comes with a model is never run."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+        return auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # they raise what their parsers raise
+        raise IntegrityError(
+            f"{folder} holds no {what} that transformers can read: {error}",
+            hint="check the model with `moeinf verify`, then pull it again",
+        ) from error
 
 
 def _shape(manifest: Manifest, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelShape:

@@ -109,7 +109,7 @@ class Session:
         if room < 1:
             raise UsageError(
                 f"the conversation has {len(ids)} tokens and the context holds {self._engine.plan.context}",
-                hint="start afresh, or give a larger --context (it takes memory from the experts)",
+                hint="start afresh (/clear in a chat), or give a larger --context, which takes memory from the experts",
             )
         max_tokens = min(sampling.max_tokens or room, room)
         clock = _Clock(on_token, should_stop)

@@ -18,7 +18,7 @@ _GROUPS = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
-    """Bytes that this process may still take without pushing others out: free memory, or less under a cgroup's limit."""
+    """Bytes that this process may still take without pushing others out: free memory, less under a cgroup limit."""
     rooms = [int(psutil.virtual_memory().available)]
     if _GROUPS.exists():
         rooms += cgroup_headrooms(_GROUPS.read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ MANY_TOKENS = 32
 
 
 class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
-    """A forward pass was given up between two layers because `should_stop` said so; the KV cache is then half written."""
+    """A forward pass was given up between two layers, as `should_stop` asked; the KV cache is then half written."""
 
 
 @dataclass(slots=True)

@@ -77,13 +77,13 @@ class SlotPool:
 
 
 def can_read_direct(path: Path) -> bool:
-    """Whether the file system that holds `path` lets reads go past its page cache."""
+    """Whether the file system that holds `path` lets reads go past its page cache. Raises what reading it would."""
     try:
         os.close(_open(path, direct=True))
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):
             return False
-        raise
+        raise _read_error(path, error) from error
     return True
 
 

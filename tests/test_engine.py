@@ -1,0 +1,200 @@
+"""Loading and unloading: what is refused, what is kept to, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import moeinf
+from families import make_checkpoint
+from moeinf import engine as engine_module
+from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
+from moeinf.manifest import expert_path
+from moeinf.pull import pull
+from moeinf.store import Store
+from moeinf.transfer import can_read_direct
+
+MIB = 1 << 20
+
+STATS_OF_THE_CONTRACT = {
+    "load_s": 0.0,
+    "ttft_s": 0.0,
+    "tpot_s": 0.0,
+    "prefill_tokens_per_s": 0.0,
+    "decode_tokens_per_s": 0.0,
+    "experts": {
+        "slots": 0,
+        "requests": 0,
+        "hits": 0,
+        "waits": 0,
+        "misses": 0,
+        "hit_rate": 0.0,
+        "prefetched": 0,
+        "prefetch_used": 0,
+        "evictions": 0,
+    },
+    "bytes": {"disk_to_host": 0, "host_to_device": 0},
+    "stall_s": 0.0,
+    "memory": {"budget": 0, "dense": 0, "kv_cache": 0, "workspace": 0, "experts": 0, "peak_rss": 0},
+}
+
+
+def shape_of(value: object) -> object:
+    """Keys and types, without values."""
+    if isinstance(value, dict):
+        return {key: shape_of(inner) for key, inner in value.items()}
+    return type(value)
+
+
+def is_within(contract: object, found: object) -> bool:
+    if isinstance(contract, dict) and isinstance(found, dict):
+        return all(key in found and is_within(value, found[key]) for key, value in contract.items())
+    return contract == found
+
+
+def test_stats_have_the_promised_keys(tiny: str) -> None:
+    with moeinf.load(tiny) as engine:
+        stats = engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=3)).stats.to_dict()
+    assert is_within(shape_of(STATS_OF_THE_CONTRACT), shape_of(stats))
+    assert json.loads(json.dumps(stats)) == stats
+
+
+def test_no_expert_is_read_at_load(tiny: str) -> None:
+    with moeinf.load(tiny) as engine:
+        assert engine.runtime.cache.num_free == engine.plan.slots
+        assert engine.stats().bytes.disk_to_host == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "cuda"}, UnsupportedError, "computes on the CPU only"),
+        ({"device_memory": "1GB"}, UsageError, "--device-memory bounds a GPU's memory"),
+        ({"policy": "psychic"}, UsageError, "policy 'psychic' is not known"),
+        ({"prefetch": "eam"}, UsageError, "--prefetch eam is not known"),
+        ({"kernels": "native"}, UsageError, "--kernels native is not known"),
+        ({"experts": "1"}, CapacityError, "below what one layer asks for"),
+        ({"host_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),
+        ({"host_memory": "lots"}, UsageError, "is not a size"),
+        ({"context": 100000}, UsageError, "is more than the 256 tokens"),
+        ({"threads": 0}, UsageError, "--threads must be 1 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny: str, options: dict[str, str], error: type[MoeinfError], message: str) -> None:
+    before = threading.active_count()
+    with pytest.raises(error, match=message):
+        moeinf.load(tiny, **options)  # type: ignore[arg-type]
+    assert threading.active_count() == before
+    with Store().hold(tiny):  # nobody holds it any more
+        pass
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(ModelNotFoundError):
+        moeinf.load("nothing-of-the-kind")
+
+
+def test_closing_ends_threads_and_gives_up_the_lock(tiny: str) -> None:
+    before = threading.active_count()
+    engine = moeinf.load(tiny)
+    assert threading.active_count() == before + engine_module.READERS
+    engine.close()
+    engine.close()
+    assert threading.active_count() == before
+
+
+def test_a_model_in_use_cannot_be_removed(tiny: str) -> None:
+    with moeinf.load(tiny), pytest.raises(MoeinfError, match="tiny"):
+        Store().remove(tiny)
+    assert Store().names() == [tiny]
+
+
+@pytest.mark.parametrize("damage", ["dense.safetensors", expert_path(0, 0), "config.json", "tokenizer.json"])
+def test_a_damaged_store_is_an_integrity_error_that_names_the_file(damage: str, home: Path, tmp_path: Path) -> None:
+    make_checkpoint("mixtral", tmp_path)
+    stored = pull(str(tmp_path), store=Store(home), name="model")
+    path = stored.path / damage
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(IntegrityError, match="model"), moeinf.load("model", experts="2") as engine:
+        engine.session().generate(list(range(5, 60)), moeinf.Sampling(max_tokens=4, temperature=0))
+
+
+def test_the_model_s_generation_config_is_used(home: Path, tmp_path: Path) -> None:
+    make_checkpoint("mixtral", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9], "do_sample": true, "temperature": 0.5}')
+    pull(str(tmp_path), store=Store(home), name="model")
+    with moeinf.load("model") as engine:
+        assert engine.stop_tokens == {7, 9}
+        assert engine.model.generation_config is not None
+        assert engine.model.generation_config.temperature == 0.5
+
+
+def test_threads_are_bounded(tiny: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        with moeinf.load(tiny, threads=2):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["direct", "buffered"])
+def test_both_ways_of_reading_give_the_same_tokens(tiny: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "direct" and not can_read_direct(Store().path(tiny) / expert_path(0, 0)):
+        pytest.skip("this file system has no direct reads")
+    greedy = moeinf.Sampling(max_tokens=16, temperature=0)
+    with moeinf.load(tiny) as engine:
+        tokens = engine.session().generate(list(range(5, 40)), greedy).tokens
+    monkeypatch.setattr(engine_module, "_reads_direct", lambda *_: kind == "direct")
+    with moeinf.load(tiny, experts="4") as engine:
+        assert engine.session().generate(list(range(5, 40)), greedy).tokens == tokens
+
+
+MEMORY_PROGRAM = """
+import moeinf, torch
+torch.set_num_threads(2)
+with moeinf.load("model", host_memory="260MiB", context=2048) as engine:
+    engine.generation_config.eos_token_id = None
+    session = engine.session()
+    ids = torch.randint(5, 4000, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
+    first = session.generate(ids, moeinf.Sampling(max_tokens=8, temperature=0))
+    stats = session.generate([*ids, *first.tokens, *ids[:300]], moeinf.Sampling(max_tokens=8, temperature=0)).stats
+    assert engine.plan.slots < engine.manifest.num_experts // 2, engine.plan
+    print(stats.memory.peak_rss - stats.memory.libraries, stats.memory.budget)
+"""
+
+
+def test_the_process_stays_within_its_budget(home: Path, tmp_path: Path) -> None:
+    """A model of 230 MiB of experts in a budget of 260 MiB with its KV cache and a prompt of 1500 tokens."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim comes from a base class without types
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=512,
+        moe_intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=4,
+        dtype="bfloat16",
+    )
+    auto: object = AutoModelForCausalLM
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    from families import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    pull(str(tmp_path), store=Store(home), name="model")
+    done = subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    used, budget = map(int, done.stdout.split())
+    assert 180 * MIB < used <= budget == 260 * MIB
