@@ -103,7 +103,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     # Embeddings outweigh what attention averages over the context, or all tokens would be routed alike.
-    spread = 1.0 if "embed_tokens" in name else 0.02
+    spread = 4.0 if "embed_tokens" in name else 0.02
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, spread, generator=generator)
 
 

@@ -87,8 +87,9 @@ def test_a_long_prompt_leaves_what_decoding_uses(wide: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_long_prompt_borrows_slots_and_gives_them_back(wide: str, fails: bool) -> None:
-    with moeinf.load(wide, experts="20", context=256) as engine:
+    with moeinf.load(wide, experts="20", context=256) as engine, torch.inference_mode():
         nothing_to_spare = str(engine.plan.total)
+        expected = engine.model(torch.tensor([PROMPT])).logits
     with moeinf.load(wide, experts="20", context=256, host_memory=nothing_to_spare) as engine:
         runtime, lent = engine.runtime, []
         lend = runtime.lend
@@ -106,7 +107,7 @@ def test_a_long_prompt_borrows_slots_and_gives_them_back(wide: str, fails: bool)
             runtime._maths[1].expert = interrupted  # type: ignore[method-assign,assignment]
         assert engine.plan.lent_slots(200) > 20
         with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext(), torch.inference_mode():
-            engine.model(torch.tensor([PROMPT]))
+            assert torch.equal(engine.model(torch.tensor([PROMPT])).logits, expected)
         assert lent == [18]
         if fails:
             del runtime._maths[1].expert
