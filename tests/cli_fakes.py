@@ -162,7 +162,6 @@ def store_model(home: Path, name: str = "tiny", source: str = "org/tiny") -> Man
     with Store(home).incoming(name) as incoming:
         incoming.begin({"source": source})
         incoming.write("config.json", [b"{}"])
-        incoming.write("LICENSE.txt", [b"do what you like"])
         for index, layer in enumerate(manifest.layers):
             for expert in range(layer.num_experts):
                 incoming.write(expert_path(index, expert), [bytes([expert]) * layout.file_bytes])

@@ -76,8 +76,8 @@ def test_list(stored: CommandLine) -> None:
     stored.check("""
         $ moeinf list
         | NAME   ARCHITECTURE     EXPERTS         PRECISION  SIZE      SOURCE
-        | other  TinyForCausalLM  2 x 2/3, top 2  float32    21.8 KiB  /home/me/other
-        | tiny   TinyForCausalLM  2 x 2/3, top 2  float32    21.8 KiB  org/tiny
+        | other  TinyForCausalLM  2 x 2/3, top 2  float32    21.7 KiB  /home/me/other
+        | tiny   TinyForCausalLM  2 x 2/3, top 2  float32    21.7 KiB  org/tiny
         = 0
     """)
 
@@ -136,12 +136,11 @@ def test_show(stored: CommandLine) -> None:
         | precision      float32, computed in float32
         | experts        5 (2 x 2/3, top 2)
         | context        up to 128 tokens
-        | on disk        21.8 KiB in 8 files at HOME/models/tiny
+        | on disk        21.7 KiB in 7 files at HOME/models/tiny
         |   dense        440 B
         |   experts      1.25 KiB, 256 B each
         | KV cache       15.6 KiB per 1,000 tokens
         | a token reads  4 experts, 1.00 KiB, 80% of them all
-        | license        LICENSE.txt
         = 0
     """)
 
@@ -309,8 +308,8 @@ def test_rm_of_damaged_and_unfinished_models(stored: CommandLine) -> None:
 def test_verify(stored: CommandLine) -> None:
     stored.check("""
         $ moeinf verify tiny
-        | tiny: 8 files, 21.8 KiB, all as they were written
-        ! verify tiny: 21.8 KiB
+        | tiny: 7 files, 21.7 KiB, all as they were written
+        ! verify tiny: 21.7 KiB
         = 0
     """)
 
@@ -321,7 +320,7 @@ def test_verify_of_a_damaged_model(stored: CommandLine) -> None:
         $ moeinf verify tiny
         | config.json: has other bytes than were written
         | experts/L000/E001.safetensors: 0 B (0 bytes) instead of 4352 bytes
-        ! verify tiny: 21.8 KiB
+        ! verify tiny: 21.7 KiB
         ! error: tiny: 2 files are not as written
         ! hint: moeinf pull org/tiny --name tiny --force
         = 4
@@ -918,7 +917,7 @@ for line in ("--help", "run --help", "list", "show tiny", "verify tiny", "rm -y 
 """
     process = spawn(stored.home, "-c", script)
     _, stderr = process.communicate()
-    assert (process.returncode, stderr) == (0, "verify tiny: 21.8 KiB\n")
+    assert (process.returncode, stderr) == (0, "verify tiny: 21.7 KiB\n")
 
 
 def test_nobody_reads_the_output(stored: CommandLine) -> None:

@@ -20,7 +20,6 @@ from .output import Output, columns
 
 __all__ = ["list_models", "pull", "remove", "show", "verify"]
 
-_LICENSE_PREFIXES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 
 
 def pull(
@@ -222,7 +221,6 @@ def _details(stored: StoredModel) -> dict[str, object]:
         "kv_fixed_bytes": manifest.kv_fixed_bytes,
         "token_bytes": manifest.token_experts * manifest.layout.nbytes,
         "max_context": manifest.max_context,
-        "licenses": _licenses(manifest),
     }
 
 
@@ -248,10 +246,4 @@ def _show_lines(stored: StoredModel) -> list[str]:
         ("KV cache", kv_cache),
         ("a token reads", f"{manifest.token_experts:,} experts, {token_bytes}, {share} of them all"),
     ]
-    licenses = _licenses(manifest)
-    return columns([*rows, *([("license", ", ".join(licenses))] if licenses else [])])
-
-
-def _licenses(manifest: Manifest) -> list[str]:
-    """Files in the model's folder that say what may be done with it."""
-    return sorted(path for path in manifest.files if path.upper().startswith(_LICENSE_PREFIXES))
+    return columns(rows)
