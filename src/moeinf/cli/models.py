@@ -21,7 +21,6 @@ from .output import Output, columns
 __all__ = ["list_models", "pull", "remove", "show", "verify"]
 
 
-
 def pull(
     source: SourceModel,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="What to call the model here.")] = None,
