@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 __all__ = ["SHAPES", "write_checkpoint"]
 
@@ -89,6 +97,7 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0) -> N
         return
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    _write_tokenizer(folder)
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(_shards(config)):
@@ -97,6 +106,13 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path, seed: int = 0) -> N
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows nothing: the benchmarks speak in token ids."""
+    blank = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    fast: Any = PreTrainedTokenizerFast  # untyped
+    fast(tokenizer_object=blank, unk_token="<unk>").save_pretrained(folder)
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
