@@ -20,7 +20,7 @@ Regime = Literal["resident", "streaming"]
 
 _PAGE = 4096
 _MOST_RESERVE_BYTES = 1024 * MIB
-"""Left free for everybody else when no budget is given: this, or a tenth of what is available if that is less."""
+"""Left free for everybody else when no budget is given: this, or a twentieth of what is available if that is less."""
 _WORKSPACE_BYTES = 128 * MIB
 _DEFAULT_CONTEXT = 4096
 _STEP_TOKENS = 64
@@ -105,7 +105,7 @@ def make_plan(
     Raises CapacityError when the model cannot run within the budget, with the budget that would do; UsageError for bad
     options.
     """
-    budget = available_bytes - min(_MOST_RESERVE_BYTES, available_bytes // 10)
+    budget = available_bytes - min(_MOST_RESERVE_BYTES, available_bytes // 20)
     if host_memory is not None:
         budget = parse_size(host_memory, whole_bytes=available_bytes)
     slot_bytes = align_up(manifest.layout.nbytes, _PAGE)
