@@ -34,6 +34,8 @@ from shapes import SHAPES, write_checkpoint
 GIB = 1 << 30
 MIB = 1 << 20
 PROMPT = list(range(5, 21))
+WARM_UP_TOKENS = 4
+"""Decoded before anything is measured: the first tokens also page in the libraries' code."""
 SYSTEMS = ("moeinf", "mmap", "offload")
 
 
@@ -99,6 +101,8 @@ def run_moeinf(name: str, new_tokens: int, experts: str | None = None) -> Run:
     import moeinf
 
     with moeinf.load(name, experts=experts) as engine, torch.inference_mode():
+        generate(engine.model, WARM_UP_TOKENS)
+        engine.runtime.reset_counters()
         watch, tokens = generate(engine.model, new_tokens)
         ttft, intervals = watch.intervals()
         found = engine.stats().experts
@@ -126,6 +130,7 @@ def run_transformers(system: str, checkpoint: Path, new_tokens: int) -> Run:
         options = {"device_map": _device_map(blank, on_disk), "offload_folder": str(checkpoint / "offload")}
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, **options)
     with torch.inference_mode():
+        generate(model, WARM_UP_TOKENS)
         watch, tokens = generate(model, new_tokens)
     return Run(system, *watch.intervals(), tokens)
 
