@@ -48,8 +48,8 @@ class NoReader(Reader):
     def __init__(self) -> None:
         self._done: deque[Arrival] = deque()
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview) -> None:
-        self._done.append(Arrival(key))
+    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
+        self._done.append(Arrival(key, end - begin))
 
     def wait(self) -> Arrival:
         return self._done.popleft()

@@ -36,9 +36,9 @@ class RecordingReader(Reader):
         self.fetched: list[int] = []
         super().__init__(threads=threads, direct=direct)
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview) -> None:
+    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
         self.fetched.append(key)
-        super().fetch(key, path, begin, end, memory)
+        super().fetch(key, path, begin, end, memory, is_guess=is_guess)
 
 
 class FailingReader(Reader):
@@ -47,12 +47,12 @@ class FailingReader(Reader):
     fail_at: int | None = None
     failed_path: Path | None = None
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview) -> None:
+    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
         if path.parent.parent.name == "experts" and self.fail_at is not None:
             if self.fail_at == 0:
                 self.failed_path = path
             self.fail_at -= 1
-        super().fetch(key, path, begin, end, memory)
+        super().fetch(key, path, begin, end, memory, is_guess=is_guess)
 
     def _read_piece(self, job: transfer._Job, start: int) -> None:
         if job.path == self.failed_path:

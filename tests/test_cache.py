@@ -82,6 +82,31 @@ def test_lent_slots_are_out_of_use_until_given_back() -> None:
     assert cache.acquire(5) is not None
 
 
+def test_what_is_foreseen_counts_when_it_is_asked_for() -> None:
+    cache = make_cache(2)
+    assert cache.foresee(3) == 0
+    assert not cache.is_resident(3)
+    assert cache.acquire(3) == (0, Outcome.WAIT)
+    cache.arrived(3)
+    cache.release(3)
+    assert cache.foresee(4) == 1
+    cache.arrived(4)
+    fill(cache, 5, 6)  # nobody asked for 4, which leaves with 3
+    counters = cache.counters
+    assert (counters.prefetched, counters.prefetch_used, counters.waits, counters.misses) == (2, 1, 1, 2)
+    cache.check_integrity()
+
+
+def test_what_is_held_stays_and_was_not_asked_for() -> None:
+    cache = make_cache(1)
+    fill(cache, 0)
+    cache.hold(0)
+    assert cache.foresee(1) is None
+    assert cache.counters.requests == 1
+    cache.release(0)
+    assert cache.foresee(1) == 0
+
+
 def test_ending_a_lease_that_is_none_is_a_bug() -> None:
     cache = make_cache(1)
     fill(cache, 0)
@@ -98,7 +123,7 @@ def test_random_histories_keep_the_tables_true(seed: int) -> None:
     loading: set[int] = set()
     for _ in range(400):
         expert = chance.randrange(experts)
-        match chance.choice(["acquire", "acquire", "release", "arrive", "fail"]):
+        match chance.choice(["acquire", "acquire", "release", "arrive", "fail", "foresee", "hold"]):
             case "acquire":
                 was_here, was_loading = cache.slot(expert) is not None, expert in loading
                 leased = cache.acquire(expert, keep=chance.random() < 0.7)
@@ -111,6 +136,12 @@ def test_random_histories_keep_the_tables_true(seed: int) -> None:
                 leases[expert] += 1
                 if leased[1] is Outcome.MISS:
                     loading.add(expert)
+            case "foresee" if cache.slot(expert) is None:
+                if cache.foresee(expert) is not None:
+                    loading.add(expert)
+            case "hold" if cache.is_resident(expert):
+                cache.hold(expert)
+                leases[expert] += 1
             case "release" if leases[expert]:
                 cache.release(expert)
                 leases[expert] -= 1

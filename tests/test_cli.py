@@ -396,7 +396,7 @@ def test_run_passes_options_on(stored: CommandLine, monkeypatch: pytest.MonkeyPa
         "experts": "25%",
         "context": 99,
         "policy": "lru",
-        "prefetch": "off",
+        "prefetch": "auto",
         "kernels": "auto",
         "threads": 3,
     }
@@ -770,7 +770,10 @@ def test_two_interrupts_within_a_second_end_a_chat(engine: FakeEngine, stored: C
         ("run", "error: Missing argument 'MODEL'\nhint: moeinf run --help\n"),
         ("run tiny Hi --xyz", "error: No such option: --xyz\nhint: moeinf run --help\n"),
         ("list --json -q", "error: --json and --quiet exclude each other\nhint: leave one of them out\n"),
-        ("run tiny Hi --prefetch maybe", "error: --prefetch maybe is not known\nhint: choose one of: off\n"),
+        (
+            "run tiny Hi --prefetch maybe",
+            "error: --prefetch maybe is not known\nhint: choose one of: auto, gate, off\n",
+        ),
         ("run tiny Hi --context 0", "error: --context must be 1 or more, not 0\n"),
         (
             "run tiny",

@@ -145,12 +145,13 @@ def test_a_missing_expert_is_named_and_the_engine_goes_on(wide: str, wide_home: 
         assert run(engine) == tokens
 
 
-def test_every_read_may_fail_once(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The N-th expert's file cannot be read, N = 0, 1, 2 … until nothing fails: each time an error with the path, then
-    all is well.
+@pytest.mark.parametrize("prefetch", ["off", "gate"])
+def test_every_read_may_fail_once(wide: str, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The N-th expert's file cannot be read, N = 0, 1, 2 … until nothing fails: each time an error with the path, or
+    the right answer if that was a guess that nobody needed; then all is well.
     """
     readers = use_reader(monkeypatch, FailingReader)
-    with moeinf.load(wide, experts="6") as engine:
+    with moeinf.load(wide, experts="6", prefetch=prefetch) as engine:
         short = PROMPT[:4]
         expected = run(engine, short)
         reader = readers[-1]
@@ -163,13 +164,15 @@ def test_every_read_may_fail_once(wide: str, monkeypatch: pytest.MonkeyPatch) ->
                 messages.append((str(reader.failed_path), str(error)))
             else:
                 assert tokens == expected
-                break
+                if reader.failed_path is None:
+                    break
+                assert prefetch == "gate"
             finally:
                 reader.fail_at, reader.failed_path = None, None
             engine.runtime.cache.check_integrity()
             assert all(count == 0 for count in engine.runtime.cache._leases)
             assert run(engine, short) == expected
-        assert len(messages) > 5
+        assert len(messages) > (5 if prefetch == "off" else 2)
         assert all(message == f"{path} cannot be read: Input/output error" for path, message in messages)
         assert reader.fail_at is None
 

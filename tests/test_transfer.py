@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +62,7 @@ def test_a_slot_shows_its_bytes_as_tensors(tmp_path: Path, direct: bool) -> None
     pool = SlotPool(LAYOUT, 3)
     reader = Reader(threads=2, direct=direct)
     reader.fetch(9, tmp_path / "expert", 4096, 4096 + len(data), pool.memory(2))
-    assert reader.wait() == transfer.Arrival(9)
+    assert reader.wait() == transfer.Arrival(9, len(data))
     reader.close()
     assert pool.slot_bytes == 4096
     assert torch.equal(pool.tensors(2)["gate_up_proj"], gate_up)
@@ -130,3 +133,76 @@ def test_closing_drops_what_has_not_begun(tmp_path: Path) -> None:
         reader.fetch(key, tmp_path / "file", 0, 4096, memoryview(allocate_buffer(4096)))
     reader.close()
     assert not any(thread.is_alive() for thread in reader._threads)
+
+
+class GatedReader(Reader):
+    """One thread, which reads a piece whenever the test lets it, and notes which."""
+
+    def __init__(self) -> None:
+        self.turns = threading.Semaphore(0)
+        self.order: list[tuple[int, int]] = []
+        super().__init__(threads=1, direct=False)
+
+    def _read_piece(self, job: transfer._Job, start: int) -> None:
+        self.order.append((job.key, start))
+        self.turns.acquire()
+        super()._read_piece(job, start)
+
+    def begin(self) -> None:
+        """Let the piece in hand be read, and wait until the next one is."""
+        before = len(self.order)
+        self.turns.release()
+        while len(self.order) == before:
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GatedReader]]:
+    """`gated(fetch, …)`: a gated reader that fetches (key, is_guess) in this order, two pieces each."""
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 4096)
+    reader = GatedReader()
+
+    def start(*fetches: tuple[int, bool]) -> GatedReader:
+        for key, is_guess in fetches:
+            write_random(tmp_path / f"{key}", 8192)
+            memory = memoryview(allocate_buffer(8192))
+            reader.fetch(key, tmp_path / f"{key}", 0, 8192, memory, is_guess=is_guess)
+            while not reader.order:
+                time.sleep(0.001)
+        return reader
+
+    yield start
+    for _ in range(100):
+        reader.turns.release()
+    reader.close()
+
+
+def test_guesses_are_read_last(gated: Callable[..., GatedReader]) -> None:
+    reader = gated((1, True), (2, False), (3, True), (4, False))
+    for _ in range(7):
+        reader.begin()
+    assert [key for key, _ in reader.order] == [1, 2, 2, 4, 4, 1, 3, 3]
+
+
+def test_a_promoted_guess_is_no_guess(gated: Callable[..., GatedReader]) -> None:
+    reader = gated((1, False), (2, True), (3, True))
+    reader.promote(3)
+    reader.promote(9)  # nobody's
+    for _ in range(5):
+        reader.begin()
+    assert [key for key, _ in reader.order] == [1, 1, 3, 3, 2, 2]
+
+
+def test_a_cancelled_guess_reads_no_more_and_says_so(gated: Callable[..., GatedReader]) -> None:
+    reader = gated((1, True), (2, True), (3, False))
+    reader.cancel(2)
+    assert reader.wait() == transfer.Arrival(2, 0, cancelled=True)
+    reader.cancel(1)  # half of it is being read
+    assert reader.poll() is None
+    reader.begin()
+    assert reader.wait() == transfer.Arrival(1, 4096, cancelled=True)
+    reader.begin()
+    reader.cancel(3)  # no guess
+    reader.turns.release()
+    assert reader.wait() == transfer.Arrival(3, 8192)
+    assert [key for key, _ in reader.order] == [1, 3, 3]

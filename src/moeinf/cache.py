@@ -4,8 +4,8 @@ Pure bookkeeping. It owns no bytes and no threads and knows nothing of tensors, 
 recorded trace drive the same class. An expert is one integer counted over all MoE layers: `first[layer] + index`. The
 cache decides, others move: a miss returns a slot that the caller fills and then reports with `arrived` or `failed`.
 
-    absent ──acquire──▶ loading ──arrived──▶ resident ──evicted by another acquire──▶ absent
-                           └──────failed────▶ absent
+    absent ──acquire, foresee──▶ loading ──arrived──▶ resident ──evicted by another──▶ absent
+                                    └──────failed────▶ absent
 
 Leases count users of a slot; a leased expert is never evicted.
 """
@@ -30,12 +30,18 @@ class Outcome(Enum):
 
 @dataclass(slots=True)
 class CacheCounters:
-    """Requests by outcome, and evictions, since the counters were made. hits + waits + misses = requests."""
+    """Requests by outcome, and evictions, since the counters were made. hits + waits + misses = requests.
+
+    `prefetched` experts were fetched before they were asked for, and so many of them were then asked for
+    (`prefetch_used`) before they were evicted.
+    """
 
     hits: int = 0
     waits: int = 0
     misses: int = 0
     evictions: int = 0
+    prefetched: int = 0
+    prefetch_used: int = 0
 
     @property
     def requests(self) -> int:
@@ -60,6 +66,7 @@ class ExpertCache:
         self._expert_in: list[int] = [-1] * num_slots
         self._leases: list[int] = [0] * num_slots
         self._loading: set[int] = set()
+        self._foreseen: set[int] = set()
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
         self._lent: set[int] = set()
 
@@ -93,21 +100,35 @@ class ExpertCache:
             self._leases[slot] += 1
             if keep:
                 self._policy.use(expert)
+            if expert in self._foreseen:
+                self._foreseen.remove(expert)
+                self.counters.prefetch_used += 1
             if expert in self._loading:
                 self.counters.waits += 1
                 return slot, Outcome.WAIT
             self.counters.hits += 1
             return slot, Outcome.HIT
-        taken = self._take_slot()
+        taken = self._admit(expert, keep=keep)
         if taken is None:
             return None
-        self._slot_of[expert] = taken
-        self._expert_in[taken] = expert
         self._leases[taken] = 1
-        self._loading.add(expert)
-        self._policy.insert(expert, keep=keep)
         self.counters.misses += 1
         return taken, Outcome.MISS
+
+    def foresee(self, expert: int) -> int | None:
+        """Give the absent `expert` a slot before anybody asks for it; None if there is none to be had.
+
+        The caller fetches it and reports that, as for a MISS. It holds no lease, and may be evicted once it is there.
+        """
+        slot = self._admit(expert, keep=True)
+        if slot is not None:
+            self._foreseen.add(expert)
+            self.counters.prefetched += 1
+        return slot
+
+    def hold(self, expert: int) -> None:
+        """Lease an expert that is here, or on its way, so that it stays; this is no request."""
+        self._leases[self._slot_of[expert]] += 1
 
     def arrived(self, expert: int) -> None:
         """The bytes of a loading expert are in its slot."""
@@ -146,8 +167,18 @@ class ExpertCache:
         assert sorted([*self._free, *self._lent]) == empty, "free list"
         assert len(held) + len(empty) == self.num_slots, "slots were lost"
         assert self._loading <= held.keys(), "an expert is loading into no slot"
+        assert self._foreseen <= held.keys(), "an expert was foreseen and is not here"
         assert all(count >= 0 for count in self._leases), "a lease was ended twice"
         assert all(self._leases[slot] == 0 for slot in self._free), "a free slot is leased"
+
+    def _admit(self, expert: int, *, keep: bool) -> int | None:
+        slot = self._take_slot()
+        if slot is not None:
+            self._slot_of[expert] = slot
+            self._expert_in[slot] = expert
+            self._loading.add(expert)
+            self._policy.insert(expert, keep=keep)
+        return slot
 
     def _take_slot(self) -> int | None:
         if self._free:
@@ -167,4 +198,5 @@ class ExpertCache:
         self._slot_of[expert] = -1
         self._expert_in[slot] = -1
         self._free.append(slot)
+        self._foreseen.discard(expert)
         self._policy.remove(expert)

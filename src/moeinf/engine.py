@@ -29,6 +29,7 @@ from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
 from .policies import make_policy
+from .predictors import GatePredictor
 from .runtime import ExpertRuntime
 from .settings import EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, Stats
@@ -46,6 +47,11 @@ them by default, and an expert meets another shape for each number of tokens. Th
 
 READERS = 8
 """Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
+
+LEAST_PRECISION = 0.5
+"""Of the experts prefetched, the share that must be asked for if prefetching is to go on by itself
+(docs/experiments.md).
+"""
 
 
 class Engine:
@@ -120,6 +126,8 @@ class Engine:
                 hit_rate=decode.hits / decode.requests if decode.requests else 0.0,
                 decode_requests=decode.requests,
                 decode_hits=decode.hits,
+                prefetched=decode.prefetched,
+                prefetch_used=decode.prefetch_used,
                 evictions=decode.evictions + prefill.evictions,
             ),
             bytes=ByteStats(disk_to_host=traffic.disk_bytes),
@@ -148,7 +156,7 @@ def load(
     experts: str | None = None,
     context: int | None = None,
     policy: str = "lru",
-    prefetch: str = "off",
+    prefetch: str = "auto",
     kernels: str = "auto",
     threads: int | None = None,
 ) -> Engine:
@@ -192,18 +200,20 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    modules = [model.get_submodule(layer.module) for layer in manifest.layers]
+    modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
     runtime = ExpertRuntime(
         folder,
         manifest,
-        [ExpertMaths(module) for module in modules],
+        [ExpertMaths(module) for module in modules.values()],
         cache=ExpertCache(manifest.num_experts, plan.slots, make_policy(options.policy)),
         pool=SlotPool(manifest.layout, plan.slots),
         reader=reader,
+        predictor=GatePredictor(model, modules) if _prefetches(options, plan) else None,
+        least_precision=LEAST_PRECISION if options.prefetch == "auto" else 0.0,
     )
-    hooks.attach(modules, model, runtime, plan)
+    hooks.attach(list(modules.values()), model, runtime, plan)
     return Engine(
         manifest,
         plan,
@@ -215,6 +225,11 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+def _prefetches(options: EngineOptions, plan: MemoryPlan) -> bool:
+    """With a slot for every expert there is soon nothing left to fetch, and guessing has its price too."""
+    return options.prefetch == "gate" or (options.prefetch == "auto" and plan.regime == "streaming")
 
 
 def _check_device(options: EngineOptions) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from .cache import CacheCounters, ExpertCache, Outcome
 from .kernels import ExpertMaths, route
 from .manifest import Manifest, expert_path
 from .memory import return_free_memory
+from .predictors import NoPredictor, Predictor
+from .prefetch import Prefetcher
 from .transfer import Arrival, Reader, SlotPool
 
 __all__ = ["ExpertRuntime", "StepStopped"]
@@ -57,6 +59,8 @@ class ExpertRuntime:
         manifest: what lies there.
         maths: the experts' functions, one per MoE layer, in the manifest's order.
         cache, pool, reader: theirs is the bookkeeping, the memory and the threads; `close` ends the threads.
+        predictor: names the experts to prefetch while decoding.
+        least_precision: prefetching pauses when a smaller share of them is then asked for.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class ExpertRuntime:
         cache: ExpertCache,
         pool: SlotPool,
         reader: Reader,
+        predictor: Predictor | None = None,
+        least_precision: float = 0.0,
     ) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
@@ -82,6 +88,15 @@ class ExpertRuntime:
         self._paths = [
             folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
         ]
+        self._prefetcher = Prefetcher(
+            predictor or NoPredictor(),
+            cache,
+            reader,
+            lambda key, slot: self._fetch(key, slot, is_guess=True),
+            self._first,
+            cache.num_slots - max(layer.top_k for layer in manifest.layers),
+            least_precision,
+        )
         self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
 
     def reset_counters(self) -> None:
@@ -130,12 +145,17 @@ class ExpertRuntime:
         cache.counters = self.decode
         rows: dict[int, torch.Tensor] = {}
         place = {first + expert: number for number, expert in enumerate(experts)}
+        self._settle(place)
         step = _Step(self)
         try:
             here = step.lease(sorted(place))
+            self._prefetcher.look_ahead(layer)
             for key in (*here, *step.arriving()):
                 number = place[key]
                 rows[number] = maths.expert(hidden, step.tensors(key), weights[:, number : number + 1])
+        except BaseException:
+            self._prefetcher.settle(())
+            raise
         finally:
             step.end()
         total = maths.zeros(hidden, weights)
@@ -158,6 +178,7 @@ class ExpertRuntime:
         total = maths.zeros(hidden, weights)
         rows: dict[int, torch.Tensor] = {}
         unadded = deque(requests)
+        self._settle(())
         step = _Step(self)
         try:
             for key in step.stream([first + expert for expert in requests], kept, self._window):
@@ -182,7 +203,7 @@ class ExpertRuntime:
             return None
         slot, outcome = leased
         if outcome is Outcome.MISS:
-            self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot))
+            self._fetch(key, slot)
         return outcome
 
     def tensors(self, key: int) -> dict[str, torch.Tensor]:
@@ -197,12 +218,27 @@ class ExpertRuntime:
             begin = time.perf_counter()
             arrival = self._reader.wait()
             self.traffic.stall_s += time.perf_counter() - begin
-        if arrival.error is None:
-            self.traffic.disk_bytes += self._span[1] - self._span[0]
+        self._enter(arrival)
+        return arrival
+
+    def _settle(self, chosen: Collection[int]) -> None:
+        """Deal with the guesses that were made for this step, now that it is known what it needs."""
+        while (arrival := self._reader.poll()) is not None:
+            self._enter(arrival)
+        self._prefetcher.settle(chosen)
+        while not self._prefetcher.unsettled.isdisjoint(chosen):
+            self.wait()
+
+    def _enter(self, arrival: Arrival) -> None:
+        self._prefetcher.ended(arrival)
+        self.traffic.disk_bytes += arrival.read_bytes
+        if arrival.error is None and not arrival.cancelled:
             self.cache.arrived(arrival.key)
         else:
             self.cache.failed(arrival.key)
-        return arrival
+
+    def _fetch(self, key: int, slot: int, *, is_guess: bool = False) -> None:
+        self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), is_guess=is_guess)
 
 
 class _Step:
@@ -216,10 +252,16 @@ class _Step:
     def tensors(self, key: int) -> dict[str, torch.Tensor]:
         return self._runtime.tensors(key)
 
-    def lease(self, keys: Iterable[int]) -> list[int]:
-        """Lease all `keys`, for which there are slots, fetching what is not here; returns those that are."""
-        here = [key for key in keys if self._is_here(key, keep=True)]
-        assert len(here) + len(self._awaited) == len(self._leased)
+    def lease(self, keys: Collection[int]) -> list[int]:
+        """Lease all `keys`, for which there are slots, fetching what is not here; returns those that are.
+
+        What is here comes first, so that it does not make room for the others.
+        """
+        here = [key for key in keys if self._runtime.cache.is_resident(key) and self._is_here(key, keep=True)]
+        for key in keys:
+            if key not in self._leased:
+                self._try(key, keep=True)
+        assert len(here) + len(self._awaited) == len(self._leased) == len(keys)
         return here
 
     def arriving(self) -> Iterable[int]:
@@ -251,9 +293,9 @@ class _Step:
         """Release what is still leased, after what is under way has arrived."""
         while self._awaited:
             arrival = self._runtime.wait()
-            self._awaited.discard(arrival.key)
-            if arrival.error is not None:
+            if arrival.key in self._awaited and arrival.error is not None:
                 self._leased.discard(arrival.key)
+            self._awaited.discard(arrival.key)
         for key in sorted(self._leased):
             self._runtime.cache.release(key)
         self._leased.clear()
@@ -273,13 +315,13 @@ class _Step:
     def _next_arrival(self) -> int:
         while True:
             arrival = self._runtime.wait()
+            if arrival.key not in self._awaited:
+                continue  # a guess that nobody asked for
+            self._awaited.remove(arrival.key)
             if arrival.error is not None:
-                self._awaited.discard(arrival.key)
                 self._leased.discard(arrival.key)
                 raise arrival.error
-            if arrival.key in self._awaited:
-                self._awaited.remove(arrival.key)
-                return arrival.key
+            return arrival.key
 
     def _release(self, key: int) -> None:
         self._leased.remove(key)

@@ -16,7 +16,7 @@ from .errors import UsageError
 
 __all__ = ["EngineOptions", "home_path", "is_debug", "resolve_options"]
 
-_CHOICES = {"prefetch": ("off",), "kernels": ("auto", "torch")}
+_CHOICES = {"prefetch": ("auto", "gate", "off"), "kernels": ("auto", "torch")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class EngineOptions:
     experts: str | None = None
     context: int | None = None
     policy: str = "lru"
-    prefetch: str = "off"
+    prefetch: str = "auto"
     kernels: str = "auto"
     threads: int | None = None
 

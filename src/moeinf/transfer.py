@@ -98,10 +98,14 @@ def _open(path: Path, *, direct: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A fetch that ended: well, or with `error`."""
+    """A fetch that ended: well, or with `error`, or `cancelled` before all of it was there. `read_bytes` came off the
+    disk.
+    """
 
     key: int
+    read_bytes: int
     error: MoeinfError | None = None
+    cancelled: bool = False
 
 
 @dataclass(slots=True)
@@ -115,13 +119,15 @@ class _Job:
     memory: memoryview
     pieces_left: int
     descriptor: int = -1
+    read_bytes: int = 0
     error: MoeinfError | None = None
+    cancelled: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Reader:
-    """A pool of threads that read files into memory, in the order they were asked for, all threads on the oldest fetch
-    first.
+    """A pool of threads that read files into memory: what somebody waits for before what was guessed, each in the order
+    it was asked for, all threads on the oldest fetch first.
 
     Args:
         threads: how many reads are in flight at most.
@@ -133,6 +139,7 @@ class Reader:
     def __init__(self, *, threads: int, direct: bool) -> None:
         self._direct = direct
         self._pieces: deque[tuple[_Job, int]] = deque()
+        self._guesses: deque[tuple[_Job, int]] = deque()
         self._work = threading.Condition()
         self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
         self._is_closed = False
@@ -143,13 +150,30 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview) -> None:
-        """Read bytes `begin` to `end` of `path` into `memory`; an `Arrival` with this `key` will say how that ended."""
+    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
+        """Read bytes `begin` to `end` of `path` into `memory`; an `Arrival` with this `key` will say how that ended.
+
+        A guess is read when nothing else is left to read; `promote` and `cancel` are for guesses, by their key.
+        """
         starts = range(begin, end, PIECE_BYTES)
         job = _Job(key, path, begin, end, memory, len(starts))
         with self._work:
-            self._pieces.extend((job, start) for start in starts)
+            (self._guesses if is_guess else self._pieces).extend((job, start) for start in starts)
             self._work.notify(len(starts))
+
+    def promote(self, key: int) -> None:
+        """Somebody waits for this guess now. Harmless when all of it is on its way already."""
+        with self._work:
+            self._pieces += self._take_guess(key)
+
+    def cancel(self, key: int) -> None:
+        """Read no more of this guess. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
+        with self._work:
+            dropped = self._take_guess(key)
+        if dropped:
+            job = dropped[0][0]
+            job.cancelled = True
+            self._end_pieces(job, len(dropped))
 
     def wait(self) -> Arrival:
         """The next fetch that ended; blocks until there is one. Call it only while one is under way."""
@@ -164,6 +188,7 @@ class Reader:
         with self._work:
             self._is_closed = True
             self._pieces.clear()
+            self._guesses.clear()
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
@@ -171,11 +196,11 @@ class Reader:
     def _serve(self) -> None:
         while True:
             with self._work:
-                while not self._pieces and not self._is_closed:
+                while not self._pieces and not self._guesses and not self._is_closed:
                     self._work.wait()
                 if self._is_closed:
                     return
-                job, start = self._pieces.popleft()
+                job, start = (self._pieces or self._guesses).popleft()
             try:
                 self._read_piece(job, start)
             except MoeinfError as error:
@@ -184,7 +209,14 @@ class Reader:
                 job.error = _read_error(job.path, error)
             except BaseException as error:  # whatever it is, somebody waits for this fetch
                 job.error = MoeinfError(f"{job.path}: reading failed: {error!r}")
-            self._end_piece(job)
+            self._end_pieces(job, 1)
+
+    def _take_guess(self, key: int) -> list[tuple[_Job, int]]:
+        """Take what nobody reads yet of a guess out of the queue, which is locked."""
+        taken = [piece for piece in self._guesses if piece[0].key == key]
+        if taken:
+            self._guesses = deque(piece for piece in self._guesses if piece[0].key != key)
+        return taken
 
     def _read_piece(self, job: _Job, start: int) -> None:
         with job.lock:
@@ -196,15 +228,17 @@ class Reader:
         wanted = min(start + PIECE_BYTES, job.end) - start
         length = align_up(wanted, DIRECT_ALIGNMENT) if self._direct else wanted
         _read_exactly(job.descriptor, job.memory[into : into + length], start, wanted, job.path)
-
-    def _end_piece(self, job: _Job) -> None:
         with job.lock:
-            job.pieces_left -= 1
+            job.read_bytes += wanted
+
+    def _end_pieces(self, job: _Job, count: int) -> None:
+        with job.lock:
+            job.pieces_left -= count
             if job.pieces_left:
                 return
         if job.descriptor >= 0:
             os.close(job.descriptor)
-        self._arrivals.put(Arrival(job.key, job.error))
+        self._arrivals.put(Arrival(job.key, job.read_bytes, job.error, job.cancelled))
 
 
 def _read_exactly(descriptor: int, memory: memoryview, offset: int, wanted: int, path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Experts fetched before they are asked for.
+
+While one MoE layer is computed, a predictor names the experts that the next one may choose. Those that are here are
+held; the others are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
+become ordinary fetches and wrong ones are given up. Guesses that are wrong too often stop for a while: what they read
+and evict then costs more than what they save. Owns the guesses; the cache, the reader and the bytes are others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Set
+
+from .cache import ExpertCache
+from .predictors import Predictor
+from .transfer import Arrival, Reader
+
+__all__ = ["Prefetcher"]
+
+_MEMORY_GUESSES = 128
+"""Precision is that of about so many guesses of late."""
+_PAUSE_LAYERS = 2048
+"""MoE layers that pass without a guess after too many wrong ones: 40 to 130 tokens."""
+
+
+class Prefetcher:
+    """Acts on what a predictor names. One thread calls it, the model's.
+
+    Args:
+        predictor: names experts of the next layer.
+        cache, reader: where guessed experts take slots, and what reads them.
+        fetch: begins to read an expert into its slot, as a guess.
+        first: per MoE layer, the number of its first expert when experts are counted over all layers.
+        most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left.
+        least_precision: share of guesses that must turn out right; with less it pauses, and tries again later.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        cache: ExpertCache,
+        reader: Reader,
+        fetch: Callable[[int, int], None],
+        first: list[int],
+        most_guesses: int,
+        least_precision: float = 0.0,
+    ) -> None:
+        self._predictor = predictor
+        self._cache = cache
+        self._reader = reader
+        self._fetch = fetch
+        self._first = first
+        self._most = most_guesses
+        self._least_precision = least_precision
+        self._precision = 1.0
+        self._pause = 0
+        self._guesses: list[int] = []
+        self._on_their_way: set[int] = set()
+        self._given_up: set[int] = set()
+        self._held: list[int] = []
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether guesses were wrong too often to go on with them now."""
+        return self._pause > 0
+
+    @property
+    def unsettled(self) -> Set[int]:
+        """Guesses that were given up, and whose reads have not ended: they cannot be leased yet."""
+        return self._given_up
+
+    def settle(self, chosen: Collection[int]) -> None:
+        """A layer has `chosen` its experts: what was guessed right is waited for from now on, the rest is given up."""
+        for expert in self._held:
+            self._cache.release(expert)
+        self._held = []
+        for expert in self._on_their_way:
+            if expert in chosen:
+                self._reader.promote(expert)
+            else:
+                self._reader.cancel(expert)
+                self._given_up.add(expert)
+        self._on_their_way.clear()
+        if chosen:
+            self._learn(chosen)
+        self._guesses = []
+
+    def look_ahead(self, layer: int) -> None:
+        """MoE layer `layer` has asked for its experts: ask for those that the next one may choose."""
+        if self._pause:
+            self._pause -= 1
+            return
+        named = self._predictor.predict(layer)
+        if not named:
+            return
+        first = self._first[layer + 1]
+        experts = [first + number for number in named]
+        for expert in experts:
+            if self._cache.is_resident(expert):
+                self._cache.hold(expert)
+                self._held.append(expert)
+        for expert in experts:
+            if len(self._on_their_way) + len(self._given_up) >= self._most:
+                return
+            if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
+                self._on_their_way.add(expert)
+                self._guesses.append(expert)
+                self._fetch(expert, slot)
+
+    def ended(self, arrival: Arrival) -> None:
+        """A fetch has ended; it may have been a guess."""
+        self._on_their_way.discard(arrival.key)
+        self._given_up.discard(arrival.key)
+
+    def _learn(self, chosen: Collection[int]) -> None:
+        for expert in self._guesses:
+            self._precision += ((expert in chosen) - self._precision) / _MEMORY_GUESSES
+        if self._precision < self._least_precision:
+            self._pause, self._precision = _PAUSE_LAYERS, 1.0

@@ -1,0 +1,152 @@
+"""Guesses about the next layer: what they hold, fetch, give up, and when they stop."""
+
+from __future__ import annotations
+
+import pytest
+
+from moeinf.cache import ExpertCache, Outcome
+from moeinf.policies import LruPolicy
+from moeinf.prefetch import _MEMORY_GUESSES, _PAUSE_LAYERS, Prefetcher
+from moeinf.transfer import Arrival, Reader
+
+PER_LAYER = 8
+"""Experts 0 to 7 are those of layer 0, 8 to 15 those of layer 1."""
+
+
+class Script:
+    """Names what the test says."""
+
+    def __init__(self, *named: int) -> None:
+        self.named = list(named)
+        self.asked = 0
+
+    def predict(self, layer: int) -> list[int]:
+        self.asked += 1
+        return self.named
+
+
+class Notes(Reader):
+    """A disk that only remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.promoted: list[int] = []
+        self.cancelled: list[int] = []
+
+    def promote(self, key: int) -> None:
+        self.promoted.append(key)
+
+    def cancel(self, key: int) -> None:
+        self.cancelled.append(key)
+
+
+class Bench:
+    """A prefetcher with all that it works on."""
+
+    def __init__(self, slots: int, script: Script, *, most: int = 99, least_precision: float = 0.0) -> None:
+        self.cache = ExpertCache(2 * PER_LAYER, slots, LruPolicy())
+        self.reader = Notes()
+        self.fetched: list[int] = []
+        first = [0, PER_LAYER]
+        self.prefetcher = Prefetcher(
+            script, self.cache, self.reader, lambda key, _: self.fetched.append(key), first, most, least_precision
+        )
+
+    def bring(self, *experts: int) -> None:
+        for expert in experts:
+            assert self.cache.acquire(expert) is not None
+            self.cache.arrived(expert)
+            self.cache.release(expert)
+
+    def arrive(self, key: int, *, cancelled: bool = False) -> None:
+        self.prefetcher.ended(Arrival(key, 0, cancelled=cancelled))
+        if cancelled:
+            self.cache.failed(key)
+        else:
+            self.cache.arrived(key)
+        self.cache.check_integrity()
+
+
+def test_what_is_named_is_fetched_or_held_until_the_layer_has_chosen() -> None:
+    bench = Bench(3, Script(1, 5))
+    bench.bring(9, 0, 2)
+    bench.prefetcher.look_ahead(0)
+    assert bench.fetched == [13]  # 9 is here, and held although it is the oldest
+    assert bench.cache.slot(0) is None
+    bench.prefetcher.settle({9, 13})
+    assert bench.reader.promoted == [13]
+    assert bench.cache.acquire(13) == (bench.cache.slot(13), Outcome.WAIT)
+    assert bench.cache.acquire(9) == (bench.cache.slot(9), Outcome.HIT)
+    bench.cache.release(9)
+    assert bench.cache._leases[bench.cache._slot_of[9]] == 0
+    assert (bench.cache.counters.prefetched, bench.cache.counters.prefetch_used) == (1, 1)
+
+
+def test_a_guess_that_is_there_in_time_is_a_hit() -> None:
+    bench = Bench(3, Script(5))
+    bench.prefetcher.look_ahead(0)
+    bench.arrive(13)
+    bench.prefetcher.settle({13})
+    assert bench.reader.promoted == []
+    assert bench.cache.acquire(13) == (0, Outcome.HIT)
+    assert bench.cache.counters.prefetch_used == 1
+
+
+def test_wrong_guesses_are_given_up() -> None:
+    bench = Bench(4, Script(1, 5))
+    bench.prefetcher.look_ahead(0)
+    bench.prefetcher.settle({9, 10})
+    assert (bench.reader.promoted, bench.reader.cancelled) == ([9], [13])
+    assert bench.prefetcher.unsettled == {13}
+    bench.prefetcher.look_ahead(0)
+    assert bench.fetched == [9, 13]  # not again while its read has not ended
+    bench.arrive(13, cancelled=True)
+    assert not bench.prefetcher.unsettled
+    assert bench.cache.slot(13) is None
+    assert bench.cache.counters.prefetch_used == 0
+
+
+def test_slots_for_one_layer_are_left() -> None:
+    bench = Bench(8, Script(0, 1, 2, 3), most=3)
+    bench.prefetcher.look_ahead(0)
+    assert bench.fetched == [8, 9, 10]
+    bench.prefetcher.settle({11})
+    bench.prefetcher.look_ahead(0)
+    assert bench.fetched == [8, 9, 10]  # those three are still on their way
+
+
+def test_no_slot_no_guess() -> None:
+    bench = Bench(1, Script(0))
+    assert bench.cache.acquire(0) is not None
+    bench.prefetcher.look_ahead(0)
+    assert bench.fetched == []
+
+
+@pytest.mark.parametrize("least_precision", [0.0, 0.5])
+def test_bad_guesses_stop_and_are_tried_again(least_precision: float) -> None:
+    script = Script(3)
+    bench = Bench(2, script, least_precision=least_precision)
+
+    def guess_wrong() -> None:
+        bench.prefetcher.look_ahead(0)
+        bench.prefetcher.settle({0})
+        for key in list(bench.prefetcher.unsettled):
+            bench.arrive(key, cancelled=True)
+
+    for _ in range(_MEMORY_GUESSES):
+        guess_wrong()
+    assert bench.prefetcher.is_paused == (least_precision > 0)
+    asked = script.asked
+    assert (asked < _MEMORY_GUESSES) == (least_precision > 0)
+    for _ in range(_PAUSE_LAYERS):
+        guess_wrong()
+    assert not bench.prefetcher.is_paused
+    assert script.asked > asked
+
+
+def test_a_layer_without_a_choice_teaches_nothing() -> None:
+    """A long prompt gives guesses up before it is known whether they were right."""
+    bench = Bench(2, Script(3), least_precision=0.999)
+    bench.prefetcher.look_ahead(0)
+    bench.prefetcher.settle(())
+    assert not bench.prefetcher.is_paused
+    assert bench.reader.cancelled == [11]
