@@ -92,7 +92,9 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the model came from: a hub `repo` at `commit`, or a folder (`commit` is then None)."""
+    """Where the model came from: a hub `repo` at `commit`, a folder (`commit` is then None), or `demo`, whose `commit`
+    is its version.
+    """
 
     repo: str
     commit: str | None = None

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files come from: a folder on this machine, or the hub.
+"""Where a checkpoint's files come from: a folder on this machine (that of `demo` too), or the hub.
 
 Owns which files are fetched and which copies are removed. Knows nothing of stores or tensors.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from . import hub
+from . import demo, hub
 from .checkpoint import INDEX_NAME, Checkpoint
 from .errors import IntegrityError
 from .files import FileSystem, explained
@@ -67,6 +67,8 @@ class Origin(Protocol):
 
 def find_origin(reference: Reference, disk: FileSystem) -> Origin:
     """The folder, or what the hub has. Raises what `Checkpoint.from_folder` and `hub.resolve` raise."""
+    if reference.is_demo:
+        return FolderOrigin(Checkpoint.from_folder(demo.CHECKPOINT), Source(demo.NAME, demo.VERSION))
     if not reference.is_folder:
         return HubOrigin(hub.resolve(reference.repo, reference.revision), reference.text, disk)
     with explained(Path(reference.repo)):
@@ -78,9 +80,9 @@ class FolderOrigin:
 
     blind_bytes = 0
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, source: Source | None = None) -> None:
         self._checkpoint = checkpoint
-        self.source = Source(str(checkpoint.folder))
+        self.source = source or Source(str(checkpoint.folder))
         self.identity = [
             [name, found.st_size, found.st_mtime_ns]
             for name in (*checkpoint.weight_files, *checkpoint.other_files)

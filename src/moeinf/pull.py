@@ -11,13 +11,13 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog
+from . import catalog, demo
 from .checkpoint import CONFIG_NAME, Checkpoint
 from .errors import CapacityError, IntegrityError, ModelNotFoundError, UsageError
 from .files import Bytes, explained
@@ -32,7 +32,7 @@ from .units import MIB, format_bytes
 if TYPE_CHECKING:
     from .conversion import Plan
 
-__all__ = ["PullPlan", "plan_pull", "pull"]
+__all__ = ["PullPlan", "plan_pull", "pull", "resolve"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COPY_BYTES = 4 * MIB
@@ -148,6 +148,18 @@ def plan_pull(
     )
 
 
+def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> StoredModel:
+    """The stored model that a person means, as `Store.resolve` finds it. `demo` needs no pull: it is brought into the
+    store when it is not there in this program's version.
+    """
+    if argument == demo.NAME:
+        with suppress(ModelNotFoundError):
+            if store.open(argument).manifest.source.repo != demo.NAME:
+                return store.open(argument)  # somebody's own, of that name
+        return pull(argument, store=store, progress=progress)
+    return store.resolve(argument)
+
+
 # What is asked for
 
 
@@ -191,6 +203,8 @@ def _read_source(source: str, store: Store) -> tuple[Reference, str | None]:
 
 
 def _at_revision(reference: Reference, revision: str) -> Reference:
+    if reference.is_demo:
+        raise UsageError("demo ships with the program, and has no revisions", hint="leave out --revision")
     if reference.is_folder:
         raise UsageError(f"{reference.repo} is a folder, and has no revisions", hint="leave out --revision")
     if reference.revision not in (None, revision):
@@ -207,6 +221,8 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
     except IntegrityError as error:
         raise IntegrityError(str(error), hint="add --force to pull it again") from error
     there = model.manifest
+    if request.reference.is_demo and there.source.repo == demo.NAME and there.source.commit != demo.VERSION:
+        return None  # of an older program: it is replaced
     if request.reference.is_source_of(there.source) and request.dtype in ("auto", there.dtype):
         return model
     raise UsageError(

@@ -1,4 +1,4 @@
-"""What a person means by a model argument: a folder, an alias of the catalog, or a repository at the hub.
+"""What a person means by a model argument: a folder, an alias of the catalog, a repository at the hub, or `demo`.
 
 One reading for all commands. Looks at the disk only to see whether a folder is there; knows nothing of what is stored.
 """
@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import catalog
+from . import catalog, demo
 from .errors import UsageError
 from .manifest import Source
 
@@ -22,7 +22,7 @@ _MAX_NAME = 96
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """`repo` is `org/name`, or the absolute path of a folder; `alias` is what it was called if that was one."""
+    """`repo` is `org/name`, the absolute path of a folder, or `demo`; `alias` is what it was called if that was one."""
 
     repo: str
     revision: str | None = None
@@ -39,6 +39,11 @@ class Reference:
     @property
     def is_folder(self) -> bool:
         return Path(self.repo).is_absolute()
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the model that ships with the program."""
+        return self.repo == demo.NAME
 
     @property
     def text(self) -> str:
@@ -72,6 +77,10 @@ def read_reference(argument: str) -> Reference | None:
     if at and not revision:
         raise UsageError(f"{argument!r} names no revision after the @", hint=f"write {base}@REVISION, or {base} alone")
     entry = catalog.lookup(base)
+    if entry is not None and entry.repo == demo.NAME:
+        if at:
+            raise UsageError(f"{base} ships with the program, and has no revisions", hint=f"write {base} alone")
+        return Reference(demo.NAME, alias=base)
     if entry is not None:
         return Reference(entry.repo, revision or None, alias=base)
     if argument and Path(argument).is_dir():

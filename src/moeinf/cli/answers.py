@@ -12,6 +12,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import moeinf
+from moeinf import demo
+from moeinf.pull import resolve
 from moeinf.store import Store
 from moeinf.units import format_bytes, format_seconds
 
@@ -69,7 +71,10 @@ def open_engine(
     model: str, engine_flags: EngineFlags, sampling_flags: SamplingFlags, output: Output
 ) -> Iterator[tuple[str, Engine, Sampling]]:
     """The stored name of `model`, its engine, and how to sample. Warns when the cache is too small to help."""
-    name = Store().resolve(model).name
+    stored = resolve(model, Store(), output)
+    name = stored.name
+    if stored.manifest.source.repo == demo.NAME:
+        output.note(demo.NOTE)
     options = engine_flags.resolve()
     with output.busy(f"loading {name}"):
         sampling = sampling_flags.resolve()

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from moeinf import demo
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError
 from moeinf.manifest import Manifest
-from moeinf.pull import PullPlan, plan_pull
+from moeinf.pull import PullPlan, plan_pull, resolve
 from moeinf.pull import pull as pull_model
 from moeinf.store import Store, StoredModel, is_valid_name
 from moeinf.units import format_bytes
@@ -107,7 +108,7 @@ def list_models(output_flags: OutputFlags) -> None:
         names=names,
     )
     if not names:
-        output.note("no models here yet; moeinf pull SOURCE brings one")
+        output.note("no models here yet; moeinf pull SOURCE brings one, and moeinf chat demo needs none")
     for name in store.unfinished():
         output.note(f"{name} is only partly pulled: run its `moeinf pull` again to go on, or `moeinf rm {name}`")
 
@@ -120,7 +121,7 @@ def show(model: Model, output_flags: OutputFlags) -> None:
     Say what a model is, where its bytes go, and what one token reads.
     """
     output = output_flags.output()
-    stored = Store().resolve(model)
+    stored = resolve(model, Store(), output)
     output.result(_details(stored), lines=_show_lines(stored), names=[stored.name])
 
 
@@ -156,7 +157,7 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
     """
     output = output_flags.output()
     store = Store()
-    stored = store.resolve(model)
+    stored = resolve(model, store, output)
     name, manifest = stored.name, stored.manifest
     problems = store.verify(name, output)
     good = f"{name}: {len(manifest.files)} files, {format_bytes(manifest.stored_bytes)}, all as they were written"
@@ -232,8 +233,10 @@ def _show_lines(stored: StoredModel) -> list[str]:
         kv_cache += f", and {format_bytes(manifest.kv_fixed_bytes)} in any case"
     token_bytes = format_bytes(manifest.token_experts * manifest.layout.nbytes)
     share = f"{manifest.token_experts / manifest.num_experts:.0%}"
+    about = [("about", demo.NOTE)] if manifest.source.repo == demo.NAME else []
     rows = [
         ("name", stored.name),
+        *about,
         ("source", manifest.source.repo + commit),
         ("architecture", f"{manifest.architecture} ({manifest.model_type})"),
         ("precision", f"{manifest.precision}, computed in {manifest.dtype}"),
