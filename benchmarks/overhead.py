@@ -23,7 +23,9 @@ from moeinf.kernels import ExpertMaths
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.policies import make_policy
 from moeinf.runtime import ExpertRuntime
-from moeinf.transfer import Arrival, Reader, SlotPool
+from moeinf.settings import DEFAULT_POLICY
+from moeinf.steps import Arrival
+from moeinf.transfer import Reader, SlotPool
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 HIDDEN = 4
@@ -75,7 +77,7 @@ def make_runtime(slots: int, policy: str) -> ExpertRuntime:
         max_context=1,
         files={},
     )
-    cache = ExpertCache(manifest.num_experts, slots, make_policy(policy))
+    cache = ExpertCache(manifest.num_experts, slots, make_policy(policy, [EXPERTS] * LAYERS))
     pool = SlotPool(layout, slots)
     return ExpertRuntime(Path(), manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, reader=NoReader())
 
@@ -98,7 +100,7 @@ def microseconds_per_request(slots: int, policy: str, tokens: int) -> list[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--policy", default="lru")
+    parser.add_argument("--policy", default=DEFAULT_POLICY)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(

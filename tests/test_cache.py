@@ -7,11 +7,11 @@ import random
 import pytest
 
 from moeinf.cache import ExpertCache, Outcome
-from moeinf.policies import LruPolicy
+from moeinf.policies.plain import LruPolicy
 
 
 def make_cache(slots: int, experts: int = 10) -> ExpertCache:
-    return ExpertCache(experts, slots, LruPolicy())
+    return ExpertCache(experts, slots, LruPolicy([]))
 
 
 def fill(cache: ExpertCache, *experts: int) -> None:

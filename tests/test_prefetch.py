@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moeinf.cache import ExpertCache, Outcome
-from moeinf.policies import LruPolicy
+from moeinf.policies.plain import LruPolicy
 from moeinf.prefetch import _MEMORY_GUESSES, _PAUSE_LAYERS, Prefetcher
-from moeinf.transfer import Arrival, Reader
+from moeinf.steps import Arrival
+from moeinf.transfer import Reader
 
 PER_LAYER = 8
 """Experts 0 to 7 are those of layer 0, 8 to 15 those of layer 1."""
@@ -43,7 +44,7 @@ class Bench:
     """A prefetcher with all that it works on."""
 
     def __init__(self, slots: int, script: Script, *, most: int = 99, least_precision: float = 0.0) -> None:
-        self.cache = ExpertCache(2 * PER_LAYER, slots, LruPolicy())
+        self.cache = ExpertCache(2 * PER_LAYER, slots, LruPolicy([]))
         self.reader = Notes()
         self.fetched: list[int] = []
         first = [0, PER_LAYER]

@@ -15,6 +15,7 @@ import torch
 from moeinf import transfer
 from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.steps import Arrival
 from moeinf.transfer import Reader, SlotPool, allocate_buffer, can_read_direct
 
 LAYOUT = ExpertLayout(
@@ -62,7 +63,7 @@ def test_a_slot_shows_its_bytes_as_tensors(tmp_path: Path, direct: bool) -> None
     pool = SlotPool(LAYOUT, 3)
     reader = Reader(threads=2, direct=direct)
     reader.fetch(9, tmp_path / "expert", 4096, 4096 + len(data), pool.memory(2))
-    assert reader.wait() == transfer.Arrival(9, len(data))
+    assert reader.wait() == Arrival(9, len(data))
     reader.close()
     assert pool.slot_bytes == 4096
     assert torch.equal(pool.tensors(2)["gate_up_proj"], gate_up)
@@ -196,13 +197,13 @@ def test_a_promoted_guess_is_no_guess(gated: Callable[..., GatedReader]) -> None
 def test_a_cancelled_guess_reads_no_more_and_says_so(gated: Callable[..., GatedReader]) -> None:
     reader = gated((1, True), (2, True), (3, False))
     reader.cancel(2)
-    assert reader.wait() == transfer.Arrival(2, 0, cancelled=True)
+    assert reader.wait() == Arrival(2, 0, cancelled=True)
     reader.cancel(1)  # half of it is being read
     assert reader.poll() is None
     reader.begin()
-    assert reader.wait() == transfer.Arrival(1, 4096, cancelled=True)
+    assert reader.wait() == Arrival(1, 4096, cancelled=True)
     reader.begin()
     reader.cancel(3)  # no guess
     reader.turns.release()
-    assert reader.wait() == transfer.Arrival(3, 8192)
+    assert reader.wait() == Arrival(3, 8192)
     assert [key for key, _ in reader.order] == [1, 3, 3]

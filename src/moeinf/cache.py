@@ -12,6 +12,7 @@ Leases count users of a slot; a leased expert is never evicted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -87,6 +88,16 @@ class ExpertCache:
     def num_free(self) -> int:
         """Slots that hold nothing."""
         return len(self._free)
+
+    def begin_request(self) -> None:
+        """A person asks for something: the policy may forget what it learned of the last request."""
+        self._policy.begin_request()
+
+    def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
+        """Tell the policy what the router of `layer` has chosen, a row of experts per token, before they are asked
+        for.
+        """
+        self._policy.observe(layer, choices)
 
     def acquire(self, expert: int, *, keep: bool = True) -> tuple[int, Outcome] | None:
         """Lease `expert`, giving it a slot if it has none.

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Set
 
 from .cache import ExpertCache
 from .predictors import Predictor
-from .transfer import Arrival, Reader
+from .steps import Arrival
+from .transfer import Reader
 
 __all__ = ["Prefetcher"]
 

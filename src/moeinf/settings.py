@@ -14,7 +14,10 @@ from pathlib import Path
 
 from .errors import UsageError
 
-__all__ = ["EngineOptions", "home_path", "is_debug", "resolve_options"]
+__all__ = ["DEFAULT_POLICY", "EngineOptions", "home_path", "is_debug", "resolve_options"]
+
+DEFAULT_POLICY = "expected-use"
+"""What the evidence picks (docs/policies.md)."""
 
 _CHOICES = {"prefetch": ("auto", "gate", "off"), "kernels": ("auto", "torch")}
 
@@ -32,7 +35,7 @@ class EngineOptions:
     host_memory: str | None = None
     experts: str | None = None
     context: int | None = None
-    policy: str = "lru"
+    policy: str = DEFAULT_POLICY
     prefetch: str = "auto"
     kernels: str = "auto"
     threads: int | None = None

@@ -22,9 +22,10 @@ import torch
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError
 from .manifest import ExpertLayout
+from .steps import Arrival
 from .units import MIB, align_up
 
-__all__ = ["Arrival", "Reader", "SlotPool", "allocate_buffer", "can_read_direct"]
+__all__ = ["Reader", "SlotPool", "allocate_buffer", "can_read_direct"]
 
 DIRECT_ALIGNMENT = 4096
 PIECE_BYTES = 1 * MIB
@@ -94,18 +95,6 @@ def _open(path: Path, *, direct: bool) -> int:
     if direct:
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)  # type: ignore[attr-defined,unused-ignore]  # macOS
     return descriptor
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A fetch that ended: well, or with `error`, or `cancelled` before all of it was there. `read_bytes` came off the
-    disk.
-    """
-
-    key: int
-    read_bytes: int
-    error: MoeinfError | None = None
-    cancelled: bool = False
 
 
 @dataclass(slots=True)

@@ -1,0 +1,265 @@
+"""Policies that know which layer an expert belongs to, and when that layer runs next.
+
+The layers of a model run in a circle, so it is known how long each must wait for its turn. A policy here gives every
+expert of a layer a rank, the higher the sooner it goes; an expert's score is its rank plus the layers until its own
+layer runs. Ranks of a layer change only when that layer runs or its residents do, so the first to go of each layer is
+remembered, and a victim is the best of these: a few vector operations, whatever the number of experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "ActivationPolicy",
+    "ExpectedUsePolicy",
+    "LayerLruPolicy",
+    "LayeredLruPolicy",
+    "LayeredPolicy",
+    "LeastStalePolicy",
+    "LfruPolicy",
+    "LfuPolicy",
+]
+
+Floats = NDArray[np.float64]
+
+_NEVER = -np.inf
+_FAR = 1e6
+"""More layers than anything waits for: ranks in these steps are told apart before the wait is."""
+
+
+class LayeredPolicy(ABC):
+    """Ranks per layer, and the first to go of each layer remembered. `sizes`: experts per MoE layer."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._layers = len(sizes)
+        self._first = [sum(sizes[:layer]) for layer in range(self._layers)]
+        self._layer_of = [layer for layer, size in enumerate(sizes) for _ in range(size)]
+        self._resident = np.zeros((self._layers, max(sizes)), dtype=bool)
+        self._passing: dict[int, None] = {}
+        self._best = [-1] * self._layers
+        self._best_rank = np.full(self._layers, _NEVER)
+        self._outdated = set(range(self._layers))
+        turn = np.arange(self._layers)
+        self._waits = (turn[None, :] - turn[:, None] - 1) % self._layers + 1.0
+        self._now = 0
+
+    @abstractmethod
+    def ranks(self, layer: int) -> Floats:
+        """Rank of every expert of `layer` [experts], in layers: the higher, the sooner it goes."""
+
+    @abstractmethod
+    def learn(self, layer: int, experts: list[int]) -> None:
+        """`layer` ran for one token, and `experts` (numbers within the layer) were chosen."""
+
+    def begin_request(self) -> None:  # noqa: B027  # most policies learn on
+        pass
+
+    def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
+        first = self._first[layer]
+        self._now = layer
+        for experts in choices:
+            self.learn(layer, [expert - first for expert in experts])
+        self._outdated.add(layer)
+
+    def insert(self, expert: int, *, keep: bool) -> None:
+        if keep:
+            self._set_resident(expert, True)
+        else:
+            self._passing[expert] = None
+
+    def use(self, expert: int) -> None:
+        if expert in self._passing:
+            del self._passing[expert]
+            self._set_resident(expert, True)
+
+    def remove(self, expert: int) -> None:
+        if expert in self._passing:
+            del self._passing[expert]
+        else:
+            self._set_resident(expert, False)
+
+    def victim(self, is_leased: Callable[[int], bool]) -> int | None:
+        for expert in self._passing:
+            if not is_leased(expert):
+                return expert
+        for layer in self._outdated:
+            self._find_best(layer)
+        self._outdated.clear()
+        scores = self._best_rank + self._waits[self._now]
+        best = self._best
+        while scores[layer := int(scores.argmax())] > _NEVER:
+            if not is_leased(best[layer]):
+                return best[layer]
+            if best is self._best:
+                best = best.copy()
+            best[layer], rank = self._best_free(layer, is_leased)
+            scores[layer] = rank + self._waits[self._now, layer]
+        return None
+
+    def _set_resident(self, expert: int, is_resident: bool) -> None:
+        layer = self._layer_of[expert]
+        self._resident[layer, expert - self._first[layer]] = is_resident
+        self._outdated.add(layer)
+
+    def _find_best(self, layer: int) -> None:
+        ranks = np.where(self._resident[layer], self.ranks(layer), _NEVER)
+        place = int(ranks.argmax())
+        self._best[layer] = self._first[layer] + place
+        self._best_rank[layer] = ranks[place]
+
+    def _best_free(self, layer: int, is_leased: Callable[[int], bool]) -> tuple[int, float]:
+        """The first to go of a layer's residents that are not leased, and its rank; a rank of `_NEVER` if all are."""
+        ranks = np.where(self._resident[layer], self.ranks(layer), _NEVER)
+        first = self._first[layer]
+        for place in np.flatnonzero(self._resident[layer]).tolist():
+            if is_leased(first + place):
+                ranks[place] = _NEVER
+        place = int(ranks.argmax())
+        return first + place, float(ranks[place])
+
+
+class _Recency(LayeredPolicy):
+    """Remembers for every expert when it was last chosen, on one of two clocks: visits of its own layer, or tokens."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(sizes)
+        self._token = 0
+        self._visits = [0] * self._layers
+        self._last_token = np.zeros(self._resident.shape)
+        self._last_visit = np.zeros(self._resident.shape)
+
+    def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
+        if layer <= self._now:  # the layers start over: a new token
+            self._token += 1
+        super().observe(layer, choices)
+
+    def learn(self, layer: int, experts: list[int]) -> None:
+        self._visits[layer] += 1
+        self._last_token[layer, experts] = self._token
+        self._last_visit[layer, experts] = self._visits[layer]
+
+
+class LayerLruPolicy(_Recency):
+    """LRU by token: the expert that was not used for the most tokens; of those, the one whose layer is due latest."""
+
+    def ranks(self, layer: int) -> Floats:
+        ranks: Floats = -_FAR * self._last_token[layer]
+        return ranks
+
+
+class LayeredLruPolicy(_Recency):
+    """LLRU (Angelopoulos et al., arXiv 2509.02408): the expert that sat out the most visits of its own layer; of those,
+    the one whose layer is due latest.
+    """
+
+    def ranks(self, layer: int) -> Floats:
+        ranks: Floats = _FAR * (self._visits[layer] - self._last_visit[layer])
+        return ranks
+
+
+class LeastStalePolicy(_Recency):
+    """After SpecMD (arXiv 2602.03921), as we read it: what the present token has used stays; of the others, which are
+    stale, the one whose layer is due latest goes first, however long ago it was used.
+    """
+
+    def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
+        before = self._token
+        super().observe(layer, choices)
+        if self._token != before:
+            self._outdated.update(range(self._layers))
+
+    def ranks(self, layer: int) -> Floats:
+        ranks: Floats = _FAR * (self._last_token[layer] < self._token)
+        return ranks
+
+
+class LfuPolicy(LayeredPolicy):
+    """Least frequently used, with ageing: a use counts half after 256 tokens. Lifetime counts do worse than chance."""
+
+    _KEEP = 0.5 ** (1 / 256)
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(sizes)
+        self._uses = np.zeros(self._resident.shape)
+
+    def learn(self, layer: int, experts: list[int]) -> None:
+        self._uses[layer] *= self._KEEP
+        self._uses[layer, experts] += 1
+
+    def ranks(self, layer: int) -> Floats:
+        ranks: Floats = -_FAR * self._uses[layer]
+        return ranks
+
+
+class LfruPolicy(_Recency):
+    """Frequency over recency: the fewest uses so far per visit of its layer since the last of them."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(sizes)
+        self._uses = np.zeros(self._resident.shape)
+
+    def learn(self, layer: int, experts: list[int]) -> None:
+        super().learn(layer, experts)
+        self._uses[layer, experts] += 1
+
+    def ranks(self, layer: int) -> Floats:
+        ranks: Floats = -_FAR * self._uses[layer] / (self._visits[layer] - self._last_visit[layer] + 1)
+        return ranks
+
+
+class ActivationPolicy(LayeredPolicy):
+    """MoE-Infinity's eviction (arXiv 2401.14361, section 5) from the request's own activation matrix: the smallest
+    (p + ε) · (1 - layer / layers), p being the expert's share of what its layer chose in this request.
+    """
+
+    _EPSILON = 1e-3
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(sizes)
+        self._matrix = np.zeros(self._resident.shape)
+
+    def begin_request(self) -> None:
+        self._matrix[:] = 0
+        self._outdated.update(range(self._layers))
+
+    def learn(self, layer: int, experts: list[int]) -> None:
+        self._matrix[layer, experts] += 1
+
+    def ranks(self, layer: int) -> Floats:
+        row = self._matrix[layer]
+        share = row / max(row.sum(), 1.0)
+        ranks: Floats = -_FAR * (share + self._EPSILON) * (1 - layer / self._layers)
+        return ranks
+
+
+class ExpectedUsePolicy(LayeredPolicy):
+    """Belady's rule with an estimate in place of the future: the expert whose next use is the most layers away.
+
+    It is used when its layer runs with probability p, so that is expected to happen after (layers until its layer runs)
+    + layers · (1/p - 1). p is a mixture of two averages of past choices, with half-lives of 6 and 64 tokens.
+    """
+
+    _WEIGHTS = (0.7, 0.3)
+    _KEEP = tuple(0.5 ** (1 / half_life) for half_life in (6, 64))
+    _LEAST = 1e-4
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(sizes)
+        self._averages = [np.zeros(self._resident.shape) for _ in self._WEIGHTS]
+
+    def learn(self, layer: int, experts: list[int]) -> None:
+        for average, keep in zip(self._averages, self._KEEP, strict=True):
+            row = average[layer]
+            row *= keep
+            row[experts] += 1 - keep
+
+    def ranks(self, layer: int) -> Floats:
+        fast, slow = (average[layer] for average in self._averages)
+        chance = self._WEIGHTS[0] * fast + self._WEIGHTS[1] * slow
+        ranks: Floats = self._layers * (1 / np.maximum(chance, self._LEAST) - 1)
+        return ranks
