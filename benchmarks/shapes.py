@@ -118,8 +118,9 @@ def _write_tokenizer(folder: Path) -> None:
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    # Embeddings outweigh what attention averages over the context, or all tokens would be routed alike.
-    spread = 4.0 if "embed_tokens" in name else 0.02
+    # Embeddings outweigh what attention averages over the context, or all tokens would be routed alike; and not by so
+    # much that every layer sees the same: its router then guesses the next one's choice no better than in real models.
+    spread = 1.0 if "embed_tokens" in name else 0.02
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, spread, generator=generator)
 
 

@@ -7,8 +7,8 @@ memory cgroup.
 Writes a random checkpoint with the shapes of a real model, pulls it, and lets each system decode the same tokens from
 it in turn, as processes of their own in a memory cgroup that holds the dense weights, a quarter of the experts and
 1 GiB. Before and after each run it measures how fast the disk gives whole experts to direct reads, which bounds the
-time per token: bytes missed / that rate. The page cache is dropped before each run. Last, in one process without a
-limit, everything resident: moeinf against plain transformers.
+time per token: bytes that were asked for and not in memory, prefetched or not / that rate. The page cache is dropped
+before each run. Last, in one process without a limit, everything resident: moeinf against plain transformers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from cgroups import memory_limit, run_in
+from moeinf.settings import DEFAULT_POLICY
 from shapes import SHAPES, write_checkpoint
 
 GIB = 1 << 30
@@ -41,8 +42,8 @@ SYSTEMS = ("moeinf", "mmap", "offload")
 
 @dataclass(frozen=True)
 class Run:
-    """What one worker reports. `token_s`: one time per decoded token; `missed_bytes`: expert bytes read per decoded
-    token.
+    """What one worker reports. `token_s`: one time per decoded token; `missed_bytes`: expert bytes per decoded token
+    that were asked for and had to come from the disk; `read_bytes`: what was read per decoded token, wrong guesses too.
     """
 
     system: str
@@ -51,6 +52,8 @@ class Run:
     tokens: list[int]
     hit_rate: float = 0.0
     missed_bytes: float = 0.0
+    read_bytes: float = 0.0
+    precision: float = 0.0
     slots: int = 0
 
     @property
@@ -97,17 +100,29 @@ def generate(model: Any, new_tokens: int) -> tuple[Stopwatch, list[int]]:
     return watch, output[0, len(PROMPT) :].tolist()
 
 
-def run_moeinf(name: str, new_tokens: int, experts: str | None = None) -> Run:
+def run_moeinf(name: str, new_tokens: int, **options: Any) -> Run:
     import moeinf
 
-    with moeinf.load(name, experts=experts) as engine, torch.inference_mode():
+    with moeinf.load(name, **options) as engine, torch.inference_mode():
         generate(engine.model, WARM_UP_TOKENS)
         engine.runtime.reset_counters()
         watch, tokens = generate(engine.model, new_tokens)
         ttft, intervals = watch.intervals()
-        found = engine.stats().experts
-        missed = (found.decode_requests - found.decode_hits) * engine.manifest.layout.nbytes / len(intervals)
-        return Run("moeinf", ttft, intervals, tokens, found.hit_rate, missed, found.slots)
+        stats, steps = engine.stats(), len(intervals)
+        found, prefill = stats.experts, engine.runtime.prefill
+        fetched = found.decode_requests - found.decode_hits + found.prefetch_used - found.waits
+        size = engine.manifest.layout.nbytes
+        return Run(
+            "moeinf",
+            ttft,
+            intervals,
+            tokens,
+            hit_rate=found.decode_hits / found.decode_requests,
+            missed_bytes=fetched * size / steps,
+            read_bytes=(stats.bytes.disk_to_host - prefill.misses * size) / steps,
+            precision=found.prefetch_used / found.prefetched if found.prefetched else 0.0,
+            slots=found.slots,
+        )
 
 
 def run_transformers(system: str, checkpoint: Path, new_tokens: int) -> Run:
@@ -202,7 +217,8 @@ def work(arguments: argparse.Namespace) -> None:
     """What a process inside the cgroup does."""
     torch.set_num_threads(arguments.threads)
     if arguments.worker == "moeinf":
-        run = run_moeinf(arguments.shape, arguments.tokens)
+        options = {"policy": arguments.policy, "prefetch": arguments.prefetch, "context": arguments.context}
+        run = run_moeinf(arguments.shape, arguments.tokens, **options)
     else:
         run = run_transformers(arguments.worker, arguments.folder / arguments.shape, arguments.tokens)
     print(json.dumps(asdict(run)))
@@ -217,7 +233,8 @@ def measure(arguments: argparse.Namespace, limit_bytes: int) -> list[tuple[float
             Path("/proc/sys/vm/drop_caches").write_text("3")
             command = [sys.executable, __file__, "--worker", system, "--shape", arguments.shape]
             command += ["--folder", str(arguments.folder), "--tokens", str(arguments.tokens)]
-            command += ["--threads", str(arguments.threads)]
+            command += ["--threads", str(arguments.threads), "--context", str(arguments.context)]
+            command += ["--policy", arguments.policy, "--prefetch", arguments.prefetch]
             with memory_limit(limit_bytes) as cgroup:
                 done = run_in(cgroup, command)
             lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
@@ -248,7 +265,8 @@ def report(results: list[tuple[float, Run | str]], systems: list[str]) -> None:
     for rate, run in ours:
         bound = run.missed_bytes / rate
         print(
-            f"moeinf: {run.slots} slots, hit rate {run.hit_rate:.3f}, {run.missed_bytes / MIB:.0f} MiB missed a token,"
+            f"moeinf: {run.slots} slots, hit rate {run.hit_rate:.3f}, {run.missed_bytes / MIB:.0f} MiB a token missed"
+            f" ({run.read_bytes / MIB:.0f} read; {run.precision:.0%} of guesses right),"
             f" disk {rate / 1e9:.2f} GB/s: bound {bound * 1e3:.1f} ms, measured {run.tpot_s * 1e3:.1f} ms,"
             f" ratio {run.tpot_s / bound:.2f}"
         )
@@ -278,6 +296,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--policy", default=DEFAULT_POLICY)
+    parser.add_argument("--prefetch", default="auto")
+    parser.add_argument("--context", type=int, default=512, help="tokens that moeinf keeps a KV cache for")
     parser.add_argument("--read-ahead", type=int, metavar="KIB", help="set the block device's read-ahead for the runs")
     parser.add_argument("--no-resident", action="store_true", help="leave out the comparison with everything in memory")
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)

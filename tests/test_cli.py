@@ -66,7 +66,7 @@ def damage(home: Path) -> None:
 def test_list_of_nothing(cli: CommandLine) -> None:
     cli.check("""
         $ moeinf list
-        ! no models here yet; moeinf pull SOURCE brings one
+        ! no models here yet; moeinf pull SOURCE brings one, and moeinf chat demo needs none
         = 0
     """)
 
@@ -395,7 +395,7 @@ def test_run_passes_options_on(stored: CommandLine, monkeypatch: pytest.MonkeyPa
         "host_memory": "1GiB",
         "experts": "25%",
         "context": 99,
-        "policy": "lru",
+        "policy": "expected-use",
         "prefetch": "auto",
         "kernels": "auto",
         "threads": 3,

@@ -15,7 +15,7 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "manifest", "ledger"},
+    {"catalog", "demo", "manifest", "ledger"},
     {
         "checkpoint",
         "conversion",
@@ -31,10 +31,12 @@ LAYERS = [
         "sharding",
         "store",
         "tensorfile",
+        "trace",
+        "tracefile",
     },
-    {"cache", "kernels", "memory", "policies", "predictors", "transfer"},
-    {"engine", "generation", "hooks", "prefetch", "runtime", "stats"},
-    {"chat"},
+    {"cache", "kernels", "memory", "policies", "predictors", "steps", "transfer"},
+    {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
+    {"analysis", "calibration", "chat"},
     {"cli"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -48,6 +50,7 @@ HEAVY = {
         "predictors",
         "transfer",
         "kernels",
+        "recorder",
         "runtime",
         "hooks",
         "engine",

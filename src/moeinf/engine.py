@@ -30,8 +30,9 @@ from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
 from .policies import make_policy
 from .predictors import GatePredictor
+from .pull import resolve
 from .runtime import ExpertRuntime
-from .settings import EngineOptions
+from .settings import DEFAULT_POLICY, EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, Stats
 from .store import Store, StoredModel
 from .tensorfile import TensorFile
@@ -155,12 +156,12 @@ def load(
     host_memory: str | None = None,
     experts: str | None = None,
     context: int | None = None,
-    policy: str = "lru",
+    policy: str = DEFAULT_POLICY,
     prefetch: str = "auto",
     kernels: str = "auto",
     threads: int | None = None,
 ) -> Engine:
-    """Load a stored model. The options are those of the command line (docs/cli.md), under the same names.
+    """Load a stored model, or `demo`. The options are those of the command line (docs/cli.md), under the same names.
 
     Raises ModelNotFoundError, IntegrityError, CapacityError (with the budget that would do), UsageError,
     UnsupportedError.
@@ -169,7 +170,7 @@ def load(
     _check_device(options)
     with ExitStack() as stack:
         store = Store()
-        stored = store.resolve(str(model))
+        stored = resolve(str(model), store)
         stack.enter_context(store.hold(stored.name))
         engine = _load(stored, options, stack)
         engine._on_close = stack.pop_all()
@@ -207,7 +208,11 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         folder,
         manifest,
         [ExpertMaths(module) for module in modules.values()],
-        cache=ExpertCache(manifest.num_experts, plan.slots, make_policy(options.policy)),
+        cache=ExpertCache(
+            manifest.num_experts,
+            plan.slots,
+            make_policy(options.policy, [layer.num_experts for layer in manifest.layers]),
+        ),
         pool=SlotPool(manifest.layout, plan.slots),
         reader=reader,
         predictor=GatePredictor(model, modules) if _prefetches(options, plan) else None,

@@ -135,6 +135,7 @@ class Session:
             torch.manual_seed(sampling.seed)
         config = _generation_config(self._engine.generation_config, sampling, max_tokens)
         clock.reused = self._reuse(ids)
+        self._engine.runtime.begin_request(clock.reused)
         self._prefill(ids, clock)
         prompt = torch.tensor([ids])
         output: Any = model.generate(

@@ -14,7 +14,7 @@ from .errors import CapacityError, UsageError
 from .manifest import Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
-__all__ = ["MemoryPlan", "ModelShape", "Regime", "make_plan"]
+__all__ = ["MemoryPlan", "ModelShape", "Regime", "make_plan", "parse_slots"]
 
 Regime = Literal["resident", "streaming"]
 
@@ -110,7 +110,7 @@ def make_plan(
         budget = parse_size(host_memory, whole_bytes=available_bytes)
     slot_bytes = align_up(manifest.layout.nbytes, _PAGE)
     fewest_slots = max(layer.top_k for layer in manifest.layers)
-    wanted_slots = _parse_slots(experts, manifest.num_experts, fewest_slots)
+    wanted_slots = parse_slots(experts, manifest.num_experts, fewest_slots)
     dense = manifest.dense_bytes
     tokens = _context(manifest, context, budget)
     kv_cache = manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes
@@ -142,8 +142,12 @@ def make_plan(
     )
 
 
-def _parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | None:
-    """Slots that `--experts` names: a number, or a share of all experts, never below the fewest that can work."""
+def parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | None:
+    """Slots that `--experts` names, or None for None: a number, or a share of all experts, which is never below the
+    fewest that can work.
+
+    Raises UsageError for what is neither, CapacityError for a number below the fewest.
+    """
     if experts is None:
         return None
     text = experts.strip()

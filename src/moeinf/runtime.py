@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from .manifest import Manifest, expert_path
 from .memory import return_free_memory
 from .predictors import NoPredictor, Predictor
 from .prefetch import Prefetcher
-from .transfer import Arrival, Reader, SlotPool
+from .recorder import Recorder
+from .steps import OBSERVED_TOKENS, Arrival, Step
+from .transfer import Reader, SlotPool
 
 __all__ = ["ExpertRuntime", "StepStopped"]
 
@@ -77,6 +79,8 @@ class ExpertRuntime:
     ) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
+        self.recorder: Recorder | None = None
+        self._requests = 0
         self._lent: list[int] = []
         self.cache = cache
         self._pool = pool
@@ -98,6 +102,13 @@ class ExpertRuntime:
             least_precision,
         )
         self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
+
+    def begin_request(self, position: int) -> None:
+        """A person asks for something, and the first token that is new has this position in the conversation."""
+        self.cache.begin_request()
+        if self.recorder is not None:
+            self.recorder.begin(self._requests, position)
+        self._requests += 1
 
     def reset_counters(self) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
@@ -129,6 +140,8 @@ class ExpertRuntime:
 
         Raises what an expert's fetch raised (the path is in the message), or StepStopped.
         """
+        if self.recorder is not None:
+            self.recorder.record(layer, top_k_index, top_k_weights, is_prefill=len(hidden) > 1)
         if hidden.shape[0] == 1:
             experts = top_k_index[0].tolist()
             if len(set(experts)) == len(experts) and max(experts) < self._sizes[layer]:
@@ -146,13 +159,14 @@ class ExpertRuntime:
         rows: dict[int, torch.Tensor] = {}
         place = {first + expert: number for number, expert in enumerate(experts)}
         self._settle(place)
-        step = _Step(self)
+        cache.observe(layer, [list(place)])
+        step = Step(self)
         try:
             here = step.lease(sorted(place))
             self._prefetcher.look_ahead(layer)
             for key in (*here, *step.arriving()):
                 number = place[key]
-                rows[number] = maths.expert(hidden, step.tensors(key), weights[:, number : number + 1])
+                rows[number] = maths.expert(hidden, self._tensors(key), weights[:, number : number + 1])
         except BaseException:
             self._prefetcher.settle(())
             raise
@@ -179,12 +193,13 @@ class ExpertRuntime:
         rows: dict[int, torch.Tensor] = {}
         unadded = deque(requests)
         self._settle(())
-        step = _Step(self)
+        self.cache.observe(layer, [[first + expert for expert in row] for row in self._last_rows(layer, top_k_index)])
+        step = Step(self)
         try:
             for key in step.stream([first + expert for expert in requests], kept, self._window):
                 expert = key - first
                 tokens, shares = requests[expert]
-                rows[expert] = maths.expert(hidden[tokens], step.tensors(key), shares).to(total.dtype)
+                rows[expert] = maths.expert(hidden[tokens], self._tensors(key), shares).to(total.dtype)
                 while unadded and unadded[0] in rows:
                     expert = unadded.popleft()
                     total.index_add_(0, requests[expert][0], rows.pop(expert))
@@ -193,6 +208,11 @@ class ExpertRuntime:
         if len(hidden) >= MANY_TOKENS:
             return_free_memory()
         return total.to(hidden.dtype)
+
+    def _last_rows(self, layer: int, top_k_index: torch.Tensor) -> list[list[int]]:
+        """What the last tokens of a prompt chose; a number past the last expert stands for "none"."""
+        size = self._sizes[layer]
+        return [[expert for expert in row if expert < size] for row in top_k_index[-OBSERVED_TOKENS:].tolist()]
 
     # What a step does to the cache, the slots and the readers.
 
@@ -206,7 +226,7 @@ class ExpertRuntime:
             self._fetch(key, slot)
         return outcome
 
-    def tensors(self, key: int) -> dict[str, torch.Tensor]:
+    def _tensors(self, key: int) -> dict[str, torch.Tensor]:
         slot = self.cache.slot(key)
         assert slot is not None
         return self._pool.tensors(slot)
@@ -239,90 +259,3 @@ class ExpertRuntime:
 
     def _fetch(self, key: int, slot: int, *, is_guess: bool = False) -> None:
         self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), is_guess=is_guess)
-
-
-class _Step:
-    """The leases of one step. Whatever happens, `end` leaves none of them, and nothing under way."""
-
-    def __init__(self, runtime: ExpertRuntime) -> None:
-        self._runtime = runtime
-        self._leased: set[int] = set()
-        self._awaited: set[int] = set()
-
-    def tensors(self, key: int) -> dict[str, torch.Tensor]:
-        return self._runtime.tensors(key)
-
-    def lease(self, keys: Collection[int]) -> list[int]:
-        """Lease all `keys`, for which there are slots, fetching what is not here; returns those that are.
-
-        What is here comes first, so that it does not make room for the others.
-        """
-        here = [key for key in keys if self._runtime.cache.is_resident(key) and self._is_here(key, keep=True)]
-        for key in keys:
-            if key not in self._leased:
-                self._try(key, keep=True)
-        assert len(here) + len(self._awaited) == len(self._leased) == len(keys)
-        return here
-
-    def arriving(self) -> Iterable[int]:
-        """The leased experts that were not here, as they arrive."""
-        while self._awaited:
-            yield self._next_arrival()
-
-    def stream(self, keys: list[int], kept: set[int], window: int) -> Iterable[int]:
-        """All `keys`, the resident ones first, each leased until the next one is asked for, at most `window` on their
-        way.
-        """
-        absent = deque(key for key in keys if not self._runtime.cache.is_resident(key))
-        resident = set(keys) - set(absent)
-        here = deque(key for key in keys if key in resident and self._is_here(key, keep=key in kept))
-        while True:
-            while absent and len(self._awaited) < window and self._try(absent[0], keep=absent[0] in kept):
-                absent.popleft()
-            if here:
-                key = here.popleft()
-            elif self._awaited:
-                key = self._next_arrival()
-            else:
-                assert not absent, "no slot for an expert although none is leased"
-                return
-            yield key
-            self._release(key)
-
-    def end(self) -> None:
-        """Release what is still leased, after what is under way has arrived."""
-        while self._awaited:
-            arrival = self._runtime.wait()
-            if arrival.key in self._awaited and arrival.error is not None:
-                self._leased.discard(arrival.key)
-            self._awaited.discard(arrival.key)
-        for key in sorted(self._leased):
-            self._runtime.cache.release(key)
-        self._leased.clear()
-
-    def _is_here(self, key: int, *, keep: bool) -> bool:
-        return self._try(key, keep=keep) and key not in self._awaited
-
-    def _try(self, key: int, *, keep: bool) -> bool:
-        outcome = self._runtime.lease(key, keep=keep)
-        if outcome is None:
-            return False
-        self._leased.add(key)
-        if outcome is not Outcome.HIT:
-            self._awaited.add(key)
-        return True
-
-    def _next_arrival(self) -> int:
-        while True:
-            arrival = self._runtime.wait()
-            if arrival.key not in self._awaited:
-                continue  # a guess that nobody asked for
-            self._awaited.remove(arrival.key)
-            if arrival.error is not None:
-                self._leased.discard(arrival.key)
-                raise arrival.error
-            return arrival.key
-
-    def _release(self, key: int) -> None:
-        self._leased.remove(key)
-        self._runtime.cache.release(key)

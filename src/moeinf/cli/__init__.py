@@ -24,6 +24,8 @@ from .models import list_models, pull, remove, show, verify
 from .options import with_groups
 from .output import Output
 from .run import INTERRUPTED, run
+from .simulate import simulate
+from .trace import trace
 
 __all__ = ["app", "main"]
 
@@ -44,6 +46,8 @@ app.command("rm", short_help="Remove models.")(with_groups(remove))
 app.command("verify", short_help="Check every byte of a model.")(with_groups(verify))
 app.command("run", short_help="Print one answer.")(with_groups(run))
 app.command("chat", short_help="Talk to a model.")(with_groups(chat))
+app.command("trace", short_help="Record which experts a model asks for.")(with_groups(trace))
+app.command("simulate", short_help="Replay traces through cache policies.")(with_groups(simulate))
 
 
 def main(args: Sequence[str] | None = None) -> int:

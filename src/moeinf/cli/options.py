@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from moeinf import demo
 from moeinf.errors import MoeinfError, UsageError
 from moeinf.policies import POLICIES
 from moeinf.settings import EngineOptions, resolve_options
@@ -36,13 +37,14 @@ __all__ = [
 
 
 def stored_names(incomplete: str) -> list[str]:
-    """Names of models in the store that start with `incomplete`, for the shell; an unreadable store has none."""
+    """`demo`, and names of models in the store, that start with `incomplete`; an unreadable store has none."""
     from moeinf.store import Store
 
     try:
-        return [name for name in Store().names() if name.startswith(incomplete)]
+        names = Store().names()
     except (MoeinfError, OSError):
-        return []
+        names = []
+    return [name for name in sorted({demo.NAME, *names}) if name.startswith(incomplete)]
 
 
 def source_names(incomplete: str) -> list[tuple[str, str]]:
@@ -52,7 +54,7 @@ def source_names(incomplete: str) -> list[tuple[str, str]]:
     return [(entry.alias, entry.description) for entry in entries() if entry.alias.startswith(incomplete)]
 
 
-_MODEL_HELP = "A pulled model: its name, alias, hub id (org/name) or the folder it came from."
+_MODEL_HELP = "`demo`, or a pulled model: its name, alias, hub id (org/name) or the folder it came from."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, autocompletion=stored_names)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_MODEL_HELP, autocompletion=stored_names)]
 SourceModel = Annotated[
