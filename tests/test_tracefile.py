@@ -143,7 +143,7 @@ def test_json_lines_are_checked_line_by_line(tmp_path: Path, changes: dict[str, 
 
 def test_numpy_files_of_others_are_read(tmp_path: Path) -> None:
     experts = np.array([[[0, 3], [2, 1]], [[1, 2], [5, 0]]], np.int64)
-    numbers = {"sequence_id": np.array([4, 4]), "position": np.array([0, 1])}
+    numbers: dict[str, Any] = {"sequence_id": np.array([4, 4]), "position": np.array([0, 1])}
     np.savez(tmp_path / "bare.npz", experts=experts, **numbers)
     bare = read_trace(tmp_path / "bare.npz")
     assert bare.layer_sizes == (6, 6)  # nothing says how many there are, so the largest number does
