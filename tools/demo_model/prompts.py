@@ -107,7 +107,9 @@ def _choose(work: Path, domain: str, split: str, count: int, seed: int) -> list[
         return list(islice(_code(domain, documents), count))
     package = next(source for source in sources.SOURCES if source.domain == domain)
     licence = "public domain" if "public domain" in package.licence else package.licence
+    trained = {part for text in read_documents(corpus_file(work, domain, "train")) for part in _paragraphs(text)}
     texts = (text for text in map(_excerpt, documents) if text and not unwanted.search(text))
+    texts = (text for text in texts if trained.isdisjoint(_paragraphs(text)))
     return [Prompt(domain, text, f"{package.name} {package.version}", licence) for text in islice(texts, count)]
 
 
@@ -118,6 +120,11 @@ def _excerpt(document: str) -> str:
     ends = [match.end() for match in re.finditer(r"[.!?][\"”»)]?(?=\s|\Z)", document)]
     fitting = [end for end in ends if SHORTEST <= end <= LONGEST]
     return document[: fitting[-1]] if fitting and len(ends) >= 4 else ""
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Its paragraphs or verses, but for headings; manuals repeat some of them on several pages."""
+    return [part for line in text.split("\n") if len(part := line.strip()) > 50]
 
 
 def _talks(documents: Sequence[str], join: bool, unwanted: re.Pattern[str]) -> Iterator[str]:
