@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
+import sys
+from types import FrameType
 
 import numpy as np
 import pytest
 import torch
 
+from moeinf import recorder as recorder_module
 from moeinf.manifest import Source
 from moeinf.recorder import Recorder
 from moeinf.trace import ModelIdentity
@@ -108,3 +113,97 @@ def test_what_is_no_sequence_is_a_bug() -> None:
     step(recorder, 1)
     with pytest.raises(AssertionError, match="has come to 4"):
         recorder.begin(0, position=2)
+
+
+def test_an_interrupt_at_any_place_leaves_whole_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The N-th line of the recorder is interrupted, N = 1, 2, 3 …; recording goes on with the next step."""
+    monkeypatch.setattr(recorder_module, "_PACKED_TOKENS", 3)
+    for number in itertools.count(1):
+        recorder = Recorder(IDENTITY)
+        recorder.begin(0)
+        interrupter, tracer = Interrupter(number), sys.gettrace()
+        sys.settrace(interrupter)
+        for seed in range(8):
+            with contextlib.suppress(KeyboardInterrupt):
+                step(recorder, 1, seed)
+        sys.settrace(tracer)
+        trace = recorder.trace()
+        assert 7 <= trace.num_tokens <= 8
+        known = [choice(1, 0, seed)[0][0].tolist() for seed in range(8)]
+        found = [known.index(row) for row in trace.experts[:, 0].tolist()]
+        assert found == sorted(set(found))
+        if not interrupter.has_fired:
+            break
+    assert trace.num_tokens == 8
+    assert number > 50
+
+
+class Interrupter:
+    """A trace function of Python's that interrupts at the N-th line of the recorder."""
+
+    def __init__(self, fire_at: int) -> None:
+        self.left = fire_at
+
+    @property
+    def has_fired(self) -> bool:
+        return self.left <= 0
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> Interrupter | None:
+        if frame.f_code.co_filename != recorder_module.__file__:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_kept_in_float16_whatever_they_were(dtype: torch.dtype) -> None:
+    recorder = Recorder(IDENTITY)
+    recorder.begin(0)
+    for tokens in (1, 2):
+        weights = torch.tensor([[0.5, 0.25]] * tokens, dtype=dtype, requires_grad=True)
+        for layer in range(2):
+            recorder.record(layer, torch.tensor([[1, 0]] * tokens), weights, is_prefill=tokens > 1)
+    trace = recorder.trace()
+    assert trace.weights is not None
+    assert trace.weights.tolist() == [[[0.5, 0.25]] * 2] * 3
+
+
+def test_weights_that_are_no_numbers_spoil_no_trace() -> None:
+    recorder = Recorder(IDENTITY)
+    recorder.begin(0)
+    recorder.record(0, torch.tensor([[1, 0]]), torch.tensor([[1e30, float("nan")]]), is_prefill=False)
+    recorder.record(1, torch.tensor([[1, 1]]), torch.tensor([[6e4, 6e4]]), is_prefill=False)
+    weights = recorder.trace().weights
+    assert weights is not None
+    assert weights.tolist() == [[[65504, 0], [65504, 0]]]
+
+
+def test_layers_may_have_another_k() -> None:
+    recorder = Recorder(ModelIdentity("tiny", "", Source(""), (8, 4), (3, 1)))
+    recorder.begin(0)
+    recorder.record(0, torch.tensor([[7, 0, 2]]), torch.ones(1, 3), is_prefill=False)
+    recorder.record(1, torch.tensor([[3]]), torch.ones(1, 1), is_prefill=False)
+    assert recorder.trace().experts.tolist() == [[[7, 0, 2], [3, -1, -1]]]
+
+
+def test_recording_goes_on_after_a_trace_was_made() -> None:
+    recorder = Recorder(IDENTITY)
+    recorder.begin(0)
+    for seed in range(5):
+        step(recorder, 1, seed)
+        assert recorder.trace().num_tokens == seed + 1
+    assert recorder.trace().position.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_prompt_is_copied_and_holds_no_larger_tensor() -> None:
+    recorder = Recorder(IDENTITY)
+    recorder.begin(0)
+    scores = torch.rand(4, 100)
+    for layer in range(2):
+        ids = torch.tensor([[0, 1]] * 4)
+        recorder.record(layer, ids, scores[:, :2], is_prefill=True)
+        ids.zero_()
+    assert recorder.trace().experts[:, 0].tolist() == [[0, 1]] * 4

@@ -26,16 +26,12 @@ from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError
 from .files import Bytes, FileSystem, explained
 from .manifest import Source
 from .tensorfile import TensorFile, encode_header
-from .trace import MAX_EXPERTS, NO_EXPERT, ModelIdentity, Trace, check_shapes, concatenate
+from .trace import MAX_EXPERTS, NO_EXPERT, ModelIdentity, Trace, check_shapes
 from .units import MIB
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
-    "NO_EXPERT",
-    "ModelIdentity",
-    "Trace",
-    "concatenate",
     "read_trace",
     "write_json_lines",
     "write_trace",
@@ -51,11 +47,13 @@ _STORED = {"I32": "<i4", "I16": "<i2", "F16": "<f2", "BOOL": "|u1"}
 _IMPORTED = {"experts": "iu", "weights": "f", "sequence_id": "iu", "position": "iu", "is_prefill": "b"}
 """The arrays of an .npz file, and the kinds of numbers that they may have."""
 _NPZ_ERRORS = (
-    zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError, ValueError,
+    EOFError, KeyError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+"""What zipfile and NumPy raise for a damaged file; OSError when it names a place that cannot be."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_NPZ_BYTES = 1 << 32
 _MAX_LINE_BYTES = 16 * MIB
+_MAX_FLOAT16 = 65504
 
 Array = npt.NDArray[Any]
 
@@ -193,6 +191,8 @@ def _reader_of(path: Path) -> Callable[[Path], Trace]:
 
 def _read_safetensors(path: Path) -> Trace:
     with TensorFile.open(path) as file:
+        if file.metadata.get("format") != FORMAT:
+            raise _NotATraceError
         numbers = ("version", "layer_sizes", "top_k")
         fields = {key: _parsed(text, key) if key in numbers else text for key, text in file.metadata.items()}
         identity = _identity(fields)
@@ -339,6 +339,8 @@ class _Rows:
         weights = self._checked(token["weights"], "weights", {int, float})
         if list(map(len, weights)) != list(map(len, experts)):
             raise IntegrityError("it has not as many weights as experts")
+        if not all(abs(weight) <= _MAX_FLOAT16 for row in weights for weight in row):
+            raise IntegrityError("a weight is larger than any float16")
         return weights
 
     def _pad(self, target: array[Any], rows: list[list[Any]], filler: int) -> None:
@@ -399,14 +401,15 @@ def _load(path: Path) -> dict[str, Array]:
 
 
 def _narrowed(name: str, values: Array, least: int, most: int) -> Array:
-    """`values`, which are known to fit. Raises IntegrityError if one does not."""
+    """`values`, all of them in bounds. Raises IntegrityError if one is not."""
     if values.size and not (least <= int(values.min()) and int(values.max()) <= most):
         raise IntegrityError(f"{name} has a number that is not between {least} and {most}")
     return values
 
 
 def _imported_weights(weights: Array, experts: npt.NDArray[np.int16]) -> npt.NDArray[np.float16]:
-    weights = weights[..., : experts.shape[2]]
+    if weights.ndim == 3:
+        weights = weights[..., : experts.shape[2]]
     if weights.shape != experts.shape:
         raise IntegrityError(f"weights has shape {list(weights.shape)}, not {list(experts.shape)}")
     return np.where(experts >= 0, _to_float16(weights), np.float16(0))
@@ -419,14 +422,12 @@ def _guessed_identity(path: Path, experts: npt.NDArray[np.int16]) -> ModelIdenti
     notes = _notes(path.with_suffix(".json"))
     if notes.get("num_layers", layers) != layers:
         raise IntegrityError(f"it has {layers} layers, and the .json beside it says {notes['num_layers']}")
-    sizes = notes.get("num_experts", max(int(experts.max(initial=0)) + 1, *top_k))
-    if _is_int(sizes):
-        sizes = [sizes] * layers
-    name = notes.get("model", path.stem)
-    fields = {"model": name, "layer_sizes": sizes}
-    model = _text(fields, "model")
+    notes = {"model": path.stem, "num_experts": max(int(experts.max(initial=0)) + 1, *top_k), **notes}
+    if _is_int(notes["num_experts"]):
+        notes["num_experts"] = [notes["num_experts"]] * layers
+    model = _text(notes, "model")
     source = Source(model if _HUB_ID.fullmatch(model) else "")
-    return ModelIdentity(model, "", source, _numbers(fields, "layer_sizes"), top_k)
+    return ModelIdentity(model, "", source, _numbers(notes, "num_experts"), top_k)
 
 
 def _last_used(experts: npt.NDArray[np.int16]) -> Iterator[int]:
