@@ -83,9 +83,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_trace(own: str, tmp_p
         engine.tokenizer = tokenize
         engine.generation_config.eos_token_id = None
         expected = collect(engine, own, PROMPTS, whole, max_tokens=4)
-        asked = iter([False, True])
+        asked = iter([False] * 13 + [True] * 2)
         part = collect(engine, own, PROMPTS, cut, max_tokens=4, should_stop=lambda: next(asked))
-        assert len(set(part.sequence_id.tolist())) == 10
+        assert len(set(part.sequence_id.tolist())) == 12
         assert not cut.exists()
         found = collect(engine, own, PROMPTS, cut, max_tokens=4)
         assert engine.runtime.recorder is None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import cache
-
 import numpy as np
 import pytest
 
@@ -12,8 +9,6 @@ from moeinf import demo
 from tools.demo_model import prompts, questions, report, routing
 from tools.demo_model.domains import NAMES
 from tools.demo_model.evaluate import is_looping
-
-Event = tuple[int, ...]
 
 
 def test_a_loop_is_a_piece_three_times_back_to_back() -> None:
@@ -83,43 +78,12 @@ def test_reuse_counts_experts_chosen_again() -> None:
     assert routing.reuse([trace([0, 1], [1, 2], [3, 4])]) == 0.25
 
 
-def random_events(seed: int, experts: int = 6, size: int = 2, count: int = 14) -> list[Event]:
-    random = np.random.default_rng(seed)
-    return [tuple(random.choice(experts, size, replace=False).tolist()) for _ in range(count)]
-
-
 def test_events_number_experts_over_all_layers() -> None:
     two_layers = np.array([[[0, 1], [2, 3]], [[1, 2], [0, 3]]])
-    assert routing.events([two_layers], experts=4) == [(0, 1), (6, 7), (1, 2), (4, 7)]
-
-
-def test_lru_never_evicts_an_expert_of_the_same_event() -> None:
-    assert routing.lru_hit_rate([(0, 1), (2, 0), (1, 2)], slots=2) == pytest.approx(2 / 6)
-    assert routing.lru_hit_rate([(0, 1)] * 4, slots=2) == 0.75
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_belady_is_the_best_that_any_victims_give(seed: int) -> None:
-    events = random_events(seed)
-    best = best_hits(tuple(events), slots=3) / (2 * len(events))
-    assert routing.belady_hit_rate(events, slots=3) == pytest.approx(best)
-    assert routing.lru_hit_rate(events, slots=3) <= best + 1e-9
-
-
-def best_hits(events: tuple[Event, ...], slots: int) -> int:
-    """Most hits that any choice of victims gives, by trying all."""
-
-    @cache
-    def best(number: int, cache: frozenset[int]) -> int:
-        if number == len(events):
-            return 0
-        event = frozenset(events[number])
-        others = sorted(cache - event)
-        kept = min(len(others), slots - len(event))
-        after = (event | frozenset(chosen) for chosen in itertools.combinations(others, kept))
-        return len(event & cache) + max(best(number + 1, held) for held in after)
-
-    return best(0, frozenset())
+    found = routing.events([two_layers], experts=4)
+    assert [event.choices for event in found] == [((0, 1),), ((6, 7),), ((1, 2),), ((4, 7),)]
+    assert [event.layer for event in found] == [0, 1, 0, 1]
+    assert [event.begins for event in found] == [True, False, False, False]
 
 
 def test_prompt_sets_are_whole_and_disjoint() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,41 @@ def test_only_decoding_counts_and_the_experts_of_one_token_do_not_meet_each_othe
     found = replay(list(events(trace)), trace.identity.layer_sizes, "lru", 12)
     assert (found.requests, found.hits, found.hit_rate) == (8, 6, 0.75)
     assert (found.slots, found.fraction, found.evictions) == (12, 1.0, 0)
+
+
+def decoded(*chosen: tuple[int, ...]) -> list[Event]:
+    """Tokens of a model of one layer."""
+    return [Event(0, (experts,), is_prefill=False, begins=False) for experts in chosen]
+
+
+def test_no_expert_makes_room_for_another_of_its_own_token() -> None:
+    assert replay(decoded((0, 1), (2, 0), (1, 2)), (6,), "lru", 2).hit_rate == pytest.approx(2 / 6)
+    assert replay(decoded(*[(0, 1)] * 4), (6,), "lru", 2).hit_rate == 0.75
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_belady_is_the_best_that_any_victims_give(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    chosen = [tuple(chance.choice(6, 2, replace=False).tolist()) for _ in range(14)]
+    best = best_hits(tuple(chosen), slots=3)
+    assert replay(decoded(*chosen), (6,), BELADY, 3).hits == best
+    assert replay(decoded(*chosen), (6,), "lru", 3).hits <= best
+
+
+def best_hits(chosen: tuple[tuple[int, ...], ...], slots: int) -> int:
+    """Most hits that any choice of victims gives, by trying all."""
+
+    @cache
+    def best(number: int, resident: frozenset[int]) -> int:
+        if number == len(chosen):
+            return 0
+        asked = frozenset(chosen[number])
+        others = sorted(resident - asked)
+        kept = min(len(others), slots - len(asked))
+        after = (asked | frozenset(some) for some in itertools.combinations(others, kept))
+        return len(asked & resident) + max(best(number + 1, held) for held in after)
+
+    return best(0, frozenset())
 
 
 @pytest.mark.parametrize("experts", ["2", "40%", "100%"])

@@ -76,8 +76,9 @@ def collect(
     `path`.
 
     Sequence n of the trace is prompt n. Tokens are sampled with a seed, since greedy text repeats itself more than
-    people's text does. What an interrupted run has done is kept in a draft beside `path`, and not done again. When
-    `should_stop` says yes, the trace so far stays there, and is returned.
+    people's text does. What an interrupted run has done is kept in a draft beside `path`, and not done again; it is
+    written every ten prompts. `should_stop` is asked after each prompt: when it says yes, the trace so far stays there,
+    and is returned.
     """
     identity = ModelIdentity.of(name, engine.manifest)
     draft = path.with_suffix(".draft.safetensors")
@@ -85,14 +86,15 @@ def collect(
     done = sum(len(set(part.sequence_id.tolist())) for part in parts)
     with progress.task(f"trace {name}", len(prompts), "prompts", done=done) as task:
         while done < len(prompts) and not should_stop():
-            some = prompts[done : done + _SAVE_EVERY]
             recorder = Recorder(identity)
             engine.runtime.recorder = recorder
             try:
-                for prompt in some:
+                for prompt in prompts[done : done + _SAVE_EVERY]:
                     _run(engine, prompt.text, max_tokens, seed=done)
                     task.advance(1)
                     done += 1
+                    if should_stop():
+                        break
             finally:
                 engine.runtime.recorder = None
             parts = [concatenate([*parts, recorder.trace()])]

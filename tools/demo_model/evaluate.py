@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moeinf import demo
+from moeinf.simulate import BELADY, replay
 from tools.demo_model import domains, prompts, questions, report, routing
 from tools.demo_model.answers import (
     Checkpoint,
@@ -168,6 +169,7 @@ def _routing(checkpoint: Checkpoint) -> Results:
     mixed = [text for texts in zip(*evaluation.values(), strict=True) for text in texts]
     events = routing.events(mixed[: CACHE_TEXTS * len(evaluation)], experts)
     slots = {share: int(share * loads.size) for share in CACHE_SHARES}
+    sizes = (experts,) * len(loads)
     return {
         "distance_within": within,
         "distance_between": between,
@@ -176,8 +178,8 @@ def _routing(checkpoint: Checkpoint) -> Results:
         "lowest_load": float(loads.min()),
         "highest_load": float(loads.max()),
         "reuse": routing.reuse(mixed),
-        "lru": {share: routing.lru_hit_rate(events, count) for share, count in slots.items()},
-        "belady": {share: routing.belady_hit_rate(events, count) for share, count in slots.items()},
+        "lru": {share: replay(events, sizes, "lru", count).hit_rate for share, count in slots.items()},
+        "belady": {share: replay(events, sizes, BELADY, count).hit_rate for share, count in slots.items()},
     }
 
 
