@@ -2,8 +2,8 @@
 
 The layers of a model run in a circle, so it is known how long each must wait for its turn. A policy here gives every
 expert of a layer a rank, the higher the sooner it goes; an expert's score is its rank plus the layers until its own
-layer runs. Ranks of a layer change only when that layer runs or its residents do, so the first to go of each layer is
-remembered, and a victim is the best of these: a few vector operations, whatever the number of experts.
+layer runs. Ranks of a layer change only when that layer runs, so they are kept, and with them the first to go of each
+layer; a victim is the best of these: a few vector operations, whatever the number of experts.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ _FAR = 1e6
 
 
 class LayeredPolicy(ABC):
-    """Ranks per layer, and the first to go of each layer remembered. `sizes`: experts per MoE layer."""
+    """Ranks per layer, and the first to go of each layer remembered. `sizes`: experts per MoE layer.
+
+    A layer is `_outdated` from when it runs until somebody asks for a victim: then its experts are ranked anew.
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._layers = len(sizes)
         self._first = [sum(sizes[:layer]) for layer in range(self._layers)]
         self._layer_of = [layer for layer, size in enumerate(sizes) for _ in range(size)]
-        self._resident = np.zeros((self._layers, max(sizes)), dtype=bool)
+        self._shape = (self._layers, max(sizes))
+        self._resident = np.zeros(self._shape, dtype=bool)
+        self._rank = np.zeros(self._shape)
+        self._resident_rank = np.full(self._shape, _NEVER)
         self._passing: dict[int, None] = {}
         self._best = [-1] * self._layers
         self._best_rank = np.full(self._layers, _NEVER)
@@ -88,6 +94,8 @@ class LayeredPolicy(ABC):
             if not is_leased(expert):
                 return expert
         for layer in self._outdated:
+            self._rank[layer] = self.ranks(layer)
+            self._resident_rank[layer] = np.where(self._resident[layer], self._rank[layer], _NEVER)
             self._find_best(layer)
         self._outdated.clear()
         scores = self._best_rank + self._waits[self._now]
@@ -103,23 +111,23 @@ class LayeredPolicy(ABC):
 
     def _set_resident(self, expert: int, is_resident: bool) -> None:
         layer = self._layer_of[expert]
-        self._resident[layer, expert - self._first[layer]] = is_resident
-        self._outdated.add(layer)
+        place = expert - self._first[layer]
+        rank = self._rank[layer, place]
+        self._resident[layer, place] = is_resident
+        self._resident_rank[layer, place] = rank if is_resident else _NEVER
+        if self._best[layer] == expert or rank >= self._best_rank[layer]:
+            self._find_best(layer)
 
     def _find_best(self, layer: int) -> None:
-        ranks = np.where(self._resident[layer], self.ranks(layer), _NEVER)
-        place = int(ranks.argmax())
+        place = int(self._resident_rank[layer].argmax())
         self._best[layer] = self._first[layer] + place
-        self._best_rank[layer] = ranks[place]
+        self._best_rank[layer] = self._resident_rank[layer, place]
 
     def _best_free(self, layer: int, is_leased: Callable[[int], bool]) -> tuple[int, float]:
         """The first to go of a layer's residents that are not leased, and its rank; a rank of `_NEVER` if all are."""
-        ranks = np.where(self._resident[layer], self.ranks(layer), _NEVER)
-        first = self._first[layer]
-        for place in np.flatnonzero(self._resident[layer]).tolist():
-            if is_leased(first + place):
-                ranks[place] = _NEVER
-        place = int(ranks.argmax())
+        first, ranks = self._first[layer], self._resident_rank[layer].copy()
+        while ranks[place := int(ranks.argmax())] > _NEVER and is_leased(first + place):
+            ranks[place] = _NEVER
         return first + place, float(ranks[place])
 
 
@@ -130,8 +138,8 @@ class _Recency(LayeredPolicy):
         super().__init__(sizes)
         self._token = 0
         self._visits = [0] * self._layers
-        self._last_token = np.zeros(self._resident.shape)
-        self._last_visit = np.zeros(self._resident.shape)
+        self._last_token = np.zeros(self._shape)
+        self._last_visit = np.zeros(self._shape)
 
     def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
         if layer <= self._now:  # the layers start over: a new token
@@ -185,7 +193,7 @@ class LfuPolicy(LayeredPolicy):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
-        self._uses = np.zeros(self._resident.shape)
+        self._uses = np.zeros(self._shape)
 
     def learn(self, layer: int, experts: list[int]) -> None:
         self._uses[layer] *= self._KEEP
@@ -201,7 +209,7 @@ class LfruPolicy(_Recency):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
-        self._uses = np.zeros(self._resident.shape)
+        self._uses = np.zeros(self._shape)
 
     def learn(self, layer: int, experts: list[int]) -> None:
         super().learn(layer, experts)
@@ -221,7 +229,7 @@ class ActivationPolicy(LayeredPolicy):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
-        self._matrix = np.zeros(self._resident.shape)
+        self._matrix = np.zeros(self._shape)
 
     def begin_request(self) -> None:
         self._matrix[:] = 0
@@ -244,22 +252,20 @@ class ExpectedUsePolicy(LayeredPolicy):
     + layers · (1/p - 1). p is a mixture of two averages of past choices, with half-lives of 6 and 64 tokens.
     """
 
-    _WEIGHTS = (0.7, 0.3)
-    _KEEP = tuple(0.5 ** (1 / half_life) for half_life in (6, 64))
+    _WEIGHTS = np.array((0.7, 0.3))
+    _KEEP = 0.5 ** (1 / np.array([[6.0], [64.0]]))
     _LEAST = 1e-4
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
-        self._averages = [np.zeros(self._resident.shape) for _ in self._WEIGHTS]
+        self._averages = np.zeros((self._layers, len(self._WEIGHTS), max(sizes)))
 
     def learn(self, layer: int, experts: list[int]) -> None:
-        for average, keep in zip(self._averages, self._KEEP, strict=True):
-            row = average[layer]
-            row *= keep
-            row[experts] += 1 - keep
+        averages = self._averages[layer]
+        averages *= self._KEEP
+        averages[:, experts] += 1 - self._KEEP
 
     def ranks(self, layer: int) -> Floats:
-        fast, slow = (average[layer] for average in self._averages)
-        chance = self._WEIGHTS[0] * fast + self._WEIGHTS[1] * slow
-        ranks: Floats = self._layers * (1 / np.maximum(chance, self._LEAST) - 1)
+        chance = self._WEIGHTS @ self._averages[layer]
+        ranks: Floats = self._layers / np.maximum(chance, self._LEAST) - self._layers
         return ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .layered import Floats, LayeredPolicy
 
@@ -30,8 +31,7 @@ class NeighbourUsePolicy(LayeredPolicy):
     chance of a use h visits ahead is `p_h = (1 - a_h) · b + a_h · q_h` with a_h = 0.8 · 0.9 ** (h - 1), and of one on
     any later visit `p = 0.6 · b + 0.4 · (q_1 + … + q_4) / 4`.
 
-    Every token is taken to choose as many experts; where one chooses fewer, "nobody" is one more expert that tokens may
-    have in common. A prompt counts as one step: only its last token is compared, and is the newest for every layer.
+    A prompt counts as one step: only its last token is compared, and is the newest for every layer.
 
     Rank. The visits that are expected to pass without a use, `S_1 + S_2 + S_3 + S_4 / p` with S_h the product of
     1 - p_1 … 1 - p_h, each worth as many layers as there are. Were all chances p, that would be `expected-use`.
@@ -45,25 +45,31 @@ class NeighbourUsePolicy(LayeredPolicy):
     _FADE = 0.1
     _SHARES = 0.8 * 0.9 ** np.arange(_AHEAD)
     _LAST_SHARE = 0.4
-    _KEEP = tuple(0.5 ** (1 / half_life) for half_life in (4, 32))
+    _KEEP = 0.5 ** (1 / np.array([[4.0], [32.0]]))
     _LEAST = 1e-4
-    _LAGS = np.maximum(np.arange(_MEMORY)[:, None] - np.arange(1, _AHEAD + 1), 0)
-    """How long before its newest token a layer ran for the one that followed, by the neighbour's age and the step."""
     _OF_SHARES = np.vstack([np.diag(_SHARES), np.full(_AHEAD, _LAST_SHARE / _AHEAD)])
-    _OF_AVERAGES = (1 - np.append(_SHARES, _LAST_SHARE))[:, None] / len(_KEEP) * np.ones(len(_KEEP))
-    """How much of q_1 … q_4, and of the averages, is in p_1 … p_4 and in p."""
+    _OF_AVERAGES = (1 - np.append(_SHARES, _LAST_SHARE))[:, None] / 2 * np.ones(2)
+    _MIXTURE = np.hstack([_OF_SHARES, _OF_AVERAGES])
+    """How much of q_1 … q_4, and of the two averages, is in p_1 … p_4 and in p."""
+    _BEFORE, _STEPS = np.array([(before, step) for before in range(4) for step in range(before, 4)]).T
+    _ROWS = (np.arange(_MEMORY)[:, None] - _BEFORE) % _MEMORY
+    """In whose lists a new token stands, by its place: of each of the last tokens, from its own place among those that
+    followed up to the last one, until others are known.
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
         self._nobody = max(sizes)
         """Where there is no expert: fills lists that are too short."""
-        bins = self._nobody + 1
-        self._averages = np.zeros((self._layers, len(self._KEEP), bins))
-        self._chosen = np.zeros((self._layers, bins, self._MEMORY), dtype=np.uint8)
-        self._lists = np.full((self._layers, self._MEMORY, 1), self._nobody)
-        self._offsets = bins * np.arange(self._AHEAD)[:, None]
-        self._ranks = np.zeros((self._layers, self._nobody))
-        self._is_ranked = [False] * self._layers
+        self._bins = self._nobody + 1
+        words = -(-self._nobody // 64)
+        self._chosen = np.zeros((self._layers, words, self._MEMORY), dtype=np.uint64)
+        """What a token chose, a bit per expert."""
+        self._offsets = (self._bins * np.arange(self._AHEAD, dtype=np.int32))[:, None]
+        self._following = np.zeros((self._layers, self._MEMORY, self._AHEAD, 0), dtype=np.int32)
+        """What a token and the three after it chose: lists, the h-th of them with h · bins added."""
+        self._chances = np.zeros((self._layers, self._AHEAD + 2, self._bins))
+        """Shares q_1 … q_4, as they were last asked for, and the two averages."""
         self._likeness: Floats = np.zeros(self._MEMORY)
         self._most_likeness = 0.0
         self._fade = self._FADE ** (1 / self._layers)
@@ -82,54 +88,42 @@ class NeighbourUsePolicy(LayeredPolicy):
         self._newest[layer] = self._step
         super().observe(layer, choices)
         self._token = self._newest[layer]
-        self._compare(layer)
-        self._is_ranked[layer] = False
+        self._compare(layer, len(choices[-1]))
 
     def learn(self, layer: int, experts: list[int]) -> None:
         self._newest[layer] += 1
         place = self._newest[layer] % self._MEMORY
-        missing = len(experts) - self._lists.shape[2]
-        if missing > 0:
-            self._lists = np.pad(self._lists, ((0, 0), (0, 0), (0, missing)), constant_values=self._nobody)
-        listed = self._lists[layer, place]
-        listed[: len(experts)] = experts
-        listed[len(experts) :] = self._nobody
-        chosen = self._chosen[layer]
-        chosen[:, place] = 0
-        chosen[listed, place] = 1
-        for average, keep in zip(self._averages[layer], self._KEEP, strict=True):
-            average *= keep
-            average[listed] += 1 - keep
+        self._chosen[layer, :, place] = self._to_words(experts)
+        rows = self._ROWS[place]
+        self._following[layer][rows, self._STEPS] = self._to_list(experts) + self._offsets[self._STEPS]
+        averages = self._chances[layer, self._AHEAD :]
+        averages *= self._KEEP
+        averages += (1 - self._KEEP) * np.bincount(experts, minlength=self._bins)
 
     def ranks(self, layer: int) -> Floats:
-        ranks: Floats = self._ranks[layer]
-        if not self._is_ranked[layer]:
-            ranks[:] = self._layers * self._wait(layer)
-            self._is_ranked[layer] = True
-        return ranks
+        return self._layers * self._wait(layer)
 
-    def _compare(self, layer: int) -> None:
+    def _compare(self, layer: int, num_chosen: int) -> None:
         """`layer` ran for the newest token too: how like is it now to those remembered?"""
         place = self._token % self._MEMORY
-        listed = self._lists[layer, place]
+        chosen = self._chosen[layer]
+        common = np.bitwise_count(chosen & chosen[:, place : place + 1])
         self._likeness *= self._fade
-        self._likeness += np.add.reduce(self._chosen[layer][listed], axis=0, dtype=np.uint8)
+        self._likeness += np.add.reduce(common, axis=0, dtype=np.uint8)
         self._likeness[place] = -1.0  # itself
-        self._most_likeness = self._most_likeness * self._fade + len(listed)
+        self._most_likeness = self._most_likeness * self._fade + num_chosen
 
     def _wait(self, layer: int) -> Floats:
         """Visits of `layer` expected to pass before each of its experts is used."""
         if self._token <= 0:  # nothing to compare with
-            wait: Floats = 1 / np.maximum(self._averages[layer].mean(axis=0)[:-1], self._LEAST) - 1
-            return wait
-        chances = self._OF_SHARES @ self._followed(layer)
-        chances += self._OF_AVERAGES @ self._averages[layer]
-        chances = chances[:, :-1]
-        unused = 1 - chances
-        wait = unused[-2] / np.maximum(chances[-1], self._LEAST)
-        for step in range(self._AHEAD - 2, -1, -1):
-            wait += 1
-            wait *= unused[step]
+            average = self._chances[layer, self._AHEAD :].mean(axis=0)[:-1]
+            first: Floats = 1 / np.maximum(average, self._LEAST) - 1
+            return first
+        self._chances[layer, : self._AHEAD] = self._followed(layer)
+        chances = self._MIXTURE @ self._chances[layer, :, :-1]
+        unused = np.multiply.accumulate(1 - chances[:-1])
+        unused[-1] /= np.maximum(chances[-1], self._LEAST)
+        wait: Floats = np.add.reduce(unused)
         return wait
 
     def _followed(self, layer: int) -> Floats:
@@ -141,9 +135,26 @@ class NeighbourUsePolicy(LayeredPolicy):
         near = likeness.argpartition(-count)[-count:]
         weights = np.exp(likeness[near] * (self._SHARPNESS / max(self._most_likeness, 1.0)))
         weights /= np.add.reduce(weights)
-        ages = (self._token - near) & (self._MEMORY - 1)
-        places = (self._newest[layer] - self._LAGS[ages]) & (self._MEMORY - 1)
-        bins = self._lists[layer][places] + self._offsets
-        size = self._AHEAD * (self._nobody + 1)
-        shares = np.bincount(bins.ravel(), weights.repeat(bins[0].size), size).astype(np.float64, copy=False)
+        has_run = self._newest[layer] == self._token
+        lists = self._following[layer].take(near + has_run, axis=0, mode="wrap")
+        shares = np.bincount(lists.ravel(), weights.repeat(lists[0].size), self._AHEAD * self._bins)
         return shares.reshape(self._AHEAD, -1)
+
+    def _to_words(self, experts: list[int]) -> NDArray[np.uint64]:
+        bits = 0
+        for expert in experts:
+            bits |= 1 << expert
+        return np.frombuffer(bits.to_bytes(8 * self._chosen.shape[1], "little"), np.uint64)
+
+    def _to_list(self, experts: list[int]) -> NDArray[np.int32]:
+        missing = self._following.shape[3] - len(experts)
+        if missing < 0:
+            self._widen(len(experts))
+        return np.array(experts + [self._nobody] * missing, np.int32)
+
+    def _widen(self, width: int) -> None:
+        """Make room for lists of so many experts."""
+        old = self._following
+        self._following = np.empty((*old.shape[:3], width), old.dtype)
+        self._following[:] = self._nobody + self._offsets
+        self._following[..., : old.shape[3]] = old
