@@ -395,7 +395,7 @@ def test_run_passes_options_on(stored: CommandLine, monkeypatch: pytest.MonkeyPa
         "host_memory": "1GiB",
         "experts": "25%",
         "context": 99,
-        "policy": "expected-use",
+        "policy": "neighbour-use",
         "prefetch": "auto",
         "kernels": "auto",
         "threads": 3,

@@ -34,7 +34,7 @@ LAYERS = [
         "trace",
         "tracefile",
     },
-    {"cache", "kernels", "memory", "policies", "predictors", "steps", "transfer"},
+    {"cache", "kernels", "memory", "policies", "predictors", "routing_memory", "steps", "transfer"},
     {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
     {"analysis", "calibration", "chat"},
     {"cli"},

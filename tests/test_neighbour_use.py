@@ -14,6 +14,7 @@ import pytest
 
 from moeinf.policies import make_policy
 from moeinf.policies.learned import NeighbourUsePolicy as Neighbours
+from moeinf.routing_memory import AHEAD, RoutingMemory
 from test_policies import LAYER_OF, LAYERS, SIZES, TOP_K, routing, run
 
 FIRST = [sum(SIZES[:layer]) for layer in range(LAYERS)]
@@ -48,18 +49,18 @@ class History:
         same, most = 0.0, 0.0
         for layer, token in self.runs:
             now, then = self.chosen[layer][token], self.chosen[layer][token - age] if token >= age else []
-            same = same * Neighbours._FADE ** (1 / LAYERS) + sum(expert in then for expert in now)
-            most = most * Neighbours._FADE ** (1 / LAYERS) + len(now)
+            same = same * RoutingMemory._FADE ** (1 / LAYERS) + sum(expert in then for expert in now)
+            most = most * RoutingMemory._FADE ** (1 / LAYERS) + len(now)
         return same / most
 
     def neighbours(self) -> list[tuple[int, float]]:
         """Tokens and their weights. The newest is itself one of those remembered, but it is not compared."""
         newest = self.runs[-1][1]
-        ages = range(1, min(newest, Neighbours._MEMORY - 1) + 1)
+        ages = range(1, min(newest, RoutingMemory._MEMORY - 1) + 1)
         ranked = sorted(((self.likeness(age), newest - age) for age in ages), reverse=True)
-        near, others = ranked[: Neighbours._NEIGHBOURS], ranked[Neighbours._NEIGHBOURS :]
+        near, others = ranked[: RoutingMemory._NEIGHBOURS], ranked[RoutingMemory._NEIGHBOURS :]
         assert not others or near[-1][0] - others[0][0] > 1e-9, "here it is open who the neighbours are"
-        return [(token, math.exp(Neighbours._SHARPNESS * likeness)) for likeness, token in near]
+        return [(token, math.exp(RoutingMemory._SHARPNESS * likeness)) for likeness, token in near]
 
     def ranks(self, layer: int) -> list[float]:
         near = self.neighbours()
@@ -79,7 +80,7 @@ class History:
         chosen, newest = self.chosen[LAYER_OF[expert]], self.runs[-1][1]
         last = len(chosen) - 1
         unused, wait, shares = 1.0, 0.0, []
-        for ahead in range(1, Neighbours._AHEAD + 1):
+        for ahead in range(1, AHEAD + 1):
             hits = 0.0
             for token, weight in near:
                 follower = token + ahead if last == newest else token + ahead - 1
@@ -87,14 +88,14 @@ class History:
             shares.append(hits / sum(weight for _, weight in near))
             trust = float(Neighbours._SHARES[ahead - 1])
             unused *= 1 - ((1 - trust) * average + trust * shares[-1])
-            wait += unused if ahead < Neighbours._AHEAD else 0.0
+            wait += unused if ahead < AHEAD else 0.0
         later = (1 - Neighbours._LAST_SHARE) * average + Neighbours._LAST_SHARE * sum(shares) / len(shares)
         return wait + unused / max(later, Neighbours._LEAST)
 
 
 def remember(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Neighbours, "_MEMORY", tokens)
-    monkeypatch.setattr(Neighbours, "_ROWS", Neighbours._ROWS[:tokens] % tokens)
+    monkeypatch.setattr(RoutingMemory, "_MEMORY", tokens)
+    monkeypatch.setattr(RoutingMemory, "_ROWS", RoutingMemory._ROWS[:tokens] % tokens)
 
 
 def ranks(policy: Neighbours, layer: int) -> list[float]:

@@ -16,7 +16,7 @@ from .errors import UsageError
 
 __all__ = ["DEFAULT_POLICY", "EngineOptions", "home_path", "is_debug", "resolve_options"]
 
-DEFAULT_POLICY = "expected-use"
+DEFAULT_POLICY = "neighbour-use"
 """What the evidence picks (docs/policies.md)."""
 
 _CHOICES = {"prefetch": ("auto", "gate", "off"), "kernels": ("auto", "torch")}

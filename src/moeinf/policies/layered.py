@@ -59,8 +59,8 @@ class LayeredPolicy(ABC):
         """Rank of every expert of `layer` [experts], in layers: the higher, the sooner it goes."""
 
     @abstractmethod
-    def learn(self, layer: int, experts: list[int]) -> None:
-        """`layer` ran for one token, and `experts` (numbers within the layer) were chosen."""
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
+        """`layer` ran for one token or more, and chose these experts (numbers within the layer) for each of them."""
 
     def begin_request(self) -> None:  # noqa: B027  # most policies learn on
         pass
@@ -68,8 +68,7 @@ class LayeredPolicy(ABC):
     def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
         first = self._first[layer]
         self._now = layer
-        for experts in choices:
-            self.learn(layer, [expert - first for expert in experts])
+        self.learn(layer, [[expert - first for expert in experts] for experts in choices])
         self._outdated.add(layer)
 
     def insert(self, expert: int, *, keep: bool) -> None:
@@ -146,10 +145,11 @@ class _Recency(LayeredPolicy):
             self._token += 1
         super().observe(layer, choices)
 
-    def learn(self, layer: int, experts: list[int]) -> None:
-        self._visits[layer] += 1
-        self._last_token[layer, experts] = self._token
-        self._last_visit[layer, experts] = self._visits[layer]
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
+        for experts in tokens:
+            self._visits[layer] += 1
+            self._last_token[layer, experts] = self._token
+            self._last_visit[layer, experts] = self._visits[layer]
 
 
 class LayerLruPolicy(_Recency):
@@ -195,9 +195,10 @@ class LfuPolicy(LayeredPolicy):
         super().__init__(sizes)
         self._uses = np.zeros(self._shape)
 
-    def learn(self, layer: int, experts: list[int]) -> None:
-        self._uses[layer] *= self._KEEP
-        self._uses[layer, experts] += 1
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
+        for experts in tokens:
+            self._uses[layer] *= self._KEEP
+            self._uses[layer, experts] += 1
 
     def ranks(self, layer: int) -> Floats:
         ranks: Floats = -_FAR * self._uses[layer]
@@ -211,9 +212,10 @@ class LfruPolicy(_Recency):
         super().__init__(sizes)
         self._uses = np.zeros(self._shape)
 
-    def learn(self, layer: int, experts: list[int]) -> None:
-        super().learn(layer, experts)
-        self._uses[layer, experts] += 1
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
+        super().learn(layer, tokens)
+        for experts in tokens:
+            self._uses[layer, experts] += 1
 
     def ranks(self, layer: int) -> Floats:
         ranks: Floats = -_FAR * self._uses[layer] / (self._visits[layer] - self._last_visit[layer] + 1)
@@ -235,8 +237,9 @@ class ActivationPolicy(LayeredPolicy):
         self._matrix[:] = 0
         self._outdated.update(range(self._layers))
 
-    def learn(self, layer: int, experts: list[int]) -> None:
-        self._matrix[layer, experts] += 1
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
+        for experts in tokens:
+            self._matrix[layer, experts] += 1
 
     def ranks(self, layer: int) -> Floats:
         row = self._matrix[layer]
@@ -260,10 +263,11 @@ class ExpectedUsePolicy(LayeredPolicy):
         super().__init__(sizes)
         self._averages = np.zeros((self._layers, len(self._WEIGHTS), max(sizes)))
 
-    def learn(self, layer: int, experts: list[int]) -> None:
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
         averages = self._averages[layer]
-        averages *= self._KEEP
-        averages[:, experts] += 1 - self._KEEP
+        for experts in tokens:
+            averages *= self._KEEP
+            averages[:, experts] += 1 - self._KEEP
 
     def ranks(self, layer: int) -> Floats:
         chance = self._WEIGHTS @ self._averages[layer]
