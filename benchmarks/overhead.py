@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 
 from moeinf.cache import ExpertCache
+from moeinf.collection import ActivationCollection, RequestCounter
 from moeinf.kernels import ExpertMaths
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.policies import make_policy
 from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.steps import Arrival
-from moeinf.transfer import Reader, SlotPool
+from moeinf.transfer import Reader, SlotPool, Urgency
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 HIDDEN = 4
@@ -50,7 +51,9 @@ class NoReader(Reader):
     def __init__(self) -> None:
         self._done: deque[Arrival] = deque()
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
+    def fetch(
+        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
+    ) -> None:
         self._done.append(Arrival(key, end - begin))
 
     def wait(self) -> Arrival:
@@ -79,7 +82,11 @@ def make_runtime(slots: int, policy: str) -> ExpertRuntime:
     )
     cache = ExpertCache(manifest.num_experts, slots, make_policy(policy, [EXPERTS] * LAYERS))
     pool = SlotPool(layout, slots)
-    return ExpertRuntime(Path(), manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, reader=NoReader())
+    sizes = [EXPERTS] * LAYERS
+    counter = RequestCounter(sizes, ActivationCollection(sizes))
+    return ExpertRuntime(
+        Path(), manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, reader=NoReader(), counter=counter
+    )
 
 
 def microseconds_per_request(slots: int, policy: str, tokens: int) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moeinf.errors import UsageError
+from moeinf.errors import MoeinfError, UsageError
 from moeinf.generation import Completion, Sampling
 from moeinf.ledger import MemoryPlan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec, expert_path
@@ -80,7 +80,11 @@ class FakeEngine:
         context: int = 200,
         slots: int = 5,
         on_step: Callable[[int], None] = lambda _: None,
+        notes: tuple[str, ...] = (),
+        save_error: MoeinfError | None = None,
     ) -> None:
+        self.notes = notes
+        self.save_error = save_error
         self.tokenizer = tokenizer or make_byte_tokenizer()
         self.plan = MemoryPlan(
             budget=0, dense=0, kv_cache=0, workspace=0, slots=slots, slot_bytes=0, all_experts=5, token_experts=4,
@@ -102,6 +106,10 @@ class FakeEngine:
 
     def __exit__(self, *_: object) -> None:
         self.is_closed = True
+
+    def save_collection(self) -> None:
+        if self.save_error is not None:
+            raise self.save_error
 
     def session(self) -> FakeSession:
         self.sessions += 1

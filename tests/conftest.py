@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,8 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a pulled model that tests may load, and may not change."""
+def tiny(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a pulled model that tests may load, and may not change; what is learned about it is forgotten."""
     monkeypatch.setenv("MOEINF_HOME", str(tiny_home))
-    return "tiny"
+    yield "tiny"
+    shutil.rmtree(tiny_home / "models/tiny/traces", ignore_errors=True)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from moeinf import engine, transfer
-from moeinf.transfer import Reader
+from moeinf.transfer import Reader, Urgency
 
-__all__ = ["FailingReader", "RecordingReader", "SlowReader", "use_reader"]
+__all__ = ["FailingReader", "RecordingReader", "SlowReader", "StuckReader", "use_reader"]
 
 
 class SlowReader(Reader):
@@ -36,9 +36,22 @@ class RecordingReader(Reader):
         self.fetched: list[int] = []
         super().__init__(threads=threads, direct=direct)
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
+    def fetch(
+        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
+    ) -> None:
         self.fetched.append(key)
-        super().fetch(key, path, begin, end, memory, is_guess=is_guess)
+        super().fetch(key, path, begin, end, memory, urgency)
+
+
+class StuckReader(Reader):
+    """Never comes to what nobody waits for."""
+
+    def _next_piece(self) -> tuple[transfer._Job, int] | None:
+        queues, self._queues = self._queues, self._queues[:1]
+        try:
+            return super()._next_piece()
+        finally:
+            self._queues = queues
 
 
 class FailingReader(Reader):
@@ -47,12 +60,14 @@ class FailingReader(Reader):
     fail_at: int | None = None
     failed_path: Path | None = None
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
+    def fetch(
+        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
+    ) -> None:
         if path.parent.parent.name == "experts" and self.fail_at is not None:
             if self.fail_at == 0:
                 self.failed_path = path
             self.fail_at -= 1
-        super().fetch(key, path, begin, end, memory, is_guess=is_guess)
+        super().fetch(key, path, begin, end, memory, urgency)
 
     def _read_piece(self, job: transfer._Job, start: int) -> None:
         if job.path == self.failed_path:

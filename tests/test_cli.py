@@ -772,7 +772,7 @@ def test_two_interrupts_within_a_second_end_a_chat(engine: FakeEngine, stored: C
         ("list --json -q", "error: --json and --quiet exclude each other\nhint: leave one of them out\n"),
         (
             "run tiny Hi --prefetch maybe",
-            "error: --prefetch maybe is not known\nhint: choose one of: auto, gate, off\n",
+            "error: --prefetch maybe is not known\nhint: choose one of: auto, eam, gate, off\n",
         ),
         ("run tiny Hi --context 0", "error: --context must be 1 or more, not 0\n"),
         (

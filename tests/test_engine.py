@@ -78,7 +78,7 @@ def test_no_expert_is_read_at_load(tiny: str) -> None:
         ({"device": "cuda"}, UnsupportedError, "computes on the CPU only"),
         ({"device_memory": "1GB"}, UsageError, "--device-memory bounds a GPU's memory"),
         ({"policy": "psychic"}, UsageError, "policy 'psychic' is not known"),
-        ({"prefetch": "eam"}, UsageError, "--prefetch eam is not known"),
+        ({"prefetch": "some"}, UsageError, "--prefetch some is not known"),
         ({"kernels": "native"}, UsageError, "--kernels native is not known"),
         ({"experts": "1"}, CapacityError, "below what one layer asks for"),
         ({"host_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),
@@ -198,3 +198,45 @@ def test_the_process_stays_within_its_budget(home: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     used, budget = map(int, done.stdout.split())
     assert 180 * MIB < used <= budget == 260 * MIB
+
+
+def collection_file(tiny_home: Path) -> Path:
+    return tiny_home / "models/tiny/traces/collection.safetensors"
+
+
+def test_what_requests_used_is_kept_for_the_next_start(tiny: str, tiny_home: Path) -> None:
+    sampling = moeinf.Sampling(max_tokens=9, temperature=0)
+    for number in (1, 2):
+        with moeinf.load(tiny, experts="50%") as engine:
+            assert engine.notes == ()
+            assert len(engine.runtime.counter.collection) == number - 1
+            engine.generation_config.eos_token_id = None
+            engine.session().generate([5, 6, 7], sampling)
+        with moeinf.load(tiny) as engine:
+            matrices = engine.runtime.counter.collection.matrices
+            assert len(matrices) == number
+            assert matrices[-1].sum(axis=2).tolist() == [[6, 6], [16, 16]]  # 3 tokens read, 8 made and read, k = 2
+
+
+def test_a_collection_that_cannot_be_used_is_named_and_replaced(tiny: str, tiny_home: Path) -> None:
+    path = collection_file(tiny_home)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"nonsense")
+    with moeinf.load(tiny) as engine:
+        assert engine.notes == (f"{path} is not a sound safetensors file: {engine.notes[0].partition(': ')[2]}",)
+        assert engine.notes[0].endswith("; what is learned now will replace it")
+        engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=9, temperature=0))
+    with moeinf.load(tiny) as engine:
+        assert engine.notes == ()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_lesson_and_nothing_else(tiny: str, tiny_home: Path) -> None:
+    collection_file(tiny_home).parent.write_text("no folder")
+    try:
+        with moeinf.load(tiny) as engine:
+            engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=9, temperature=0))
+            with pytest.raises(UsageError, match="no access to"):
+                engine.save_collection()
+            engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=9, temperature=0))
+    finally:
+        collection_file(tiny_home).parent.unlink()

@@ -18,6 +18,8 @@ LAYERS = [
     {"catalog", "demo", "manifest", "ledger"},
     {
         "checkpoint",
+        "collection",
+        "collectionfile",
         "conversion",
         "dtypes",
         "files",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 
 import moeinf
-from moeinf.predictors import GatePredictor, NoPredictor
+from moeinf.collection import ActivationCollection, RequestCounter
+from moeinf.predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor
 
 
 def test_it_asks_the_next_layer_s_router(tiny: str) -> None:
@@ -37,10 +42,85 @@ def test_it_asks_the_next_layer_s_router(tiny: str) -> None:
 
 
 @pytest.mark.parametrize("experts", ["50%", "100%"])
-@pytest.mark.parametrize("prefetch", ["auto", "gate", "off"])
+@pytest.mark.parametrize("prefetch", ["auto", "eam", "gate", "off"])
 def test_who_predicts(tiny: str, prefetch: str, experts: str) -> None:
+    kinds = {"gate": GatePredictor, "eam": EamPredictor, "auto": CombinedPredictor if experts == "50%" else NoPredictor}
     with moeinf.load(tiny, experts=experts, prefetch=prefetch) as engine:
-        predictor = engine.runtime._prefetcher._predictor
-        predicts = prefetch == "gate" or (prefetch == "auto" and experts == "50%")
-        assert isinstance(predictor, GatePredictor if predicts else NoPredictor)
+        assert isinstance(engine.runtime._prefetcher._predictor, kinds.get(prefetch, NoPredictor))
     assert NoPredictor().predict(0) == []
+
+
+SIZES, TOP_K = (6, 4, 5), (2, 1, 2)
+
+
+def sequence(tokens: int, seed: int) -> list[list[list[int]]]:
+    """What each layer chooses, token by token."""
+    chance = random.Random(seed)
+    return [[chance.sample(range(size), k) for size, k in zip(SIZES, TOP_K, strict=True)] for _ in range(tokens)]
+
+
+def eam(collection: ActivationCollection | None = None) -> tuple[EamPredictor, RequestCounter]:
+    counter = RequestCounter(SIZES, collection or ActivationCollection(SIZES))
+    return EamPredictor(SIZES, TOP_K, counter), counter
+
+
+def test_what_came_before_is_foreseen_when_it_comes_again() -> None:
+    """Of a sequence that is played again and again every next choice is named, over the end of a token too."""
+    predictor, _ = eam()
+    assert predictor.predict(0) == []
+    tokens = sequence(12, seed=1)
+    for token in tokens * 3:
+        for layer, experts in enumerate(token):
+            predictor.observe(layer, [experts])
+    right = asked = 0
+    for place, token in enumerate(tokens):
+        for layer, experts in enumerate(token):
+            predictor.observe(layer, [experts])
+            is_last = layer + 1 == len(SIZES)
+            coming = tokens[(place + 1) % len(tokens)][0] if is_last else token[layer + 1]
+            right += len(set(coming) & set(predictor.predict(layer)))
+            asked += len(coming)
+    assert right > 0.9 * asked
+
+
+def test_past_requests_count_a_fifth() -> None:
+    """Beside what the token's own past says they decide, and alone they do not suffice."""
+    one_sided = np.zeros((2, 3, 6), np.int32)
+    one_sided[0, :, 3] = 50
+    changed = 0
+    predictors = [eam(collection) for collection in (None, ActivationCollection(SIZES, one_sided[None]))]
+    for token in sequence(40, seed=3):
+        for layer, experts in enumerate(token):
+            named = []
+            for predictor, counter in predictors:
+                counter.count(layer, experts, 1, is_prefill=False)
+                predictor.observe(layer, [experts])
+                named.append(predictor.predict(layer))
+            following = (layer + 1) % 3
+            if named[0]:
+                chances = 0.8 * predictors[0][0]._memory.followed(following)[0, : SIZES[following]]
+                assert named[0] == [place for place in np.argsort(-chances, kind="stable") if chances[place] >= 0.35]
+                if following != 2:  # two experts of whose choices half are expected to be 3, or one: a fifth or more
+                    chances[3] += 0.2 * TOP_K[following]
+                assert set(named[1]) >= set(named[0])
+                changed += named[1] != named[0]
+    assert changed > 20
+
+
+def test_where_one_cannot_tell_the_other_is_asked() -> None:
+    class Says:
+        def __init__(self, *answers: list[int]) -> None:
+            self.answers = answers
+            self.seen: list[int] = []
+
+        def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
+            self.seen.append(layer)
+
+        def predict(self, layer: int) -> list[int]:
+            return self.answers[layer]
+
+    first, second = Says([1], []), Says([2], [3])
+    both = CombinedPredictor(first, second)
+    both.observe(4, [])
+    assert (first.seen, second.seen) == ([4], [4])
+    assert (both.predict(0), both.predict(1)) == ([1], [3])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from moeinf.cache import ExpertCache, Outcome
 from moeinf.policies.plain import LruPolicy
-from moeinf.prefetch import _MEMORY_GUESSES, _PAUSE_LAYERS, Prefetcher
+from moeinf.prefetch import _MEMORY_GUESSES, _PAUSE_LAYERS, PrefetchCounters, Prefetcher, WarmUp
 from moeinf.steps import Arrival
-from moeinf.transfer import Reader
+from moeinf.transfer import Reader, Urgency
 
 PER_LAYER = 8
 """Experts 0 to 7 are those of layer 0, 8 to 15 those of layer 1."""
@@ -20,6 +22,9 @@ class Script:
     def __init__(self, *named: int) -> None:
         self.named = list(named)
         self.asked = 0
+
+    def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
+        pass
 
     def predict(self, layer: int) -> list[int]:
         self.asked += 1
@@ -49,7 +54,7 @@ class Bench:
         self.fetched: list[int] = []
         first = [0, PER_LAYER]
         self.prefetcher = Prefetcher(
-            script, self.cache, self.reader, lambda key, _: self.fetched.append(key), first, most, least_precision
+            script, self.cache, self.reader, lambda key, *_: self.fetched.append(key), first, most, least_precision
         )
 
     def bring(self, *experts: int) -> None:
@@ -151,3 +156,53 @@ def test_a_layer_without_a_choice_teaches_nothing() -> None:
     bench.prefetcher.settle(())
     assert not bench.prefetcher.is_paused
     assert bench.reader.cancelled == [11]
+
+
+def test_after_the_last_layer_comes_the_first() -> None:
+    bench = Bench(4, Script(1))
+    bench.prefetcher.look_ahead(1)
+    assert bench.fetched == [1]
+
+
+def test_recall_and_precision_are_counted() -> None:
+    bench = Bench(6, Script(1, 5, 6))
+    bench.bring(9)
+    bench.prefetcher.look_ahead(0)
+    bench.prefetcher.ended(Arrival(13, 700))
+    bench.prefetcher.settle({9, 13, 15, 8})  # 9 and 13 of 9, 13, 14
+    bench.prefetcher.settle({1, 2})  # nothing was predicted
+    bench.prefetcher.ended(Arrival(14, 300, cancelled=True))
+    bench.prefetcher.ended(Arrival(2, 1000))  # no guess
+    assert bench.prefetcher.counters == PrefetchCounters(asked=4, named=3, right=2, read_bytes=1000)
+
+
+def warm_up(slots: int, experts: list[int], spare: int) -> tuple[Bench, WarmUp, list[tuple[int, int, Urgency]]]:
+    bench, fetched = Bench(slots, Script()), []
+    warming = WarmUp(experts, bench.cache, bench.reader, lambda *fetch: fetched.append(fetch), spare)
+    return bench, warming, fetched
+
+
+def test_a_warm_up_leaves_slots_and_is_not_counted() -> None:
+    bench, warming, fetched = warm_up(4, [9, 3, 12, 5], spare=1)
+    assert [(expert, urgency) for expert, _, urgency in fetched] == [
+        (9, Urgency.WARM_UP), (3, Urgency.WARM_UP), (12, Urgency.WARM_UP),
+    ]  # fmt: skip
+    assert all(bench.cache.slot(expert) == slot for expert, slot, _ in fetched)
+    assert bench.cache.num_free == 1
+    assert bench.cache.counters.prefetched == 0
+    assert not warming.make_room()
+
+
+def test_a_warm_up_gives_up_the_least_wanted_that_is_not_there() -> None:
+    bench, warming, _ = warm_up(3, [9, 3, 12], spare=0)
+    warming.ended(Arrival(12, 0))
+    assert warming.make_room()
+    assert bench.reader.cancelled == [3]
+    assert warming.make_room()
+    assert bench.reader.cancelled == [3, 9]
+    assert not warming.make_room()
+
+
+def test_there_may_be_nothing_to_warm_up() -> None:
+    bench, warming, fetched = warm_up(2, [9, 3], spare=5)
+    assert (fetched, bench.cache.num_free, warming.make_room()) == ([], 2, False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
 from moeinf.store import Store
-from readers import FailingReader, RecordingReader, use_reader
+from readers import FailingReader, RecordingReader, SlowReader, StuckReader, use_reader
 
 GREEDY = moeinf.Sampling(max_tokens=12, temperature=0)
 PROMPT = torch.randint(5, 100, (200,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -46,9 +48,10 @@ def wide_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def wide(wide_home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def wide(wide_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MOEINF_HOME", str(wide_home))
-    return "wide"
+    yield "wide"
+    shutil.rmtree(wide_home / "models/wide/traces", ignore_errors=True)
 
 
 def run(engine: Engine, prompt: list[int] | None = None) -> tuple[int, ...]:
@@ -132,7 +135,7 @@ def test_a_prompt_leaves_its_last_token_s_experts_behind(wide: str) -> None:
 
 
 def test_a_missing_expert_is_named_and_the_engine_goes_on(wide: str, wide_home: Path) -> None:
-    with moeinf.load(wide, experts="8") as engine:
+    with moeinf.load(wide, experts="8", policy="lru", prefetch="off") as engine:
         tokens = run(engine)
         path = wide_home / "models/wide" / expert_path(1, 5)
         os.rename(path, path.with_suffix(".away"))
@@ -145,7 +148,7 @@ def test_a_missing_expert_is_named_and_the_engine_goes_on(wide: str, wide_home: 
         assert run(engine) == tokens
 
 
-@pytest.mark.parametrize("prefetch", ["off", "gate"])
+@pytest.mark.parametrize("prefetch", ["off", "gate", "eam"])
 def test_every_read_may_fail_once(wide: str, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The N-th expert's file cannot be read, N = 0, 1, 2 … until nothing fails: each time an error with the path, or
     the right answer if that was a guess that nobody needed; then all is well.
@@ -205,3 +208,37 @@ def test_counters_tell_what_happened(wide: str) -> None:
     assert first.bytes.disk_to_host == first.experts.misses * engine.manifest.layout.nbytes > 0
     assert (again.experts.misses, again.experts.hit_rate, again.bytes.disk_to_host) == (0, 1.0, 0)
     assert again.stall_s == 0
+
+
+@pytest.mark.parametrize("experts", ["10", "50%", "100%"])
+def test_a_cache_is_warmed_by_what_earlier_requests_used(
+    wide: str, experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the background: what is asked for meanwhile comes first, and the answer is the same."""
+    use_reader(monkeypatch, SlowReader)
+    with moeinf.load(wide, experts=experts, prefetch="off") as engine:
+        expected = run(engine)
+        assert engine.runtime.cache.num_resident > 0
+    with moeinf.load(wide, experts=experts, prefetch="off") as engine:
+        assert engine.runtime.cache.num_free == engine.plan.slots
+    with moeinf.load(wide, experts=experts, prefetch="eam") as engine:
+        cache = engine.runtime.cache
+        spare = engine.runtime._window + 2
+        assert cache.num_free == min(engine.plan.slots, spare)
+        assert run(engine) == expected
+        cache.check_integrity()
+        assert run(engine, [*PROMPT[:20], 7, 8]) == run(engine, [*PROMPT[:20], 7, 8])
+        assert engine.stats().experts.hits > 0
+
+
+def test_what_is_needed_now_takes_the_place_of_what_may_be_needed(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that never comes to the warm-up its experts give up their slots, the least wanted first."""
+    with moeinf.load(wide, experts="30", prefetch="off") as engine:
+        expected = run(engine)
+    use_reader(monkeypatch, StuckReader)
+    with moeinf.load(wide, experts="30", prefetch="eam") as engine:
+        warming = set(engine.runtime._warm_up._unread)
+        assert len(warming) == 30 - engine.runtime._window - 2
+        assert run(engine) == expected
+        assert len(engine.runtime._warm_up._unread) < len(warming)
+        engine.runtime.cache.check_integrity()

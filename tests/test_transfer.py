@@ -16,7 +16,9 @@ from moeinf import transfer
 from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.steps import Arrival
-from moeinf.transfer import Reader, SlotPool, allocate_buffer, can_read_direct
+from moeinf.transfer import Reader, SlotPool, Urgency, allocate_buffer, can_read_direct
+
+DEMAND, GUESS, WARM_UP = Urgency
 
 LAYOUT = ExpertLayout(
     4096, (TensorSpec("gate_up_proj", "BF16", (6, 100), 0), TensorSpec("down_proj", "F32", (3, 7), 1200))
@@ -159,15 +161,15 @@ class GatedReader(Reader):
 
 @pytest.fixture
 def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GatedReader]]:
-    """`gated(fetch, …)`: a gated reader that fetches (key, is_guess) in this order, two pieces each."""
+    """`gated(fetch, …)`: a gated reader that fetches (key, urgency) in this order, two pieces each."""
     monkeypatch.setattr(transfer, "PIECE_BYTES", 4096)
     reader = GatedReader()
 
-    def start(*fetches: tuple[int, bool]) -> GatedReader:
-        for key, is_guess in fetches:
+    def start(*fetches: tuple[int, Urgency]) -> GatedReader:
+        for key, urgency in fetches:
             write_random(tmp_path / f"{key}", 8192)
             memory = memoryview(allocate_buffer(8192))
-            reader.fetch(key, tmp_path / f"{key}", 0, 8192, memory, is_guess=is_guess)
+            reader.fetch(key, tmp_path / f"{key}", 0, 8192, memory, urgency)
             while not reader.order:
                 time.sleep(0.001)
         return reader
@@ -178,24 +180,25 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     reader.close()
 
 
-def test_guesses_are_read_last(gated: Callable[..., GatedReader]) -> None:
-    reader = gated((1, True), (2, False), (3, True), (4, False))
-    for _ in range(7):
+def test_what_nobody_waits_for_is_read_last(gated: Callable[..., GatedReader]) -> None:
+    reader = gated((1, GUESS), (5, WARM_UP), (2, DEMAND), (3, GUESS), (4, DEMAND))
+    for _ in range(9):
         reader.begin()
-    assert [key for key, _ in reader.order] == [1, 2, 2, 4, 4, 1, 3, 3]
+    assert [key for key, _ in reader.order] == [1, 2, 2, 4, 4, 1, 3, 3, 5, 5]
 
 
 def test_a_promoted_guess_is_no_guess(gated: Callable[..., GatedReader]) -> None:
-    reader = gated((1, False), (2, True), (3, True))
+    reader = gated((1, DEMAND), (2, GUESS), (3, GUESS), (4, WARM_UP))
     reader.promote(3)
+    reader.promote(4)
     reader.promote(9)  # nobody's
-    for _ in range(5):
+    for _ in range(7):
         reader.begin()
-    assert [key for key, _ in reader.order] == [1, 1, 3, 3, 2, 2]
+    assert [key for key, _ in reader.order] == [1, 1, 3, 3, 4, 4, 2, 2]
 
 
 def test_a_cancelled_guess_reads_no_more_and_says_so(gated: Callable[..., GatedReader]) -> None:
-    reader = gated((1, True), (2, True), (3, False))
+    reader = gated((1, GUESS), (2, GUESS), (3, DEMAND))
     reader.cancel(2)
     assert reader.wait() == Arrival(2, 0, cancelled=True)
     reader.cancel(1)  # half of it is being read

@@ -4,8 +4,8 @@ Pure bookkeeping. It owns no bytes and no threads and knows nothing of tensors, 
 recorded trace drive the same class. An expert is one integer counted over all MoE layers: `first[layer] + index`. The
 cache decides, others move: a miss returns a slot that the caller fills and then reports with `arrived` or `failed`.
 
-    absent ──acquire, foresee──▶ loading ──arrived──▶ resident ──evicted by another──▶ absent
-                                    └──────failed────▶ absent
+    absent ──acquire, foresee, preload──▶ loading ──arrived──▶ resident ──evicted by another──▶ absent
+                                             └──────failed────▶ absent
 
 Leases count users of a slot; a leased expert is never evicted.
 """
@@ -135,6 +135,13 @@ class ExpertCache:
         if slot is not None:
             self._foreseen.add(expert)
             self.counters.prefetched += 1
+        return slot
+
+    def preload(self, expert: int) -> int:
+        """Give the absent `expert` one of the empty slots, of which there is one. Like `foresee`, and not counted."""
+        assert self._free
+        slot = self._admit(expert, keep=True)
+        assert slot is not None
         return slot
 
     def hold(self, expert: int) -> None:

@@ -10,32 +10,37 @@ import dataclasses
 import math
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from . import hooks, memory
 from .cache import ExpertCache
+from .collection import ActivationCollection, RequestCounter
+from .collectionfile import COLLECTION_FILE, read_collection, write_collection
 from .dtypes import TORCH_DTYPES
-from .errors import IntegrityError, UnsupportedError, UsageError
+from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
 from .kernels import ExpertMaths
 from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
 from .policies import make_policy
-from .predictors import GatePredictor
+from .predictors import CombinedPredictor, EamPredictor, GatePredictor, Predictor
 from .pull import resolve
 from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions
-from .stats import ByteStats, ExpertStats, MemoryStats, Stats
-from .store import Store, StoredModel
+from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
+from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
+from .trace import ModelIdentity
 from .transfer import Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up
 
@@ -59,7 +64,8 @@ class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
-    says what memory goes where; `manifest` what is in the store.
+    says what memory goes where; `manifest` what is in the store; `notes` what a person should know about how it was
+    loaded, in sentences.
     """
 
     def __init__(
@@ -71,6 +77,9 @@ class Engine:
         generation_config: GenerationConfig,
         runtime: ExpertRuntime,
         *,
+        identity: ModelIdentity,
+        collection_path: Path,
+        notes: tuple[str, ...],
         libraries_bytes: int,
         load_s: float,
         on_close: ExitStack,
@@ -81,6 +90,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.runtime = runtime
+        self.notes = notes
+        self._identity = identity
+        self._collection_path = collection_path
         untyped: Any = model
         self.last_logits_only = {"logits_to_keep": 1} if untyped._supports_logits_to_keep() else {}
         self.uses_dynamic_cache: bool = untyped._supports_default_dynamic_cache()
@@ -131,6 +143,7 @@ class Engine:
                 prefetch_used=decode.prefetch_used,
                 evictions=decode.evictions + prefill.evictions,
             ),
+            prefetch=self._prefetch_stats(),
             bytes=ByteStats(disk_to_host=traffic.disk_bytes),
             memory=MemoryStats(
                 budget=self.plan.budget,
@@ -143,9 +156,34 @@ class Engine:
             ),
         )
 
+    def save_collection(self) -> None:
+        """Write what the requests so far asked for beside the model, for the next start. Ends the present request.
+
+        Raises CapacityError or UsageError if that cannot be written; the old file is then as it was.
+        """
+        counter = self.runtime.counter
+        counter.begin_request()
+        if counter.has_grown:
+            counter.has_grown = False
+            write_collection(counter.collection, self._identity, self._collection_path)
+
     def close(self) -> None:
-        """End the readers and give up the lock. The engine is of no use afterwards; closing twice is harmless."""
-        self._on_close.close()
+        """Save the collection if that is possible, end the readers and give up the lock. The engine is of no use
+        afterwards; closing twice is harmless.
+        """
+        with self._on_close, suppress(MoeinfError):
+            self.save_collection()
+
+    def _prefetch_stats(self) -> PrefetchStats:
+        counters, used = self.runtime.prefetch, self.runtime.decode.prefetch_used
+        used_bytes = min(used * self.manifest.layout.nbytes, counters.read_bytes)
+        return PrefetchStats(
+            recall=counters.right / counters.asked if counters.asked else 0.0,
+            precision=counters.right / counters.named if counters.named else 0.0,
+            read_bytes=counters.read_bytes,
+            wasted_bytes=counters.read_bytes - used_bytes,
+            is_paused=self.runtime.prefetch_is_paused,
+        )
 
 
 def load(
@@ -202,6 +240,10 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
+    identity = ModelIdentity.of(stored.name, manifest)
+    collection_path = folder / TRACES_FOLDER / COLLECTION_FILE
+    collection, notes = _read_collection(collection_path, identity)
+    counter = RequestCounter(identity.layer_sizes, collection)
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
     runtime = ExpertRuntime(
@@ -211,13 +253,16 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         cache=ExpertCache(
             manifest.num_experts,
             plan.slots,
-            make_policy(options.policy, [layer.num_experts for layer in manifest.layers]),
+            make_policy(options.policy, identity.layer_sizes, collection),
         ),
         pool=SlotPool(manifest.layout, plan.slots),
         reader=reader,
-        predictor=GatePredictor(model, modules) if _prefetches(options, plan) else None,
+        counter=counter,
+        predictor=_predictor(options.prefetch, plan, model, modules, counter, identity),
         least_precision=LEAST_PRECISION if options.prefetch == "auto" else 0.0,
     )
+    if options.prefetch in ("auto", "eam") and len(collection):
+        runtime.warm_up(_most_popular(collection, identity.layer_sizes))
     hooks.attach(list(modules.values()), model, runtime, plan)
     return Engine(
         manifest,
@@ -226,15 +271,47 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         tokenizer,
         model.generation_config,
         runtime,
+        identity=identity,
+        collection_path=collection_path,
+        notes=notes,
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
 
 
-def _prefetches(options: EngineOptions, plan: MemoryPlan) -> bool:
-    """With a slot for every expert there is soon nothing left to fetch, and guessing has its price too."""
-    return options.prefetch == "gate" or (options.prefetch == "auto" and plan.regime == "streaming")
+def _predictor(
+    mode: str,
+    plan: MemoryPlan,
+    model: PreTrainedModel,
+    modules: dict[str, torch.nn.Module],
+    counter: RequestCounter,
+    identity: ModelIdentity,
+) -> Predictor | None:
+    """What `--prefetch MODE` asks. With a slot for every expert there is soon nothing left to fetch, and guessing has
+    its price too: `auto` then asks nobody.
+    """
+    if mode == "off" or (mode == "auto" and plan.regime == "resident"):
+        return None
+    if mode == "gate":
+        return GatePredictor(model, modules)
+    eam = EamPredictor(identity.layer_sizes, identity.top_k, counter)
+    return eam if mode == "eam" else CombinedPredictor(GatePredictor(model, modules), eam)
+
+
+def _read_collection(path: Path, identity: ModelIdentity) -> tuple[ActivationCollection, tuple[str, ...]]:
+    """What was learned about the model, and what to say about it: a file that cannot be used is as good as none."""
+    try:
+        return read_collection(path, identity), ()
+    except MoeinfError as error:
+        return ActivationCollection(identity.layer_sizes), (f"{error}; what is learned now will replace it",)
+
+
+def _most_popular(collection: ActivationCollection, sizes: Sequence[int]) -> list[int]:
+    """All experts, numbered over all layers, those first that past requests used most."""
+    shares = np.concatenate([row[:size] for row, size in zip(collection.popularity(), sizes, strict=True)])
+    experts: list[int] = np.argsort(-shares, kind="stable").tolist()
+    return experts
 
 
 def _check_device(options: EngineOptions) -> None:

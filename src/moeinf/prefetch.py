@@ -3,24 +3,41 @@
 While one MoE layer is computed, a predictor names the experts that the next one may choose. Those that are here are
 held; the others are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
 become ordinary fetches and wrong ones are given up. Guesses that are wrong too often stop for a while: what they read
-and evict then costs more than what they save. Owns the guesses; the cache, the reader and the bytes are others'.
+and evict then costs more than what they save. A cache that begins empty is filled with what past requests used most.
+Owns the guesses; the cache, the reader and the bytes are others'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection, Iterable, Set
+from dataclasses import dataclass
 
 from .cache import ExpertCache
 from .predictors import Predictor
 from .steps import Arrival
-from .transfer import Reader
+from .transfer import Reader, Urgency
 
-__all__ = ["Prefetcher"]
+__all__ = ["Fetch", "PrefetchCounters", "Prefetcher", "WarmUp"]
+
+Fetch = Callable[[int, int, Urgency], None]
+"""Begins to read an expert into a slot."""
 
 _MEMORY_GUESSES = 128
 """Precision is that of about so many guesses of late."""
 _PAUSE_LAYERS = 2048
 """MoE layers that pass without a guess after too many wrong ones: 40 to 130 tokens."""
+
+
+@dataclass(slots=True)
+class PrefetchCounters:
+    """What a predictor was worth since the counters were made. Of the `asked` experts that decoding asked for where
+    something was predicted, `right` were among the `named`; `read_bytes` were read for guesses, right or wrong.
+    """
+
+    asked: int = 0
+    named: int = 0
+    right: int = 0
+    read_bytes: int = 0
 
 
 class Prefetcher:
@@ -29,7 +46,7 @@ class Prefetcher:
     Args:
         predictor: names experts of the next layer.
         cache, reader: where guessed experts take slots, and what reads them.
-        fetch: begins to read an expert into its slot, as a guess.
+        fetch: begins to read an expert into its slot.
         first: per MoE layer, the number of its first expert when experts are counted over all layers.
         most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left.
         least_precision: share of guesses that must turn out right; with less it pauses, and tries again later.
@@ -40,11 +57,12 @@ class Prefetcher:
         predictor: Predictor,
         cache: ExpertCache,
         reader: Reader,
-        fetch: Callable[[int, int], None],
+        fetch: Fetch,
         first: list[int],
         most_guesses: int,
         least_precision: float = 0.0,
     ) -> None:
+        self.counters = PrefetchCounters()
         self._predictor = predictor
         self._cache = cache
         self._reader = reader
@@ -54,7 +72,10 @@ class Prefetcher:
         self._least_precision = least_precision
         self._precision = 1.0
         self._pause = 0
+        self._named: list[int] = []
         self._guesses: list[int] = []
+        self._unread: set[int] = set()
+        """Guesses whose reads have not ended, whatever has become of them."""
         self._on_their_way: set[int] = set()
         self._given_up: set[int] = set()
         self._held: list[int] = []
@@ -81,20 +102,22 @@ class Prefetcher:
                 self._reader.cancel(expert)
                 self._given_up.add(expert)
         self._on_their_way.clear()
-        if chosen:
+        if chosen and self._named:
             self._learn(chosen)
-        self._guesses = []
+        self._named, self._guesses = [], []
 
     def look_ahead(self, layer: int) -> None:
-        """MoE layer `layer` has asked for its experts: ask for those that the next one may choose."""
+        """MoE layer `layer` has asked for its experts: ask for those that the next one may choose; after the last one
+        that is the first, for the next token.
+        """
         if self._pause:
             self._pause -= 1
             return
         named = self._predictor.predict(layer)
         if not named:
             return
-        first = self._first[layer + 1]
-        experts = [first + number for number in named]
+        first = self._first[(layer + 1) % len(self._first)]
+        self._named = experts = [first + number for number in named]
         for expert in experts:
             if self._cache.is_resident(expert):
                 self._cache.hold(expert)
@@ -105,15 +128,57 @@ class Prefetcher:
             if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
                 self._on_their_way.add(expert)
                 self._guesses.append(expert)
-                self._fetch(expert, slot)
+                self._unread.add(expert)
+                self._fetch(expert, slot, Urgency.GUESS)
 
     def ended(self, arrival: Arrival) -> None:
         """A fetch has ended; it may have been a guess."""
         self._on_their_way.discard(arrival.key)
         self._given_up.discard(arrival.key)
+        if arrival.key in self._unread:
+            self._unread.remove(arrival.key)
+            self.counters.read_bytes += arrival.read_bytes
 
     def _learn(self, chosen: Collection[int]) -> None:
+        self.counters.asked += len(chosen)
+        self.counters.named += len(self._named)
+        self.counters.right += sum(expert in chosen for expert in self._named)
         for expert in self._guesses:
             self._precision += ((expert in chosen) - self._precision) / _MEMORY_GUESSES
         if self._precision < self._least_precision:
             self._pause, self._precision = _PAUSE_LAYERS, 1.0
+
+
+class WarmUp:
+    """Fills empty slots with experts that nobody has asked for yet, while nothing else is read.
+
+    Args:
+        experts: what to fetch, the most wanted first.
+        cache, reader: where they take slots, and what reads them.
+        fetch: begins to read an expert into its slot.
+        spare: so many slots stay empty, for what is asked for meanwhile.
+    """
+
+    def __init__(self, experts: Iterable[int], cache: ExpertCache, reader: Reader, fetch: Fetch, spare: int) -> None:
+        self._cache = cache
+        self._reader = reader
+        self._unread: dict[int, None] = {}
+        for expert in experts:
+            if cache.num_free <= spare:
+                break
+            slot = cache.preload(expert)
+            self._unread[expert] = None
+            fetch(expert, slot, Urgency.WARM_UP)
+
+    def make_room(self) -> bool:
+        """Somebody needs a slot: if none is empty, the least wanted expert that is not there yet gives its own up.
+        Whether one did: the end of its fetch is then among the arrivals, now or soon.
+        """
+        if not self._unread or self._cache.num_free:
+            return False
+        self._reader.cancel(self._unread.popitem()[0])
+        return True
+
+    def ended(self, arrival: Arrival) -> None:
+        """A fetch has ended; it may have been one of these."""
+        self._unread.pop(arrival.key, None)

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .cache import CacheCounters, ExpertCache, Outcome
+from .collection import RequestCounter
 from .kernels import ExpertMaths, route
 from .manifest import Manifest, expert_path
 from .memory import return_free_memory
 from .predictors import NoPredictor, Predictor
-from .prefetch import Prefetcher
+from .prefetch import PrefetchCounters, Prefetcher, WarmUp
 from .recorder import Recorder
 from .steps import OBSERVED_TOKENS, Arrival, Step
-from .transfer import Reader, SlotPool
+from .transfer import Reader, SlotPool, Urgency
 
 __all__ = ["ExpertRuntime", "StepStopped"]
 
@@ -61,6 +62,7 @@ class ExpertRuntime:
         manifest: what lies there.
         maths: the experts' functions, one per MoE layer, in the manifest's order.
         cache, pool, reader: theirs is the bookkeeping, the memory and the threads; `close` ends the threads.
+        counter: counts what each request asks for.
         predictor: names the experts to prefetch while decoding.
         least_precision: prefetching pauses when a smaller share of them is then asked for.
     """
@@ -74,44 +76,70 @@ class ExpertRuntime:
         cache: ExpertCache,
         pool: SlotPool,
         reader: Reader,
+        counter: RequestCounter,
         predictor: Predictor | None = None,
         least_precision: float = 0.0,
     ) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
         self.recorder: Recorder | None = None
+        self.counter = counter
         self._requests = 0
         self._lent: list[int] = []
+        self._entered: deque[Arrival] = deque()
+        """Arrivals that were entered in the cache before the step that may wait for them was told."""
         self.cache = cache
         self._pool = pool
         self._reader = reader
         self._maths = maths
         self._span = (manifest.layout.data_offset, manifest.layout.file_bytes)
+        self._layers = manifest.layers
         self._sizes = [layer.num_experts for layer in manifest.layers]
         self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
         self._paths = [
             folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
         ]
+        self._predictor = predictor or NoPredictor()
         self._prefetcher = Prefetcher(
-            predictor or NoPredictor(),
+            self._predictor,
             cache,
             reader,
-            lambda key, slot: self._fetch(key, slot, is_guess=True),
+            self._fetch,
             self._first,
             cache.num_slots - max(layer.top_k for layer in manifest.layers),
             least_precision,
         )
         self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
+        self._warm_up = WarmUp((), cache, reader, self._fetch, 0)
+
+    def warm_up(self, experts: Iterable[int]) -> None:
+        """Begin to fill empty slots with `experts` (numbers over all layers), the most wanted first, in the
+        background. Some slots are left for what is asked for meanwhile.
+        """
+        spare = self._window + max(layer.top_k for layer in self._layers)
+        self._warm_up = WarmUp(experts, self.cache, self._reader, self._fetch, spare)
 
     def begin_request(self, position: int) -> None:
         """A person asks for something, and the first token that is new has this position in the conversation."""
         self.cache.begin_request()
+        self.counter.begin_request()
         if self.recorder is not None:
             self.recorder.begin(self._requests, position)
         self._requests += 1
 
     def reset_counters(self) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
+        self._prefetcher.counters = PrefetchCounters()
+
+    @property
+    def prefetch(self) -> PrefetchCounters:
+        """What the predictor was worth since the counters were reset."""
+        return self._prefetcher.counters
+
+    @property
+    def prefetch_is_paused(self) -> bool:
+        """Whether guesses were wrong too often to go on with them now."""
+        return self._prefetcher.is_paused
 
     @property
     def lendable_slots(self) -> int:
@@ -160,6 +188,8 @@ class ExpertRuntime:
         place = {first + expert: number for number, expert in enumerate(experts)}
         self._settle(place)
         cache.observe(layer, [list(place)])
+        self._predictor.observe(layer, [experts])
+        self.counter.count(layer, experts, 1, is_prefill=False)
         step = Step(self)
         try:
             here = step.lease(sorted(place))
@@ -193,7 +223,10 @@ class ExpertRuntime:
         rows: dict[int, torch.Tensor] = {}
         unadded = deque(requests)
         self._settle(())
-        self.cache.observe(layer, [[first + expert for expert in row] for row in self._last_rows(layer, top_k_index)])
+        last = self._last_rows(layer, top_k_index)
+        self.cache.observe(layer, [[first + expert for expert in row] for row in last])
+        self._predictor.observe(layer, last)
+        self.counter.count(layer, top_k_index.flatten().numpy(), len(hidden), is_prefill=True)
         step = Step(self)
         try:
             for key in step.stream([first + expert for expert in requests], kept, self._window):
@@ -218,12 +251,16 @@ class ExpertRuntime:
 
     def lease(self, key: int, *, keep: bool) -> Outcome | None:
         """Lease an expert, and fetch it on a miss; None if no slot can be had now."""
+        if self.cache.slot(key) is None and self._warm_up.make_room():
+            self._entered += self._enter_arrivals()
         leased = self.cache.acquire(key, keep=keep)
         if leased is None:
             return None
         slot, outcome = leased
         if outcome is Outcome.MISS:
-            self._fetch(key, slot)
+            self._fetch(key, slot, Urgency.DEMAND)
+        elif outcome is Outcome.WAIT:
+            self._reader.promote(key)
         return outcome
 
     def _tensors(self, key: int) -> dict[str, torch.Tensor]:
@@ -233,6 +270,8 @@ class ExpertRuntime:
 
     def wait(self) -> Arrival:
         """The next arrival, counted and entered in the cache; time spent here is a stall."""
+        if self._entered:
+            return self._entered.popleft()
         arrival = self._reader.poll()
         if arrival is None:
             begin = time.perf_counter()
@@ -243,19 +282,28 @@ class ExpertRuntime:
 
     def _settle(self, chosen: Collection[int]) -> None:
         """Deal with the guesses that were made for this step, now that it is known what it needs."""
-        while (arrival := self._reader.poll()) is not None:
-            self._enter(arrival)
+        self._enter_arrivals()
+        self._entered.clear()
         self._prefetcher.settle(chosen)
         while not self._prefetcher.unsettled.isdisjoint(chosen):
             self.wait()
 
+    def _enter_arrivals(self) -> list[Arrival]:
+        """Enter what has arrived, without waiting; returns it."""
+        arrivals = []
+        while (arrival := self._reader.poll()) is not None:
+            self._enter(arrival)
+            arrivals.append(arrival)
+        return arrivals
+
     def _enter(self, arrival: Arrival) -> None:
         self._prefetcher.ended(arrival)
+        self._warm_up.ended(arrival)
         self.traffic.disk_bytes += arrival.read_bytes
         if arrival.error is None and not arrival.cancelled:
             self.cache.arrived(arrival.key)
         else:
             self.cache.failed(arrival.key)
 
-    def _fetch(self, key: int, slot: int, *, is_guess: bool = False) -> None:
-        self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), is_guess=is_guess)
+    def _fetch(self, key: int, slot: int, urgency: Urgency) -> None:
+        self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), urgency)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ByteStats", "ExpertStats", "MemoryStats", "Stats"]
+__all__ = ["ByteStats", "ExpertStats", "MemoryStats", "PrefetchStats", "Stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,23 @@ class ByteStats:
 
     disk_to_host: int = 0
     host_to_device: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchStats:
+    """What foreseeing experts was worth while decoding.
+
+    `recall`: of the experts asked for where something was predicted, the share that was named. `precision`: of those
+    named, the share that was asked for. Most of them are in memory anyway; `read_bytes` were read for those that were
+    not, and of these bytes `wasted_bytes` for experts that were not asked for before they left. `is_paused`: guesses
+    were wrong too often, and stopped for a while.
+    """
+
+    recall: float = 0.0
+    precision: float = 0.0
+    read_bytes: int = 0
+    wasted_bytes: int = 0
+    is_paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +84,7 @@ class Stats:
     decode_tokens_per_s: float = 0.0
     stall_s: float = 0.0
     experts: ExpertStats = field(default_factory=ExpertStats)
+    prefetch: PrefetchStats = field(default_factory=PrefetchStats)
     bytes: ByteStats = field(default_factory=ByteStats)
     memory: MemoryStats = field(default_factory=MemoryStats)
 

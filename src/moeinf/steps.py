@@ -81,7 +81,9 @@ class Step:
         here = deque(key for key in keys if key in resident and self._is_here(key, keep=key in kept))
         while True:
             while absent and len(self._awaited) < window and self._try(absent[0], keep=absent[0] in kept):
-                absent.popleft()
+                key = absent.popleft()
+                if key not in self._awaited:
+                    here.append(key)  # it was on its way, and is here now
             if here:
                 key = here.popleft()
             elif self._awaited:

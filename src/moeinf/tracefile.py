@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import uuid
 import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
-from .files import Bytes, FileSystem, explained
+from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from .files import FileSystem, publish
 from .manifest import Source
 from .tensorfile import TensorFile, encode_header
 from .trace import MAX_EXPERTS, NO_EXPERT, ModelIdentity, Trace, check_shapes
@@ -32,6 +30,10 @@ from .units import MIB
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "decode_fields",
+    "decode_metadata",
+    "encode_fields",
+    "encode_metadata",
     "read_trace",
     "write_json_lines",
     "write_trace",
@@ -42,6 +44,8 @@ FORMAT_VERSION = 1
 
 _DTYPES = {"sequence_id": "I32", "position": "I32", "experts": "I16", "weights": "F16", "is_prefill": "BOOL"}
 """The tensors in the order of their bytes: the widest elements first, so that none is misaligned."""
+_NUMBERS = frozenset({"version", "layer_sizes", "top_k"})
+"""The fields of the metadata that are no texts."""
 _STORED = {"I32": "<i4", "I16": "<i2", "F16": "<f2", "BOOL": "|u1"}
 
 _IMPORTED = {"experts": "iu", "weights": "f", "sequence_id": "iu", "position": "iu", "is_prefill": "b"}
@@ -76,27 +80,28 @@ def write_trace(trace: Trace, path: Path, *, disk: FileSystem | None = None) -> 
     """
     arrays = {name: getattr(trace, name) for name in _DTYPES if getattr(trace, name) is not None}
     tensors = [(name, _DTYPES[name], values.shape) for name, values in arrays.items()]
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _fields(trace).items()}
+    metadata = encode_metadata(encode_fields(trace.identity, FORMAT, FORMAT_VERSION))
     header = encode_header(tensors, metadata, alignment=8)
     data = (_raw_bytes(values, _DTYPES[name]) for name, values in arrays.items())
-    _publish(path, itertools.chain([header], data), disk or FileSystem())
+    publish(path, itertools.chain([header], data), disk=disk)
 
 
 def write_json_lines(trace: Trace, path: Path, *, disk: FileSystem | None = None) -> None:
     """Write `trace` as JSON lines: whose it is, then an object per token. In all else like `write_trace`."""
-    objects = itertools.chain([{**_fields(trace), "tokens": trace.num_tokens}], _tokens(trace))
-    _publish(path, _joined(json.dumps(item, separators=(",", ":")) for item in objects), disk or FileSystem())
+    whose = {**encode_fields(trace.identity, FORMAT, FORMAT_VERSION), "tokens": trace.num_tokens}
+    objects = itertools.chain([whose], _tokens(trace))
+    publish(path, _joined(json.dumps(item, separators=(",", ":")) for item in objects), disk=disk)
 
 
-# Whose trace it is: the same fields in both of our formats. The metadata of safetensors has texts only, so what is no
+# Whose trace it is: the same fields in all of our formats. The metadata of safetensors has texts only, so what is no
 # text is JSON there.
 
 
-def _fields(trace: Trace) -> dict[str, Any]:
-    identity = trace.identity
+def encode_fields(identity: ModelIdentity, form: str, version: int) -> dict[str, Any]:
+    """What a file of the format `form` says about itself and its model."""
     return {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
+        "format": form,
+        "version": version,
         "model": identity.model,
         "architecture": identity.architecture,
         "source_repo": identity.source.repo,
@@ -106,19 +111,36 @@ def _fields(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _identity(fields: Mapping[str, Any]) -> ModelIdentity:
-    if fields.get("format") != FORMAT:
-        raise _NotATraceError
-    version = fields.get("version")
-    if not _is_int(version):
+def encode_metadata(fields: Mapping[str, Any]) -> dict[str, str]:
+    """`fields` as the metadata of a safetensors file."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+
+
+def decode_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of `encode_metadata`. Raises IntegrityError for numbers that are none."""
+    return {key: _parsed(text, key) if key in _NUMBERS else text for key, text in metadata.items()}
+
+
+def decode_fields(fields: Mapping[str, Any], version: int, what: str) -> ModelIdentity:
+    """The model that `fields` name, if their version is ours. Raises IntegrityError, or UnsupportedError for another
+    version; `what` says what they are of.
+    """
+    found = fields.get("version")
+    if not _is_int(found):
         raise IntegrityError("its version is no number")
-    if version != FORMAT_VERSION:
+    if found != version:
         raise UnsupportedError(
-            f"it is a trace of version {version}, this program reads version {FORMAT_VERSION}", hint="update moeinf"
+            f"it is a {what} of version {found}, this program reads version {version}", hint="update moeinf"
         )
     source = Source(_text(fields, "source_repo"), _text(fields, "source_commit") or None)
     sizes, top_k = _numbers(fields, "layer_sizes"), _numbers(fields, "top_k")
     return ModelIdentity(_text(fields, "model"), _text(fields, "architecture"), source, sizes, top_k)
+
+
+def _identity(fields: Mapping[str, Any]) -> ModelIdentity:
+    if fields.get("format") != FORMAT:
+        raise _NotATraceError
+    return decode_fields(fields, FORMAT_VERSION, "trace")
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
@@ -193,9 +215,7 @@ def _read_safetensors(path: Path) -> Trace:
     with TensorFile.open(path) as file:
         if file.metadata.get("format") != FORMAT:
             raise _NotATraceError
-        numbers = ("version", "layer_sizes", "top_k")
-        fields = {key: _parsed(text, key) if key in numbers else text for key, text in file.metadata.items()}
-        identity = _identity(fields)
+        identity = _identity(decode_metadata(file.metadata))
         for name, entry in file.entries.items():
             if entry.dtype != _DTYPES.get(name):
                 raise IntegrityError(f"there is no tensor {name!r} of dtype {entry.dtype} in a trace")
@@ -442,65 +462,3 @@ def _notes(path: Path) -> dict[str, Any]:
         return {}
     notes = _parsed(path.read_bytes(), f"the {path.name} beside it")
     return notes if isinstance(notes, dict) else {}
-
-
-# Writing: all or nothing.
-
-
-def _publish(path: Path, chunks: Iterable[Bytes], disk: FileSystem) -> None:
-    """Write a file under a name of its own, and give it its name when its bytes are durable."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint="name a file in it")
-    draft = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    with _saving(path):
-        disk.make_folder(path.parent)
-        _remove_stale_drafts(path, disk)
-        try:
-            _write(draft, chunks, disk)
-            disk.rename(draft, path)
-        except BaseException:
-            with suppress(OSError):
-                disk.remove(draft)
-            raise
-        disk.sync_folder(path.parent)
-
-
-def _write(path: Path, chunks: Iterable[Bytes], disk: FileSystem) -> None:
-    descriptor = disk.create(path)
-    try:
-        size = 0
-        for chunk in chunks:
-            disk.write_at(descriptor, chunk, size)
-            size += memoryview(chunk).nbytes
-        disk.commit(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale_drafts(path: Path, disk: FileSystem) -> None:
-    """What killed processes left of this file."""
-    pattern = re.compile(re.escape(path.name) + r"\.(\d{1,9})-[0-9a-f]{8}\.part")
-    for other in list(path.parent.iterdir()):
-        match = pattern.fullmatch(other.name)
-        if match and not _is_alive(int(match[1])):
-            disk.remove(other)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextmanager
-def _saving(path: Path) -> Iterator[None]:
-    try:
-        with explained(path):
-            yield
-    except (CapacityError, UsageError) as error:
-        hint = "save it in a folder that you may write to and that has room"
-        raise type(error)(str(error), hint=hint) from error.__cause__

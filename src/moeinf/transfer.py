@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -25,7 +26,7 @@ from .manifest import ExpertLayout
 from .steps import Arrival
 from .units import MIB, align_up
 
-__all__ = ["Reader", "SlotPool", "allocate_buffer", "can_read_direct"]
+__all__ = ["Reader", "SlotPool", "Urgency", "allocate_buffer", "can_read_direct"]
 
 DIRECT_ALIGNMENT = 4096
 PIECE_BYTES = 1 * MIB
@@ -97,6 +98,16 @@ def _open(path: Path, *, direct: bool) -> int:
     return descriptor
 
 
+class Urgency(IntEnum):
+    """Why bytes are read, and so which come first: somebody waits for them; they are a guess at what the next layer
+    asks for; they fill memory that would lie empty.
+    """
+
+    DEMAND = 0
+    GUESS = 1
+    WARM_UP = 2
+
+
 @dataclass(slots=True)
 class _Job:
     """One fetch on its way: bytes `begin` to `end` of `path`, to the start of `memory`."""
@@ -114,21 +125,24 @@ class _Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+_Waiting = tuple[_Job, deque[int]]
+"""A fetch, and where the pieces of it begin that nobody reads yet."""
+
+
 class Reader:
-    """A pool of threads that read files into memory: what somebody waits for before what was guessed, each in the order
-    it was asked for, all threads on the oldest fetch first.
+    """A pool of threads that read files into memory: the urgent before the others, those alike in the order in which
+    they were asked for, all threads on the first fetch.
 
     Args:
         threads: how many reads are in flight at most.
         direct: read past the page cache (needs `can_read_direct`); offsets and memory are then page-aligned, and
-            memory is
-            as long as the bytes wanted rounded up to whole pages.
+            memory is as long as the bytes wanted rounded up to whole pages.
     """
 
     def __init__(self, *, threads: int, direct: bool) -> None:
         self._direct = direct
-        self._pieces: deque[tuple[_Job, int]] = deque()
-        self._guesses: deque[tuple[_Job, int]] = deque()
+        self._queues: list[dict[int, _Waiting]] = [{} for _ in Urgency]
+        """By urgency: what nobody reads yet of each fetch, by its key."""
         self._work = threading.Condition()
         self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
         self._is_closed = False
@@ -139,30 +153,34 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def fetch(self, key: int, path: Path, begin: int, end: int, memory: memoryview, *, is_guess: bool = False) -> None:
+    def fetch(
+        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
+    ) -> None:
         """Read bytes `begin` to `end` of `path` into `memory`; an `Arrival` with this `key` will say how that ended.
 
-        A guess is read when nothing else is left to read; `promote` and `cancel` are for guesses, by their key.
+        No key may be under way twice. `promote` and `cancel` are for what nobody waits for, by its key.
         """
         starts = range(begin, end, PIECE_BYTES)
         job = _Job(key, path, begin, end, memory, len(starts))
         with self._work:
-            (self._guesses if is_guess else self._pieces).extend((job, start) for start in starts)
+            self._queues[urgency][key] = (job, deque(starts))
             self._work.notify(len(starts))
 
     def promote(self, key: int) -> None:
-        """Somebody waits for this guess now. Harmless when all of it is on its way already."""
+        """Somebody waits for this now. Harmless when all of it is on its way already."""
         with self._work:
-            self._pieces += self._take_guess(key)
+            waiting = self._take(key)
+            if waiting is not None:
+                self._queues[Urgency.DEMAND][key] = waiting
 
     def cancel(self, key: int) -> None:
-        """Read no more of this guess. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
+        """Read no more of this. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
         with self._work:
-            dropped = self._take_guess(key)
-        if dropped:
-            job = dropped[0][0]
+            waiting = self._take(key)
+        if waiting is not None:
+            job, starts = waiting
             job.cancelled = True
-            self._end_pieces(job, len(dropped))
+            self._end_pieces(job, len(starts))
 
     def wait(self) -> Arrival:
         """The next fetch that ended; blocks until there is one. Call it only while one is under way."""
@@ -176,8 +194,8 @@ class Reader:
         """Finish the reads in flight, drop those that wait, and end the threads."""
         with self._work:
             self._is_closed = True
-            self._pieces.clear()
-            self._guesses.clear()
+            for queue in self._queues:
+                queue.clear()
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
@@ -185,11 +203,11 @@ class Reader:
     def _serve(self) -> None:
         while True:
             with self._work:
-                while not self._pieces and not self._guesses and not self._is_closed:
+                while (piece := self._next_piece()) is None and not self._is_closed:
                     self._work.wait()
-                if self._is_closed:
+                if piece is None:
                     return
-                job, start = (self._pieces or self._guesses).popleft()
+                job, start = piece
             try:
                 self._read_piece(job, start)
             except MoeinfError as error:
@@ -200,12 +218,22 @@ class Reader:
                 job.error = MoeinfError(f"{job.path}: reading failed: {error!r}")
             self._end_pieces(job, 1)
 
-    def _take_guess(self, key: int) -> list[tuple[_Job, int]]:
-        """Take what nobody reads yet of a guess out of the queue, which is locked."""
-        taken = [piece for piece in self._guesses if piece[0].key == key]
-        if taken:
-            self._guesses = deque(piece for piece in self._guesses if piece[0].key != key)
-        return taken
+    def _next_piece(self) -> tuple[_Job, int] | None:
+        """The most urgent piece that nobody reads; the queues are locked."""
+        for queue in self._queues:
+            for key, (job, starts) in queue.items():
+                start = starts.popleft()
+                if not starts:
+                    del queue[key]
+                return job, start
+        return None
+
+    def _take(self, key: int) -> _Waiting | None:
+        """Take what nobody reads yet of a fetch that nobody waits for out of its queue; the queues are locked."""
+        for queue in self._queues[Urgency.GUESS :]:
+            if key in queue:
+                return queue.pop(key)
+        return None
 
     def _read_piece(self, job: _Job, start: int) -> None:
         with job.lock:

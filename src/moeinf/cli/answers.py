@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import moeinf
 from moeinf import demo
+from moeinf.errors import MoeinfError
 from moeinf.pull import resolve
 from moeinf.store import Store
 from moeinf.units import format_bytes, format_seconds
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from moeinf.engine import Engine
     from moeinf.generation import Completion, Sampling
     from moeinf.ledger import MemoryPlan
-    from moeinf.stats import Stats
+    from moeinf.stats import PrefetchStats, Stats
 
 __all__ = ["Interrupts", "describe_cut", "describe_plan", "describe_stats", "open_engine"]
 
@@ -86,7 +87,13 @@ def open_engine(
                 f"{plan.slots} experts fit and one token asks for {plan.token_experts}: hardly any is found in memory"
                 f" (--experts {plan.token_experts} would help)"
             )
+        for note in engine.notes:
+            output.warn(note)
         yield name, engine, sampling
+        try:
+            engine.save_collection()
+        except MoeinfError as error:
+            output.warn(f"what was learned about {name} is not saved: {error}")
 
 
 def describe_plan(plan: MemoryPlan) -> str:
@@ -108,7 +115,18 @@ def describe_stats(stats: Stats) -> list[str]:
         f"expert hit rate {experts.hit_rate:.1%} of {experts.decode_requests:,} in {experts.slots:,} host slots"
         f" · disk to host {format_bytes(stats.bytes.disk_to_host)}"
         f" · host to device {format_bytes(stats.bytes.host_to_device)} · stalled {format_seconds(stats.stall_s)}",
+        *_describe_prefetch(stats.prefetch),
     ]
+
+
+def _describe_prefetch(prefetch: PrefetchStats) -> list[str]:
+    if not prefetch.recall and not prefetch.is_paused:
+        return []
+    line = (
+        f"prefetch named {prefetch.recall:.0%} of what was asked for, {prefetch.precision:.0%} of it right"
+        f" · read {format_bytes(prefetch.read_bytes)}, {format_bytes(prefetch.wasted_bytes)} in vain"
+    )
+    return [line + (" · paused, since it was wrong too often" if prefetch.is_paused else "")]
 
 
 def describe_cut(completion: Completion, sampling: Sampling, context: int) -> str | None:

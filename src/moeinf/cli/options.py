@@ -102,7 +102,7 @@ class EngineFlags:
     ] = None
     prefetch: Annotated[
         str | None,
-        typer.Option(metavar="auto|gate|off", help="Which experts are fetched before they are asked for."),
+        typer.Option(metavar="auto|eam|gate|off", help="What foresees the experts that are fetched early."),
     ] = None
     kernels: Annotated[str | None, typer.Option(metavar="auto|torch", help="What computes the experts.")] = None
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads that compute.")] = None

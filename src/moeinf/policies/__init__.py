@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from moeinf.errors import UsageError
 
-__all__ = ["POLICIES", "Policy", "make_policy"]
+if TYPE_CHECKING:
+    from moeinf.collection import ActivationCollection
+
+__all__ = ["POLICIES", "LearnsFromRequests", "Policy", "make_policy"]
 
 POLICIES = {
     "activation": "layered.ActivationPolicy",
+    "activation-eamc": "layered.CollectionPolicy",
     "expected-use": "layered.ExpectedUsePolicy",
     "layer-lru": "layered.LayerLruPolicy",
     "least-stale": "layered.LeastStalePolicy",
@@ -56,8 +60,17 @@ class Policy(Protocol):
         """The resident `expert` left its slot."""
 
 
-def make_policy(name: str, sizes: Sequence[int]) -> Policy:
-    """A fresh policy called `name`, for a model whose MoE layers have so many experts each.
+@runtime_checkable
+class LearnsFromRequests(Protocol):
+    """A policy that compares the present request with past ones."""
+
+    def begin_with(self, collection: ActivationCollection) -> None:
+        """These are past requests of the model. It keeps a copy, which grows by what it sees."""
+
+
+def make_policy(name: str, sizes: Sequence[int], collection: ActivationCollection | None = None) -> Policy:
+    """A fresh policy called `name`, for a model whose MoE layers have so many experts each. Those that compare requests
+    begin with those of `collection`, or with none.
 
     Raises UsageError, listing the known names, for any other.
     """
@@ -65,4 +78,6 @@ def make_policy(name: str, sizes: Sequence[int]) -> Policy:
         raise UsageError(f"policy {name!r} is not known", hint=f"choose one of: {', '.join(sorted(POLICIES))}")
     module, _, kind = POLICIES[name].rpartition(".")
     policy: Policy = getattr(import_module(f".{module}", __name__), kind)(sizes)
+    if collection is not None and isinstance(policy, LearnsFromRequests):
+        policy.begin_with(collection)
     return policy

@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moeinf.collection import ActivationCollection, RequestCounter
+
 __all__ = [
     "ActivationPolicy",
+    "CollectionPolicy",
     "ExpectedUsePolicy",
     "LayerLruPolicy",
     "LayeredLruPolicy",
@@ -241,11 +244,45 @@ class ActivationPolicy(LayeredPolicy):
         for experts in tokens:
             self._matrix[layer, experts] += 1
 
-    def ranks(self, layer: int) -> Floats:
+    def shares(self, layer: int) -> Floats:
+        """p of every expert of `layer` [experts]."""
         row = self._matrix[layer]
-        share = row / max(row.sum(), 1.0)
-        ranks: Floats = -_FAR * (share + self._EPSILON) * (1 - layer / self._layers)
+        shares: Floats = row / max(row.sum(), 1.0)
+        return shares
+
+    def ranks(self, layer: int) -> Floats:
+        ranks: Floats = -_FAR * (self.shares(layer) + self._EPSILON) * (1 - layer / self._layers)
         return ranks
+
+
+class CollectionPolicy(ActivationPolicy):
+    """MoE-Infinity's eviction with its prediction: p is what the past requests most like this one chose; without any,
+    what this one did.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(sizes)
+        self._sizes = sizes
+        self.begin_with(ActivationCollection(sizes))
+
+    def begin_with(self, collection: ActivationCollection) -> None:
+        self._counter = RequestCounter(self._sizes, ActivationCollection(self._sizes, collection.matrices.copy()))
+
+    def begin_request(self) -> None:
+        super().begin_request()
+        self._counter.begin_request()
+
+    def learn(self, layer: int, tokens: list[list[int]]) -> None:
+        super().learn(layer, tokens)
+        experts = [expert for chosen in tokens for expert in chosen]
+        self._counter.count(layer, experts, len(tokens), is_prefill=len(tokens) > 1)
+
+    def shares(self, layer: int) -> Floats:
+        if not len(self._counter.collection):
+            return super().shares(layer)
+        shares = np.zeros(self._shape[1])
+        shares[: self._sizes[layer]] = self._counter.expected_shares(layer)
+        return shares
 
 
 class ExpectedUsePolicy(LayeredPolicy):
