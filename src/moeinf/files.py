@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from .errors import CapacityError, MoeinfError, UsageError
 
-__all__ = ["DENIED", "Bytes", "FileSystem", "explained"]
+__all__ = ["DENIED", "Bytes", "FileSystem", "explained", "publish"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -117,6 +119,70 @@ def explained(place: Path) -> Iterator[None]:
             f"the disk failed at {path}: {error.strerror or error}",
             hint="run the same command again; if it fails again, check the disk",
         ) from error
+
+
+def publish(path: Path, chunks: Iterable[Bytes], *, disk: FileSystem | None = None) -> None:
+    """Write a file, all or nothing: under a name of its own first, which becomes `path` when its bytes are durable.
+
+    Whatever happens, `path` is then the old file, the new one, or none. Raises CapacityError when the disk is full,
+    UsageError when the place cannot be written to.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="name a file in it")
+    disk = disk or FileSystem()
+    draft = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    with _saving(path):
+        disk.make_folder(path.parent)
+        _remove_stale_drafts(path, disk)
+        try:
+            _write(draft, chunks, disk)
+            disk.rename(draft, path)
+        except BaseException:
+            with suppress(OSError):
+                disk.remove(draft)
+            raise
+        disk.sync_folder(path.parent)
+
+
+def _write(path: Path, chunks: Iterable[Bytes], disk: FileSystem) -> None:
+    descriptor = disk.create(path)
+    try:
+        size = 0
+        for chunk in chunks:
+            disk.write_at(descriptor, chunk, size)
+            size += memoryview(chunk).nbytes
+        disk.commit(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale_drafts(path: Path, disk: FileSystem) -> None:
+    """What killed processes left of this file."""
+    pattern = re.compile(re.escape(path.name) + r"\.(\d{1,9})-[0-9a-f]{8}\.part")
+    for other in list(path.parent.iterdir()):
+        match = pattern.fullmatch(other.name)
+        if match and not _is_alive(int(match[1])):
+            disk.remove(other)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    try:
+        with explained(path):
+            yield
+    except (CapacityError, UsageError) as error:
+        hint = "save it in a folder that you may write to and that has room"
+        raise type(error)(str(error), hint=hint) from error.__cause__
 
 
 def _make_folder(path: Path) -> None:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import uuid
 import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
-from .files import Bytes, FileSystem, explained
+from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from .files import FileSystem, publish
 from .manifest import Source
 from .tensorfile import TensorFile, encode_header
 from .trace import MAX_EXPERTS, NO_EXPERT, ModelIdentity, Trace, check_shapes
@@ -79,13 +77,13 @@ def write_trace(trace: Trace, path: Path, *, disk: FileSystem | None = None) -> 
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _fields(trace).items()}
     header = encode_header(tensors, metadata, alignment=8)
     data = (_raw_bytes(values, _DTYPES[name]) for name, values in arrays.items())
-    _publish(path, itertools.chain([header], data), disk or FileSystem())
+    publish(path, itertools.chain([header], data), disk=disk)
 
 
 def write_json_lines(trace: Trace, path: Path, *, disk: FileSystem | None = None) -> None:
     """Write `trace` as JSON lines: whose it is, then an object per token. In all else like `write_trace`."""
     objects = itertools.chain([{**_fields(trace), "tokens": trace.num_tokens}], _tokens(trace))
-    _publish(path, _joined(json.dumps(item, separators=(",", ":")) for item in objects), disk or FileSystem())
+    publish(path, _joined(json.dumps(item, separators=(",", ":")) for item in objects), disk=disk)
 
 
 # Whose trace it is: the same fields in both of our formats. The metadata of safetensors has texts only, so what is no
@@ -442,65 +440,3 @@ def _notes(path: Path) -> dict[str, Any]:
         return {}
     notes = _parsed(path.read_bytes(), f"the {path.name} beside it")
     return notes if isinstance(notes, dict) else {}
-
-
-# Writing: all or nothing.
-
-
-def _publish(path: Path, chunks: Iterable[Bytes], disk: FileSystem) -> None:
-    """Write a file under a name of its own, and give it its name when its bytes are durable."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint="name a file in it")
-    draft = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    with _saving(path):
-        disk.make_folder(path.parent)
-        _remove_stale_drafts(path, disk)
-        try:
-            _write(draft, chunks, disk)
-            disk.rename(draft, path)
-        except BaseException:
-            with suppress(OSError):
-                disk.remove(draft)
-            raise
-        disk.sync_folder(path.parent)
-
-
-def _write(path: Path, chunks: Iterable[Bytes], disk: FileSystem) -> None:
-    descriptor = disk.create(path)
-    try:
-        size = 0
-        for chunk in chunks:
-            disk.write_at(descriptor, chunk, size)
-            size += memoryview(chunk).nbytes
-        disk.commit(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale_drafts(path: Path, disk: FileSystem) -> None:
-    """What killed processes left of this file."""
-    pattern = re.compile(re.escape(path.name) + r"\.(\d{1,9})-[0-9a-f]{8}\.part")
-    for other in list(path.parent.iterdir()):
-        match = pattern.fullmatch(other.name)
-        if match and not _is_alive(int(match[1])):
-            disk.remove(other)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextmanager
-def _saving(path: Path) -> Iterator[None]:
-    try:
-        with explained(path):
-            yield
-    except (CapacityError, UsageError) as error:
-        hint = "save it in a folder that you may write to and that has room"
-        raise type(error)(str(error), hint=hint) from error.__cause__
