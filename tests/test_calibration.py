@@ -13,6 +13,7 @@ import moeinf
 from moeinf import calibration, cli
 from moeinf.calibration import CalibrationPrompt, collect, read_prompts
 from moeinf.errors import IntegrityError, MoeinfError, UsageError
+from moeinf.policies import POLICIES
 from moeinf.trace import Trace
 from moeinf.tracefile import read_trace
 
@@ -125,7 +126,10 @@ def test_the_command_keeps_the_trace_beside_the_model(
     assert cli.main([*arguments, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["schema"], data["model"], data["routing"]["requests"]) == (1, own, 2)
-    assert {replay["policy"] for replay in data["replays"]} == {"lru", "expected-use", "belady"}
+    assert {replay["policy"] for replay in data["replays"]} == {*POLICIES, "belady"}
+    assert data["domains"]["names"] == ["x", "y"]
+    files = [data["trace"], data["page"], *data["pictures"]]
+    assert sorted(files) == sorted(map(str, path.parent.iterdir()))
     assert cli.main(["verify", own]) == 0  # what lies in traces/ is no stranger
     capsys.readouterr()
     monkeypatch.setattr(calibration, "read_prompts", lambda _: [])

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from moeinf import analysis, figures
@@ -103,6 +104,19 @@ def test_hit_rates_of_every_policy_with_a_size_marked() -> None:
     marked = figures.hit_rates([("a trace", found)], ALL, mark)
     check(marked)
     assert marked != figures.hit_rates([("a trace", found)], ALL)
+
+
+def test_a_size_beyond_all_others_is_still_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = []
+    point_at = figures._point_at
+
+    def spy(axes: Axes, mark: Replay) -> None:
+        edges.append(axes.get_xlim()[1])
+        point_at(axes, mark)
+
+    monkeypatch.setattr(figures, "_point_at", spy)
+    check(figures.hit_rates([("a", replays(["lru"]))], ["lru"], Replay("lru", 10, 1.0, 100, 90, 0)))
+    assert edges == [1.02]
 
 
 def test_a_panel_for_every_trace() -> None:

@@ -36,7 +36,7 @@ LAYERS = [
     },
     {"cache", "kernels", "memory", "policies", "predictors", "steps", "transfer"},
     {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
-    {"analysis", "calibration", "chat", "figures", "sizing"},
+    {"analysis", "calibration", "chat", "figures", "page", "report", "sizing"},
     {"cli"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -59,11 +59,16 @@ def test_every_policy_is_replayed_at_the_same_sizes() -> None:
     assert (found.requests, found.all_requests) == (2, 2)
 
 
-def test_where_no_size_is_good_all_experts_are_recommended() -> None:
-    found = find_size(skewed_trace([12]), 1)
+def test_where_no_size_is_good_the_recommended_one_finds_what_all_experts_would() -> None:
+    trace = skewed_trace([12])
+    history, sizes = list(events(trace)), trace.layer_sizes
+    found = find_size(trace, 1)
     assert found.advice is not None
     assert not found.advice.is_good
-    assert found.advice.at.slots == 48
+    at = found.advice.at
+    assert at.slots < 48
+    assert at.hits == replay(history, sizes, DEFAULT_POLICY, 48).hits
+    assert at.hits > replay(history, sizes, DEFAULT_POLICY, at.slots - 1).hits
 
 
 def test_where_the_smallest_size_is_good_it_is_recommended() -> None:

@@ -81,7 +81,7 @@ def activation(shares: Floats, sizes: Sequence[int], order: NDArray[np.intp]) ->
         axes.set(xlabel=_RANK, ylabel="layer")
         _explain_colours(figure, image, [axes], _SHARE, "max")
 
-    return _drawn(draw, min(6.5, 1.6 + 0.11 * len(sizes)))
+    return _drawn(draw, min(6.5, 2.0 + 0.1 * len(sizes)))
 
 
 def activation_by_domain(shares: Floats, names: Sequence[str], sizes: Sequence[int], order: NDArray[np.intp]) -> bytes:
@@ -168,13 +168,13 @@ def hit_rates(
     def draw(figure: Figure) -> None:
         grid = list(figure.subplots(len(curves), 1, squeeze=False).flat)
         for axes, (title, replays) in zip(grid, curves, strict=True):
+            drawn = [*replays, mark] if mark else replays
             for policy in order:
-                drawn = [one for one in (*replays, *([mark] if mark else [])) if one.policy == policy]
-                points = sorted({(one.fraction, one.hit_rate) for one in drawn})
+                points = sorted({(one.fraction, one.hit_rate) for one in drawn if one.policy == policy})
                 axes.plot(*zip(*points, strict=True), label=policy, clip_on=False, **_line(policy))
             _percent(axes, "x")
             _percent(axes, "y")
-            axes.set_xlim(0, 1.02 * max(one.fraction for one in replays))
+            axes.set_xlim(0, 1.02 * max(one.fraction for one in drawn))
             axes.set_ylim(0, 1)
             axes.set(xlabel="experts in memory, of all", ylabel="hit rate")
             axes.set_title(_label(title, 90))
@@ -263,7 +263,7 @@ def _point_at(axes: Axes, mark: Replay) -> None:
 def _line(policy: str) -> dict[str, Any]:
     """Colour, dashes and marker of a policy: the same in every picture, no two alike."""
     if policy == BELADY:
-        return {"color": _INK, "linestyle": (0, (4, 2)), "linewidth": 1.8, "marker": "", "zorder": 4}
+        return {"color": _INK, "linestyle": (0, (4, 2)), "linewidth": 1.8, "marker": ".", "zorder": 4}
     if policy == DEFAULT_POLICY:
         return {"color": _MEASURED, "linestyle": "-", "linewidth": 2.8, "marker": "o", "markersize": 6, "zorder": 3}
     number = [name for name in sorted(POLICIES) if name != DEFAULT_POLICY].index(policy)

@@ -24,13 +24,13 @@ GOOD_HIT_RATE = 0.9
 REPLAYED_USES = 200_000
 """A trace that asks for more experts is replayed in part: this much takes a minute or two."""
 _SHARES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75)
-_TRIES = 4
+_TRIES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """The recommended size: the smallest found at which the default policy reaches GOOD_HIT_RATE, or all experts where
-    none does; and what half of it would give. Both were replayed.
+    """The recommended size: the smallest found at which the default policy reaches GOOD_HIT_RATE, or where none does,
+    what all experts would find; and what half of it would give. Both were replayed.
 
     `size_bytes` and `half_bytes` are of experts; the other two are read from disk per decoded token.
     """
@@ -137,21 +137,24 @@ def _advise(part: Trace, replays: Sequence[Replay], expert_bytes: int, tokens: i
 
 
 def _smallest_good(known: Sequence[Replay], run: Callable[[int], Replay], fewest: int, most: int) -> Replay:
-    """The replay at the smallest good size from `fewest` to `most`, or at `most` where none is good.
+    """The replay at the smallest size from `fewest` to `most` that is good, or finds as much as `most`.
 
-    Between the largest size that is too small and the smallest that is not, a straight line says which to try next.
+    Between the largest size that is too small and the smallest that is not, a straight line says which to try next, and
+    every other time the middle, lest one end never moves.
     """
-    low = max((one for one in known if one.hit_rate < GOOD_HIT_RATE), key=_slots, default=None) or run(fewest)
-    if low.hit_rate >= GOOD_HIT_RATE:
+    everything = run(most)
+    goal = min(GOOD_HIT_RATE, everything.hit_rate)
+    low = max((one for one in known if one.hit_rate < goal), key=_slots, default=None) or run(fewest)
+    if low.hit_rate >= goal:
         return low
-    high = min((one for one in known if one.slots > low.slots), key=_slots, default=None) or run(most)
-    for _ in range(_TRIES if high.hit_rate >= GOOD_HIT_RATE else 0):
+    high = min((one for one in known if one.slots > low.slots), key=_slots, default=everything)
+    for attempt in range(_TRIES):
         gap = high.slots - low.slots
         if gap <= 1:
             break
-        step = round(gap * (GOOD_HIT_RATE - low.hit_rate) / (high.hit_rate - low.hit_rate))
-        tried = run(low.slots + min(max(step, 1), gap - 1))
-        low, high = (low, tried) if tried.hit_rate >= GOOD_HIT_RATE else (tried, high)
+        rise = 0.5 if attempt % 2 else (goal - low.hit_rate) / (high.hit_rate - low.hit_rate)
+        tried = run(low.slots + min(max(round(gap * rise), 1), gap - 1))
+        low, high = (low, tried) if tried.hit_rate >= goal else (tried, high)
     return high
 
 

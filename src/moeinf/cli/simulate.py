@@ -50,7 +50,7 @@ def simulate(
 
     Replay traces through the expert cache, without a model: which share of the experts that were asked for would have
     been resident. `belady`, which knows the future, is what nobody can beat. The other policies are sorted by what they
-    find, and no size is below what a layer asks for at once.
+    find. A share of the experts is never less than what a layer asks for at once.
     """
     from moeinf.tracefile import read_trace
 
@@ -160,7 +160,7 @@ def _draw(found: dict[Path, list[Replay]], path: Path) -> None:
     from moeinf.files import publish
     from moeinf.sizing import ranked
 
-    curves = [(str(trace), replays) for trace, replays in found.items()]
+    curves = [(trace.name, replays) for trace, replays in found.items()]
     order = ranked([replay for replays in found.values() for replay in replays])
     publish(path, [hit_rates(curves, order, kind=path.suffix[1:])])
 
