@@ -13,7 +13,7 @@ import moeinf
 from moeinf import calibration, cli
 from moeinf.calibration import CalibrationPrompt, collect, read_prompts
 from moeinf.errors import IntegrityError, MoeinfError, UsageError
-from moeinf.settings import DEFAULT_POLICY
+from moeinf.policies import POLICIES
 from moeinf.trace import Trace
 from moeinf.tracefile import read_trace
 
@@ -126,7 +126,11 @@ def test_the_command_keeps_the_trace_beside_the_model(
     assert cli.main([*arguments, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["schema"], data["model"], data["routing"]["requests"]) == (1, own, 2)
-    assert {replay["policy"] for replay in data["replays"]} == {"lru", DEFAULT_POLICY, "belady"}
+    assert {replay["policy"] for replay in data["replays"]} == {*POLICIES, "belady"}
+    assert data["domains"]["names"] == ["x", "y"]
+    learned = str(path.with_name("collection.safetensors"))
+    files = [data["trace"], data["page"], *data["pictures"], learned]
+    assert sorted(files) == sorted(map(str, path.parent.iterdir()))
     assert cli.main(["verify", own]) == 0  # what lies in traces/ is no stranger
     capsys.readouterr()
     monkeypatch.setattr(calibration, "read_prompts", lambda _: [])

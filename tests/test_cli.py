@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ from cli_fakes import STATS, FakeEngine, make_byte_tokenizer, store_model
 from cli_terminal import CTRL_C, CTRL_D, Terminal
 from cli_transcripts import CommandLine
 from families import make_checkpoint
+from faults import FailingDisk
 from moeinf.chat import complete
 from moeinf.errors import CapacityError, HubError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.manifest import Source, expert_path
@@ -30,7 +32,10 @@ from moeinf.origins import Download
 from moeinf.pull import PullPlan
 from moeinf.settings import EngineOptions
 from moeinf.store import Store
+from moeinf.trace import Trace
+from moeinf.tracefile import write_trace
 from moeinf.units import format_bytes
+from test_simulate import make_trace
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -760,6 +765,145 @@ def test_two_interrupts_within_a_second_end_a_chat(engine: FakeEngine, stored: C
     """)
 
 
+# Trace and simulate
+
+
+def traced(engine: FakeEngine, home: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Let `moeinf trace tiny` find a trace of two requests that ask for the same experts again and again; its place."""
+    rows = [[[0, 1], [2, 3]], [[0, 2], [2, 3]]] * 6
+    found = make_trace(rows, [True] + [False] * 5 + [True] + [False] * 5, [0] * 6 + [1] * 6)
+    vars(engine)["manifest"] = Store(home).open("tiny").manifest
+
+    def collect(_engine: object, _name: str, _prompts: object, path: Path, **_: object) -> Trace:
+        write_trace(found, path)
+        return found
+
+    patch.setattr("moeinf.calibration.collect", collect)
+    (home / "set.jsonl").write_text(
+        '{"text": "One", "domain": "prose"}\n{"text": "1", "domain": "sums"}\n', encoding="utf-8"
+    )
+    return home / "models/tiny/traces/set-2x64"
+
+
+def test_trace(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced(engine, stored.home, monkeypatch)
+    monkeypatch.chdir(stored.home)
+    stored.check("""
+        $ moeinf trace tiny --dataset set.jsonl
+        | requests                      2, of 12 tokens together
+        | a request uses                42% of all experts
+        | used again by the next token  75% (even use would give 33%)
+        |   within 4 tokens             100% (even use would give 80%)
+        | next experts named rightly    85% by this request's uses so far
+        |                               75% by the token before
+        |                               33% by chance
+        |
+        | DOMAIN  REQUESTS  DISTANCE WITHIN  TO OTHERS
+        | prose   1         none             0.00
+        | sums    1         none             0.00
+        |
+        | HIT RATE AT    2 (17%)  3 (25%)  6 (50%)  9 (75%)
+        | belady         0.0%     50.0%    97.5%    97.5%
+        | expected-use   0.0%     47.5%    97.5%    97.5%
+        | lfru           0.0%     47.5%    97.5%    97.5%
+        | lfu            0.0%     47.5%    97.5%    97.5%
+        | neighbour-use  0.0%     47.5%    97.5%    97.5%
+        | activation     0.0%     40.0%    97.5%    97.5%
+        | random         0.0%     35.0%    97.5%    97.5%
+        | layer-lru      0.0%     25.0%    97.5%    97.5%
+        | least-stale    0.0%     25.0%    97.5%    97.5%
+        | llru           0.0%     25.0%    97.5%    97.5%
+        | lru            0.0%     25.0%    97.5%    97.5%
+        |
+        | With 5 experts (42% of all, 1.25 KiB) in memory, 97.5% of what decoding asks for is found there, and 26 B are read from disk per token.
+        | With half, 2 experts (512 B), 0.0% is found, and 1.00 KiB are read per token.
+        |
+        | HOME/models/tiny/traces/set-2x64.html
+        | HOME/models/tiny/traces/set-2x64.safetensors
+        ! loading tiny
+        ! replay tiny: 55 replays
+        ! drawing the report
+        = 0
+    """)  # noqa: E501
+    page = (stored.home / "models/tiny/traces/set-2x64.html").read_text(encoding="utf-8")
+    assert "moeinf trace tiny --dataset set.jsonl --max-prompts 2 --max-tokens 64" in page
+
+
+def test_trace_quietly_and_as_json(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = traced(engine, stored.home, monkeypatch)
+    arguments = ["trace", "tiny", "--dataset", str(stored.home / "set.jsonl")]
+    names = ["hit-rates", "activation", "domains", "distances", "reuse"]
+    pictures = [f"HOME/models/tiny/traces/set-2x64-{name}.png" for name in names]
+    assert stored.run(*arguments, "-q") == ("HOME/models/tiny/traces/set-2x64.safetensors\n", "", 0)
+    data = json.loads(stored.run(*arguments, "--json")[0])
+    assert data.keys() == {
+        *("schema", "model", "trace", "routing", "domains", "replayed", "replays", "recommendation", "page", "pictures")
+    }
+    assert data["pictures"] == pictures
+    assert (data["recommendation"]["slots"], data["recommendation"]["bytes"]) == (5, 5 * 256)
+    assert {file.name for file in path.parent.iterdir()} == {
+        Path(name).name for name in (data["trace"], data["page"], *pictures)
+    }
+
+
+def test_a_full_disk_after_a_trace_does_not_lose_it(
+    engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = traced(engine, stored.home, monkeypatch)
+    monkeypatch.setattr("moeinf.page.FileSystem", lambda: FailingDisk(1, errno.ENOSPC, for_ever=True))
+    monkeypatch.chdir(stored.home)
+    found = stored.transcript("moeinf trace tiny --dataset set.jsonl").splitlines()
+    assert found[-3].startswith("! error: the report could not be kept: no room left to write HOME/models/tiny/traces/")
+    assert found[-2:] == [
+        "! hint: the trace itself is whole: moeinf simulate HOME/models/tiny/traces/set-2x64.safetensors",
+        "= 5",
+    ]
+    assert [file.name for file in path.parent.iterdir()] == ["set-2x64.safetensors"]
+    assert stored.run("simulate", f"{path}.safetensors", "--policy", "lru", "-q") == ("", "", 0)
+
+
+def test_simulate(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced(engine, stored.home, monkeypatch)
+    monkeypatch.chdir(stored.home)
+    stored.run("trace", "tiny", "--dataset", "set.jsonl", "-q")
+    monkeypatch.chdir(stored.home / "models/tiny/traces")
+    stored.check("""
+        $ moeinf simulate set-2x64.safetensors --policy lru,expected-use,belady --fraction 10,50%
+        | HIT RATE AT   2 (17%)  6 (50%)
+        | belady        0.0%     97.5%
+        | expected-use  0.0%     97.5%
+        | lru           0.0%     97.5%
+        ! replay set-2x64.safetensors: 6 replays
+        = 0
+    """)
+    stored.check("""
+        $ moeinf simulate set-2x64.safetensors --slots 3 --policy lru --plot rates.png
+        | HIT RATE AT  3 (25%)
+        | lru          25.0%
+        | rates.png
+        ! replay set-2x64.safetensors: 1 replays
+        = 0
+    """)
+    stored.check("""
+        $ moeinf simulate set-2x64.safetensors --slots 1
+        ! error: set-2x64.safetensors: --slots 1 experts is below the 2 that a layer asks for at once
+        ! hint: choose from 2 to 12
+        = 2
+    """)
+    stored.check("""
+        $ moeinf simulate set-2x64.safetensors --fraction 120%
+        ! error: --fraction '120%' is no list of shares up to 100%
+        ! hint: write it like 10,25,50%
+        = 2
+    """)
+    stored.check("""
+        $ moeinf simulate set-2x64.safetensors --plot rates.gif
+        ! error: --plot rates.gif: the name does not say which kind of picture
+        ! hint: end it in .pdf, .png, .svg
+        = 2
+    """)
+
+
 # Mistakes and their exit codes
 
 
@@ -960,7 +1104,7 @@ def test_a_locale_that_cannot_show_the_answer(stored: CommandLine) -> None:
 
 
 def test_help_begins_with_two_examples(cli: CommandLine) -> None:
-    commands = [[], *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat"))]
+    commands = [[], *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat", "trace", "simulate"))]
     for command in commands:
         stdout, stderr, code = cli.run(*command, "--help")
         lines = stdout.splitlines()

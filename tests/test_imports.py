@@ -38,7 +38,7 @@ LAYERS = [
     },
     {"cache", "kernels", "memory", "policies", "predictors", "routing_memory", "steps", "transfer"},
     {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
-    {"analysis", "calibration", "chat"},
+    {"analysis", "calibration", "chat", "figures", "page", "report", "sizing"},
     {"cli"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -61,6 +61,7 @@ HEAVY = {
     "transformers": {"conversion", "metamodel", "predictors", "hooks", "engine", "generation"},
     "safetensors": set(),
     "huggingface_hub": {"hub"},
+    "matplotlib": {"figures"},
     "psutil": {"memory"},
     "typer": {"cli"},
     "rich": {"cli"},

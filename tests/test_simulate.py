@@ -152,13 +152,18 @@ def trace_file(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_a_table(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["simulate", str(trace_file), "--policy", "lru,belady", "--experts", "50%,12"]) == 0
-    found = capsys.readouterr()
-    assert found.out == "POLICY  50% (6)  12 (12)\nlru     50.0%    50.0%\nbelady  50.0%    50.0%\n"
+    arguments = ["simulate", str(trace_file), "--policy", "lru,lfu,belady", "--slots", "12,3", "--fraction", "50%"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == (
+        "HIT RATE AT  3 (25%)  6 (50%)  12 (100%)\n"
+        "belady       33.3%    50.0%    50.0%\n"
+        "lfu          16.7%    50.0%    50.0%\n"
+        "lru          16.7%    50.0%    50.0%\n"
+    )
 
 
 def test_the_command_prints_json(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["simulate", str(trace_file), "--policy", "lru", "--experts", "3", "--json"]) == 0
+    assert cli.main(["simulate", str(trace_file), "--policy", "lru", "--slots", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "schema": 1,
         "results": [
@@ -177,17 +182,85 @@ def test_the_command_prints_json(trace_file: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "slots"),
     [
-        (["--policy", "psychic"], 2, "policy 'psychic' is not known"),
-        (["--experts", "many"], 2, "--experts 'many' is neither a number nor a share"),
-        (["--experts", "1"], 5, "--experts 1 is below what one layer asks for at once"),
+        ([], [2, 3, 6, 9]),
+        (["--fraction", "10,25,50,75%"], [2, 3, 6, 9]),
+        (["--fraction", "25%,50%"], [3, 6]),
+        (["--fraction", " 0.1% , 100 "], [2, 12]),
+        (["--slots", "12,2,5,2"], [2, 5, 12]),
+        (["--slots", "3", "--fraction", "25%,33.4%"], [3, 4]),
+    ],
+)
+def test_sizes_are_numbers_or_shares(
+    trace_file: Path, arguments: list[str], slots: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A share is never below what a layer asks for at once."""
+    assert cli.main(["simulate", str(trace_file), "--policy", "lru", "--json", *arguments]) == 0
+    assert [found["slots"] for found in json.loads(capsys.readouterr().out)["results"]] == slots
+
+
+def test_all_policies_are_replayed_and_belady_is_on_top(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["simulate", str(trace_file), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    policies = list(dict.fromkeys(found["policy"] for found in results))
+    assert policies[0] == BELADY
+    assert sorted(policies) == sorted([*POLICIES, BELADY])
+    means = [np.mean([found["hit_rate"] for found in results if found["policy"] == name]) for name in policies]
+    assert means[1:] == sorted(means[1:], reverse=True)
+
+
+def test_several_traces_have_a_table_and_a_panel_each(
+    trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, plot = tmp_path / "other.safetensors", tmp_path / "rates.svg"
+    other.write_bytes(trace_file.read_bytes())
+    arguments = ["simulate", str(trace_file), str(other), "--policy", "lru", "--slots", "3", "--plot", str(plot)]
+    assert cli.main(arguments) == 0
+    table = "HIT RATE AT  3 (25%)\nlru          16.7%\n"
+    assert capsys.readouterr().out == f"{trace_file}\n{table}{other}\n{table}{plot}\n"
+    assert plot.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("png", b"\x89PNG"), ("pdf", b"%PDF-")])
+def test_the_plot_is_of_the_kind_that_its_name_says(
+    trace_file: Path, tmp_path: Path, suffix: str, begin: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / f"rates.{suffix}"
+    arguments = ["simulate", str(trace_file), "--plot", str(plot), "--slots", "2,3"]
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plot"] == str(plot)
+    assert plot.read_bytes().startswith(begin)
+    assert cli.main([*arguments, "-q"]) == 0
+    assert capsys.readouterr().out == f"{plot}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "psychic"], "policy 'psychic' is not known"),
+        (["--slots", "many"], "--slots 'many' is no list of numbers"),
+        (["--slots", "1"], "--slots 1 experts is below the 2 that a layer asks for at once"),
+        (["--slots", "4,13"], "--slots 13 experts is more than all 12"),
+        (["--fraction", "some%"], "--fraction 'some%' is no list of shares up to 100%"),
+        (["--fraction", "0.25"], "--fraction '0.25' is no list of shares up to 100%"),
+        (["--fraction", "0%"], "--fraction '0%' is no list of shares up to 100%"),
+        (["--fraction", "50%,101"], "--fraction '50%,101' is no list of shares up to 100%"),
+        (["--fraction", "nan%"], "--fraction 'nan%' is no list of shares up to 100%"),
+        (["--plot", "rates.jpg"], "--plot rates.jpg: the name does not say which kind of picture"),
+        (["--plot", "no/such/folder/rates.png"], "--plot no/such/folder/rates.png cannot be written"),
     ],
 )
 def test_the_command_refuses_what_cannot_be(
-    trace_file: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    trace_file: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert cli.main(["simulate", str(trace_file), *arguments]) == code
+    """Before anything is replayed."""
+    monkeypatch.setattr("moeinf.simulate.replay_all", None)
+    assert cli.main(["simulate", str(trace_file), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

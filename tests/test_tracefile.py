@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import os
 import random
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -490,48 +488,3 @@ def test_a_place_without_room_or_access_is_said(code: int, kind: type[MoeinfErro
         write_trace(make_trace(), tmp_path / "t.trace", disk=FailingDisk(1, code))
     assert caught.value.hint == "save it in a folder that you may write to and that has room"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is a folder"):
-        write_trace(make_trace(), tmp_path)
-
-
-def test_an_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_trace(make_trace(), tmp_path / "t.trace")
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_trace(make_trace(seed=5), tmp_path / "t.trace")
-    assert_same(read_trace(tmp_path / "t.trace"), make_trace())
-    assert [path.name for path in tmp_path.iterdir()] == ["t.trace"]
-
-
-def test_what_a_killed_write_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
-    script = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from moeinf.tracefile import write_trace
-from traces import make_trace
-os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-write_trace(make_trace(seed=5), Path(sys.argv[1]))
-"""
-    path = tmp_path / "t.trace"
-    write_trace(make_trace(), path)
-    line = [sys.executable, "-c", script, str(path), str(Path(__file__).parent)]
-    killed = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    (left,) = [found for found in tmp_path.iterdir() if found != path]
-    assert_same(read_trace(path), make_trace())
-    running = tmp_path / f"t.trace.{os.getpid()}-01234567.part"
-    unrelated = tmp_path / "t.trace.part"
-    for other in (running, unrelated):
-        other.write_bytes(b"")
-    write_trace(make_trace(seed=6), path)
-    assert not left.exists()
-    assert running.exists()
-    assert unrelated.exists()

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeinf.errors import UsageError
-from moeinf.ledger import parse_slots
 from moeinf.policies import POLICIES
 
 from .options import OutputFlags
 from .output import Output, columns
 
-__all__ = ["simulate"]
+if TYPE_CHECKING:
+    from moeinf.simulate import Replay
+    from moeinf.trace import Trace
 
-_SIZES = "10%,25%,50%,75%"
+__all__ = ["hit_rate_table", "simulate"]
+
+_DEFAULT = "10,25,50,75%"
 
 
 def simulate(
@@ -27,60 +32,137 @@ def simulate(
     policy: Annotated[
         str, typer.Option(metavar="NAME,...", help="Policies to compare, or all.", show_default=True)
     ] = "all",
-    experts: Annotated[
-        str, typer.Option(metavar="N|P%,...", help="Slots, as numbers or shares of all experts.", show_default=True)
-    ] = _SIZES,
+    slots: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Sizes of the cache, as numbers of experts.")
+    ] = None,
+    fraction: Annotated[
+        str | None,
+        typer.Option(metavar="P%,...", help=f"Sizes as shares of all experts; {_DEFAULT} where no size is given."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the hit rates too, into a .png, .svg or .pdf.")
+    ] = None,
     output_flags: OutputFlags = OutputFlags(),
 ) -> None:
     """\b
     moeinf simulate demo.safetensors
-    moeinf simulate demo.safetensors --policy lru,expected-use --experts 25%,50%
+    moeinf simulate demo.safetensors --policy lru,expected-use --fraction 25,50% --plot rates.png
 
     Replay traces through the expert cache, without a model: which share of the experts that were asked for would have
-    been resident. `belady`, which knows the future, is what nobody can beat.
+    been resident. `belady`, which knows the future, is what nobody can beat. The other policies are sorted by what they
+    find. A share of the experts is never less than what a layer asks for at once.
     """
-    output = output_flags.output()
-    policies = _policies(policy)
-    results: list[dict[str, object]] = []
-    lines: list[str] = []
-    for path in traces:
-        found, table = _simulate(path, policies, experts, output)
-        results += found
-        lines += [f"{path}", *table] if len(traces) > 1 else table
-    output.result({"results": results}, lines=lines)
-
-
-def _simulate(
-    path: Path, policies: list[str], experts: str, output: Output
-) -> tuple[list[dict[str, object]], list[str]]:
-    """(objects, lines of a table) about one trace."""
-    from moeinf.simulate import replay_all
     from moeinf.tracefile import read_trace
 
-    trace = read_trace(path)
-    num_experts, fewest = sum(trace.identity.layer_sizes), trace.identity.width
-    sizes = [(text.strip(), parse_slots(text.strip(), num_experts, fewest) or fewest) for text in experts.split(",")]
-    jobs = [(name, slots) for name in policies for _, slots in sizes]
-    rates: dict[str, list[str]] = {name: [name] for name in policies}
-    results: list[dict[str, object]] = []
+    output = output_flags.output()
+    policies = _policies(policy)
+    shares = _fractions(fraction if slots or fraction else _DEFAULT)
+    numbers = _slots(slots)
+    if plot is not None:
+        _check_plot(plot)
+    read = {path: read_trace(path) for path in traces}
+    sizes = {path: _sizes(path, trace, numbers, shares) for path, trace in read.items()}
+    found = {path: _replay(path, trace, policies, sizes[path], output) for path, trace in read.items()}
+    results = [
+        {"trace": str(path), **asdict(one), "hit_rate": one.hit_rate}
+        for path, replays in found.items()
+        for one in _in_order(replays)
+    ]
+    lines: list[str] = []
+    for path, replays in found.items():
+        lines += [str(path)] if len(found) > 1 else []
+        lines += hit_rate_table(replays)
+    if plot is None:
+        output.result({"results": results}, lines=lines)
+        return
+    _draw(found, plot)
+    output.result({"results": results, "plot": str(plot)}, lines=[*lines, str(plot)], names=[str(plot)])
+
+
+def hit_rate_table(replays: Sequence[Replay]) -> list[str]:
+    """Lines: a row per policy, a column per size."""
+    sizes = sorted({(replay.slots, replay.fraction) for replay in replays})
+    rows: dict[str, list[str]] = {}
+    for replay in _in_order(replays):
+        rows.setdefault(replay.policy, [replay.policy]).append(f"{replay.hit_rate:.1%}")
+    return columns([["HIT RATE AT", *(f"{slots:,} ({fraction:.0%})" for slots, fraction in sizes)], *rows.values()])
+
+
+def _in_order(replays: Sequence[Replay]) -> list[Replay]:
+    """The best policy first, by size."""
+    from moeinf.sizing import ranked
+
+    order = ranked(replays)
+    return sorted(replays, key=lambda replay: (order.index(replay.policy), replay.slots))
+
+
+def _replay(path: Path, trace: Trace, policies: list[str], sizes: list[int], output: Output) -> list[Replay]:
+    from moeinf.simulate import replay_all
+
+    jobs = [(name, slots) for name in policies for slots in sizes]
+    found = []
     with output.task(f"replay {path.name}", len(jobs), "replays") as task:
         for replay in replay_all(trace, jobs, os.cpu_count() or 1):
             task.advance(1)
-            rates[replay.policy].append(f"{replay.hit_rate:.1%}")
-            results.append(
-                {
-                    "trace": str(path),
-                    "policy": replay.policy,
-                    "slots": replay.slots,
-                    "fraction": replay.fraction,
-                    "requests": replay.requests,
-                    "hits": replay.hits,
-                    "hit_rate": replay.hit_rate,
-                    "evictions": replay.evictions,
-                }
-            )
-    head = ["POLICY", *(f"{text} ({slots:,})" for text, slots in sizes)]
-    return results, columns([head, *rates.values()])
+            found.append(replay)
+    return found
+
+
+def _sizes(path: Path, trace: Trace, numbers: list[int], shares: list[float]) -> list[int]:
+    """Slots, ascending. Raises UsageError for a number of slots that a cache for this trace cannot have."""
+    from moeinf.sizing import slots_of
+
+    fewest, most = slots_of(trace, 0), slots_of(trace, 1)
+    for slots in numbers:
+        if slots < fewest:
+            what = f"below the {fewest} that a layer asks for at once"
+        elif slots > most:
+            what = f"more than all {most}"
+        else:
+            continue
+        raise UsageError(f"{path}: --slots {slots} experts is {what}", hint=f"choose from {fewest} to {most}")
+    return sorted({*numbers, *(slots_of(trace, share) for share in shares)})
+
+
+def _slots(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(f"--slots {text!r} is no list of numbers", hint="write it like 64,128") from None
+
+
+def _fractions(text: str | None) -> list[float]:
+    """Shares from 0 to 1; one % is enough for all of them."""
+    if not text:
+        return []
+    try:
+        shares = [float(part.strip().removesuffix("%")) / 100 for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if "%" not in text or not shares or not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"--fraction {text!r} is no list of shares up to 100%", hint="write it like 10,25,50%")
+    return shares
+
+
+def _check_plot(path: Path) -> None:
+    """Raise UsageError before the work is done, not after it."""
+    from moeinf.figures import FORMATS
+
+    if path.suffix[1:] not in FORMATS:
+        known = ", ".join(f".{kind}" for kind in FORMATS)
+        raise UsageError(f"--plot {path}: the name does not say which kind of picture", hint=f"end it in {known}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--plot {path} cannot be written", hint="name a file in a folder that you may write to")
+
+
+def _draw(found: dict[Path, list[Replay]], path: Path) -> None:
+    from moeinf.figures import hit_rates
+    from moeinf.files import publish
+    from moeinf.sizing import ranked
+
+    curves = [(trace.name, replays) for trace, replays in found.items()]
+    order = ranked([replay for replays in found.values() for replay in replays])
+    publish(path, [hit_rates(curves, order, kind=path.suffix[1:])])
 
 
 def _policies(text: str) -> list[str]:

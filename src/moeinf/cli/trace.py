@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+import shlex
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeinf.errors import UsageError
+from moeinf.errors import MoeinfError
 from moeinf.store import TRACES_FOLDER, Store
 
 from .answers import Interrupts, open_engine
 from .options import EngineFlags, Model, OutputFlags, SamplingFlags
 from .output import Output, columns
 from .run import INTERRUPTED
+from .simulate import hit_rate_table
 
 if TYPE_CHECKING:
-    from moeinf.analysis import Routing
-    from moeinf.simulate import Replay
-    from moeinf.trace import Trace
+    from moeinf.analysis import Domains, Routing
+    from moeinf.page import Saved
+    from moeinf.report import Report
 
 __all__ = ["trace"]
 
-_SHARES = (0.1, 0.25, 0.5, 0.75)
-_GOOD_HIT_RATE = 0.9
+_SHOWN = (0.1, 0.25, 0.5, 0.75)
 
 
 def trace(
@@ -43,13 +45,16 @@ def trace(
     moeinf trace mixtral --dataset questions.jsonl --max-prompts 50
 
     Put prompts through a model and record which experts it asks for. The trace is kept beside the model, for
-    `moeinf simulate`. A run that was interrupted goes on where it stopped when the same command is run again.
+    `moeinf simulate`, and with it a report: a page for a browser, and its pictures. A run that was interrupted goes on
+    where it stopped when the same command is run again.
     """
     from moeinf import calibration
+    from moeinf.report import make_report
 
     output = output_flags.output()
     prompts = calibration.read_prompts(dataset)[:max_prompts]
     with open_engine(model, engine_flags, SamplingFlags(), output) as (name, engine, _):
+        expert_bytes = engine.manifest.layout.nbytes
         folder = Store().path(name) / TRACES_FOLDER
         folder.mkdir(exist_ok=True)
         stem = os.path.basename(dataset).rpartition(".")[0] or dataset
@@ -63,46 +68,76 @@ def trace(
             f"stopped after {len(set(found.sequence_id.tolist()))} of {len(prompts)} prompts; the same command goes on"
         )
         return INTERRUPTED
-    domains = [prompt.domain for prompt in prompts]
-    _report(found, domains if all(domains) else [], str(path), name, output)
+    domains = [prompts[number].domain for number in dict.fromkeys(found.sequence_id.tolist())]
+    report = make_report(
+        found,
+        domains if all(domains) else [],
+        expert_bytes,
+        command=_command(name, dataset, len(prompts), max_tokens),
+        made=date.today().isoformat(),
+        processes=os.cpu_count() or 1,
+        progress=output,
+    )
+    _show(report, path, _save(report, path, output), output)
     return 0
 
 
-def _report(found: Trace, domains: Sequence[str], path: str, name: str, output: Output) -> None:
-    from moeinf.analysis import describe
-    from moeinf.settings import DEFAULT_POLICY
-    from moeinf.simulate import BELADY, replay_all
+def _command(name: str, dataset: str, prompts: int, max_tokens: int) -> str:
+    """What gives the same trace again: the engine's options change no choice of a router."""
+    options = {"--dataset": dataset, "--max-prompts": f"{prompts}", "--max-tokens": f"{max_tokens}"}
+    return shlex.join(["moeinf", "trace", name, *(word for option in options.items() for word in option)])
 
-    if not found.num_tokens:
-        raise UsageError("no token went through the model", hint="give it prompts with text in them")
-    routing = describe(found, domains)
-    policies = ("lru", DEFAULT_POLICY, BELADY)
-    slots = sorted({max(found.identity.width, round(sum(found.layer_sizes) * share)) for share in _SHARES})
-    jobs = [(policy, size) for policy in policies for size in slots]
-    with output.task(f"replay {name}", len(jobs), "replays") as task:
-        replays = []
-        for replay in replay_all(found, jobs, os.cpu_count() or 1):
-            replays.append(replay)
-            task.advance(1)
+
+def _save(report: Report, path: Path, output: Output) -> Saved:
+    from moeinf.page import save
+
+    try:
+        with output.busy("drawing the report"):
+            return save(report, path)
+    except MoeinfError as error:
+        hint = f"the trace itself is whole: moeinf simulate {shlex.quote(str(path))}"
+        raise type(error)(f"the report could not be kept: {error}", hint=hint) from error
+
+
+def _show(report: Report, path: Path, saved: Saved, output: Output) -> None:
+    from moeinf.report import recommendation, replayed_part
+    from moeinf.sizing import slots_of
+
+    shown = {slots_of(report.trace, share) for share in _SHOWN}
+    lines = [
+        *_routing_lines(report.routing),
+        *(["", *_domain_lines(report.domains)] if report.domains is not None else []),
+        "",
+        *hit_rate_table([replay for replay in report.sizing.replays if replay.slots in shown]),
+        "",
+        *recommendation(report.sizing),
+        *filter(None, [replayed_part(report.sizing)]),
+        "",
+        str(saved.page),
+        str(path),
+    ]
     data = {
-        "model": name,
-        "trace": path,
-        "routing": asdict(routing),
-        "replays": [{**asdict(replay), "hit_rate": replay.hit_rate} for replay in replays],
+        "model": report.trace.identity.model,
+        "trace": str(path),
+        **report.to_json(),
+        "page": str(saved.page),
+        "pictures": [str(picture) for picture in saved.pictures],
     }
-    output.result(
-        data, lines=[*_routing_lines(routing), "", *_curve(replays), "", _advice(replays), path], names=[path]
-    )
+    output.result(data, lines=lines, names=[str(path)])
 
 
 def _routing_lines(routing: Routing) -> list[str]:
+    from moeinf.report import naming_rows, reuse_rows
+
     rows = [
         ("requests", f"{routing.requests:,}, of {routing.tokens:,} tokens together"),
         ("a request uses", f"{routing.used_share:.0%} of all experts"),
     ]
-    for (window, chance), (_, even) in zip(routing.reuse, routing.even_reuse, strict=True):
+    for window, chance, even in reuse_rows(routing):
         label = "used again by the next token" if window == 1 else f"  within {window} tokens"
         rows.append((label, f"{chance:.0%} (even use would give {even:.0%})"))
+    for number, (name, share) in enumerate(naming_rows(routing)):
+        rows.append(("next experts named rightly" if not number else "", f"{share:.0%} by {name}"))
     if routing.likeness is not None:
         rows.append(
             (
@@ -113,19 +148,12 @@ def _routing_lines(routing: Routing) -> list[str]:
     return columns(rows)
 
 
-def _curve(replays: Sequence[Replay]) -> list[str]:
-    """Hit rates: a row per policy, a column per size."""
-    sizes = sorted({replay.slots for replay in replays})
-    shares = {replay.slots: replay.fraction for replay in replays}
-    rows: dict[str, list[str]] = {}
-    for replay in replays:
-        rows.setdefault(replay.policy, [replay.policy]).append(f"{replay.hit_rate:.1%}")
-    return columns([["HIT RATE AT", *(f"{size:,} ({shares[size]:.0%})" for size in sizes)], *rows.values()])
+def _domain_lines(domains: Domains) -> list[str]:
+    within = (domains.distances[place, place] for place in range(len(domains.names)))
+    rows = zip(domains.names, domains.requests, within, domains.others, strict=True)
+    cells = [(name, f"{requests:,}", _distance(near), _distance(far)) for name, requests, near, far in rows]
+    return columns([("DOMAIN", "REQUESTS", "DISTANCE WITHIN", "TO OTHERS"), *cells])
 
 
-def _advice(replays: Sequence[Replay]) -> str:
-    from moeinf.settings import DEFAULT_POLICY
-
-    ours = [replay for replay in replays if replay.policy == DEFAULT_POLICY]
-    good = next((replay for replay in ours if replay.hit_rate >= _GOOD_HIT_RATE), ours[-1])
-    return f"--experts {good.slots} would find {good.hit_rate:.0%} of what decoding asks for in memory"
+def _distance(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.2f}"
