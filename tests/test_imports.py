@@ -15,10 +15,11 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "manifest", "ledger"},
+    {"catalog", "demo", "manifest", "ledger", "prompts"},
     {
         "checkpoint",
         "conversion",
+        "datasets",
         "dtypes",
         "files",
         "hub",
@@ -60,6 +61,7 @@ HEAVY = {
     "safetensors": set(),
     "huggingface_hub": {"hub"},
     "psutil": {"memory"},
+    "pyarrow": {"datasets"},
     "typer": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
