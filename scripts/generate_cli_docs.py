@@ -23,6 +23,7 @@ _HEAD = """\
 A model argument is an alias (`mixtral`), a hub id (`org/name` or `org/name@revision`), a folder, or the name of a model
 that is pulled already. A SIZE is written like `900MiB`, `12GB` or `50%`. Data goes to stdout, and progress, notes,
 warnings and statistics to stderr. `--json` prints one object with `"schema": 1`; of models, `-q` prints names only.
+Only `pull`, and `trace` with a data set of the hub, open a connection.
 """
 
 _TAIL = """\
@@ -33,7 +34,7 @@ An engine option (`--device` to `--threads` above) that is not on the command li
 
 | variable | what it does |
 |---|---|
-| `MOEINF_HOME` | the folder that holds models, saved chats, history and `config.toml`; `~/.moeinf` without it |
+| `MOEINF_HOME` | the folder of models, data sets, saved chats, history and `config.toml`; `~/.moeinf` without it |
 | `MOEINF_DEBUG` | `1` shows where an error comes from |
 | `NO_COLOR` | no colours |
 | `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` | the hub: who you are, where it is, and that it is not to be asked |
@@ -45,7 +46,7 @@ An engine option (`--device` to `--threads` above) that is not on the command li
 | 0 | fine |
 | 1 | unexpected, or nothing was done because the answer was no |
 | 2 | the command line makes no sense |
-| 3 | the model is unknown, or not pulled |
+| 3 | the model or data set is unknown, or the model not pulled |
 | 4 | bytes on disk are not what they should be |
 | 5 | not enough disk or memory |
 | 6 | network or permission at the hub |

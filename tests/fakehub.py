@@ -1,6 +1,6 @@
 """A stand-in for the hub on 127.0.0.1 that serves folders as repos, and can misbehave in the ways in which networks do.
 
-    with FakeHub({"org/name": folder}) as hub:
+    with FakeHub({"org/name": folder, "datasets/org/name": other}) as hub:
         hub.connect(monkeypatch)      # this process's huggingface_hub asks it from now on
         hub.environment               # and this makes a child process ask it
 
@@ -28,7 +28,7 @@ import pytest
 
 __all__ = ["FakeHub", "Faults", "SeenRequest", "blob_id", "sha256"]
 
-_LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".model")
+_LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".model", ".parquet")
 _BLOCK_BYTES = 64 * 1024
 
 
@@ -88,7 +88,8 @@ class Faults:
 
 
 class FakeHub:
-    """Serves `repos`, which maps ids to folders. Everything but the folders can be changed while it runs.
+    """Serves `repos`, which maps ids to folders, those of data sets with `datasets/` in front. Everything but the
+    folders can be changed while it runs.
 
     `tokens` are the access tokens that exist. `private` repos are there for any of them, the files of `gated` ones for
     those in `accepted`; `renamed` maps old ids to new ones. `requests` holds what was asked, `body_bytes` what was sent
@@ -311,8 +312,9 @@ class _HubHandler(_Handler):
             status = hub.faults.statuses.pop(0) if hub.faults.statuses else None
         if status is not None:
             return self.reply(status, hub.faults.status_headers, b"no")
-        api, parts = path.startswith("/api/models/"), path.removeprefix("/api/models").strip("/").split("/")
-        repo, rest = "/".join(parts[:2]), parts[2:]
+        api, parts = path.startswith("/api/"), path.removeprefix("/api").removeprefix("/models").strip("/").split("/")
+        width = 3 if parts[0] == "datasets" else 2
+        repo, rest = "/".join(parts[:width]), parts[width:]
         if repo in hub.renamed:
             return self.reply(307, {"Location": self.path.replace(repo, hub.renamed[repo])})
         if not self._may_see(repo):
@@ -365,7 +367,7 @@ class _HubHandler(_Handler):
         files = [_listing(path, data, with_blobs) for path, data in sorted(hub.contents(repo).items())]
         answer = {
             "_id": "0123456789abcdef01234567",
-            "id": repo,
+            "id": repo.removeprefix("datasets/"),
             "modelId": repo,
             "sha": hub.commit(repo),
             "private": repo in hub.private,
@@ -399,7 +401,8 @@ class _CdnHandler(_Handler):
     server_name = "cdn"
 
     def answer(self, path: str, query: dict[str, list[str]]) -> None:
-        repo, _, name = path.strip("/").rpartition("/")
+        repo = next(repo for repo in self.hub.repos if path.startswith(f"/{repo}/"))
+        name = path.removeprefix(f"/{repo}/")
         if "Authorization" in self.headers or query.get("signature") != ["0123"]:
             return self.reply(400, {}, b"Only one auth mechanism allowed")
         data = self.hub.contents(repo)[name]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moeinf
-from moeinf import calibration, cli
-from moeinf.calibration import CalibrationPrompt, collect, read_prompts
-from moeinf.errors import IntegrityError, MoeinfError, UsageError
+from fakehub import FakeHub
+from moeinf import cli, datasets
+from moeinf.calibration import collect
+from moeinf.errors import CapacityError, UsageError
+from moeinf.files import FileSystem
 from moeinf.policies import POLICIES
+from moeinf.prompts import Prompt
+from moeinf.runtime import ExpertRuntime
 from moeinf.trace import Trace
 from moeinf.tracefile import read_trace
 
@@ -30,47 +36,7 @@ def own(tiny_home: Path, home: Path) -> str:
     return "tiny"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", "One.\nStill one.\n\nTwo.\n\n\n", [("One.\nStill one.", ""), ("Two.", "")]),
-        ("a.jsonl", '{"text": "One", "domain": "d"}\n\n{"prompt": "Two"}\n', [("One", "d"), ("Two", "")]),
-        ("a.csv", 'id,question,domain\n1,"One,\nstill",d\n2,Two,\n', [("One,\nstill", "d"), ("Two", "")]),
-    ],
-)
-def test_prompt_files(tmp_path: Path, name: str, content: str, expected: list[tuple[str, str]]) -> None:
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    assert [(prompt.text, prompt.domain) for prompt in read_prompts(str(tmp_path / name))] == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "error", "message"),
-    [
-        ("a.pdf", "x", UsageError, "is no prompt set"),
-        ("a.jsonl", "{", IntegrityError, "is not a valid jsonl file"),
-        ("a.jsonl", "[1]", IntegrityError, "a line is no object"),
-        ("a.jsonl", '{"other": "x"}', IntegrityError, "holds no prompts"),
-        ("a.csv", 'text\n"open', IntegrityError, "is not a valid csv file"),
-        ("a.txt", "\n\n", IntegrityError, "holds no prompts"),
-        ("a.txt", None, UsageError, "cannot be read"),
-    ],
-)
-def test_what_is_no_prompt_file(
-    tmp_path: Path, name: str, content: str | None, error: type[MoeinfError], message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(error, match=message):
-        read_prompts(str(tmp_path / name))
-
-
-def test_the_default_set_has_many_domains() -> None:
-    prompts = read_prompts("default")
-    assert len(prompts) >= 100
-    assert len({prompt.domain for prompt in prompts}) >= 10
-
-
-PROMPTS = [CalibrationPrompt(f"<unk> {number}") for number in range(23)]
+PROMPTS = [Prompt("", f"<unk> {number}") for number in range(23)]
 
 
 def tokenize(text: str) -> dict[str, list[int]]:
@@ -78,23 +44,105 @@ def tokenize(text: str) -> dict[str, list[int]]:
     return {"input_ids": [5 + number, 6 + number, 7 + number][: 1 + number % 3]}
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_trace(own: str, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    with moeinf.load(own) as engine:
+@pytest.fixture
+def engine(own: str) -> Iterator[moeinf.Engine]:
+    with moeinf.load(own, context=64) as engine:
         engine.tokenizer = tokenize
         engine.generation_config.eos_token_id = None
-        expected = collect(engine, own, PROMPTS, whole, max_tokens=4)
-        asked = iter([False] * 13 + [True] * 2)
-        part = collect(engine, own, PROMPTS, cut, max_tokens=4, should_stop=lambda: next(asked))
-        assert len(set(part.sequence_id.tolist())) == 12
-        assert not cut.exists()
-        found = collect(engine, own, PROMPTS, cut, max_tokens=4)
-        assert engine.runtime.recorder is None
+        yield engine
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_trace(engine: moeinf.Engine, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    expected = collect(engine, "tiny", PROMPTS, whole, max_tokens=4)
+    asked = iter([False] * 13 + [True])
+    part = collect(engine, "tiny", PROMPTS, cut, max_tokens=4, should_stop=lambda: next(asked))
+    assert set(part.sequence_id.tolist()) == set(range(13))
+    assert not cut.exists()
+    found = collect(engine, "tiny", PROMPTS, cut, max_tokens=4)
+    assert engine.runtime.recorder is None
     assert same(found, expected)
-    assert same(read_trace(cut), expected)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
+    assert cut.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == ["cut.safetensors", "whole.safetensors"]
     assert set(expected.sequence_id.tolist()) == set(range(23))
     assert expected.num_tokens == sum(len(tokenize(prompt.text)["input_ids"]) + 3 for prompt in PROMPTS)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "the disk is gone"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [0, 4, 9, 10, 17])
+def test_a_failure_loses_only_the_prompt_that_failed(
+    engine: moeinf.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, failing: int
+) -> None:
+    expected = collect(engine, "tiny", PROMPTS, tmp_path / "whole.safetensors", max_tokens=4)
+    steps, forward = iter(range(10**6)), ExpertRuntime.forward
+    per_prompt = 4 * len(engine.manifest.layers)  # the prompt and three of the four new tokens, through every layer
+
+    def fail(*args: object) -> object:
+        if next(steps) == failing * per_prompt + 1:
+            raise error
+        return forward(*args)  # type: ignore[arg-type]
+
+    path = tmp_path / "t.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertRuntime, "forward", fail)
+        with pytest.raises(type(error)):
+            collect(engine, "tiny", PROMPTS, path, max_tokens=4)
+    drafts = list(tmp_path.glob("t.*.draft.safetensors"))
+    assert [len(set(read_trace(draft).sequence_id.tolist())) for draft in drafts] == ([failing] if failing else [])
+    assert same(collect(engine, "tiny", PROMPTS, path, max_tokens=4), expected)
+    assert names(tmp_path) == ["t.safetensors", "whole.safetensors"]
+
+
+def test_a_full_disk_keeps_what_was_written_before(
+    engine: moeinf.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.safetensors"
+    asked = iter([False] * 12 + [True])
+    collect(engine, "tiny", PROMPTS, path, max_tokens=4, should_stop=lambda: next(asked))
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "write_at", full)
+        with pytest.raises(CapacityError, match="no room left"):
+            collect(engine, "tiny", PROMPTS, path, max_tokens=4)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    assert set(collect(engine, "tiny", PROMPTS, path, max_tokens=4).sequence_id.tolist()) == set(range(23))
+
+
+def test_other_prompts_do_not_go_on_with_a_draft(engine: moeinf.Engine, tmp_path: Path) -> None:
+    path, said = tmp_path / "t.safetensors", list[str]()
+    asked = iter([False] * 3 + [True])
+    collect(engine, "tiny", PROMPTS, path, max_tokens=4, should_stop=lambda: next(asked), notify=said.append)
+    assert said == []
+    changed = [*PROMPTS[1:], PROMPTS[0]]
+    found = collect(engine, "tiny", changed, path, max_tokens=4, notify=said.append)
+    assert said == ["an unfinished trace of t was of other prompts or another model, so this one starts afresh"]
+    assert same(found, collect(engine, "tiny", changed, tmp_path / "u.safetensors", max_tokens=4))
+    assert names(tmp_path) == ["t.safetensors", "u.safetensors"]
+
+
+def test_long_prompts_are_cut_and_that_is_said_once(engine: moeinf.Engine, tmp_path: Path) -> None:
+    lengths = [60, 61, 100]
+    engine.tokenizer = lambda text: {"input_ids": [5] * lengths[int(text)]}
+    said: list[str] = []
+    prompts = [Prompt("", str(number)) for number in range(3)]
+    found = collect(engine, "tiny", prompts, tmp_path / "t.safetensors", max_tokens=4, notify=said.append)
+    assert said == ["2 of 3 prompts are cut to 60 tokens: the context holds 64, 4 of them new; --context sets that"]
+    assert [int(part.is_prefill.sum()) for part in found.sequences()] == [60, 60, 60]
+
+
+def test_a_prompt_without_tokens_is_refused_at_once(engine: moeinf.Engine, tmp_path: Path) -> None:
+    engine.tokenizer = lambda text: {"input_ids": [5] * (text != "b")}
+    with pytest.raises(UsageError, match="prompt 2 has no tokens"):
+        collect(engine, "tiny", [Prompt("", "a"), Prompt("", "b")], tmp_path / "t.safetensors", max_tokens=4)
+    assert names(tmp_path) == []
 
 
 def test_recording_changes_no_token(own: str, tmp_path: Path) -> None:
@@ -133,6 +181,20 @@ def test_the_command_keeps_the_trace_beside_the_model(
     assert sorted(files) == sorted(map(str, path.parent.iterdir()))
     assert cli.main(["verify", own]) == 0  # what lies in traces/ is no stranger
     capsys.readouterr()
-    monkeypatch.setattr(calibration, "read_prompts", lambda _: [])
+    monkeypatch.setattr(datasets, "read_prompts", lambda *_, **__: [])
     assert cli.main(arguments) == 2
     assert "no token went through the model" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_data_set_of_the_hub(
+    own: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b"}\n{"text": "c"}\n{"text": "d"}\n', encoding="utf-8")
+    with FakeHub({"datasets/org/talk": tmp_path}) as fake:
+        fake.connect(monkeypatch)
+        arguments = ["trace", own, "--dataset", "org/talk", "--max-prompts", "2", "--max-tokens", "3"]
+        assert cli.main(arguments) == 0
+        commit = fake.commit("datasets/org/talk")
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == str(home / "models/tiny/traces/org--talk-2x3.safetensors")
+    assert f"org/talk at {commit[:12]}: rows.jsonl (1 of 1 such files)\n" in shown.err

@@ -15,6 +15,7 @@ from moeinf import demo
 from moeinf.chat import Conversation
 from moeinf.errors import UsageError
 from moeinf.manifest import MANIFEST_NAME
+from moeinf.prompts import demo_prompts
 from moeinf.pull import plan_pull, pull, resolve
 from moeinf.store import Store
 
@@ -80,7 +81,7 @@ def test_it_loads_with_plain_transformers_and_says_the_same(demo_home: Path, mon
 
 
 def test_its_prompt_sets_are_disjoint_and_say_where_they_come_from() -> None:
-    calibration, evaluation = demo.prompts("calibration"), demo.prompts("evaluation")
+    calibration, evaluation = demo_prompts("calibration"), demo_prompts("evaluation")
     assert {prompt.domain for prompt in calibration} == {prompt.domain for prompt in evaluation}
     assert len({prompt.domain for prompt in evaluation}) >= 10
     texts = [prompt.text for prompt in (*calibration, *evaluation)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moeinf import demo
+from moeinf.prompts import demo_prompts
 from tools.demo_model import prompts, questions, report, routing
 from tools.demo_model.domains import NAMES
 from tools.demo_model.evaluate import is_looping
@@ -87,7 +87,7 @@ def test_events_number_experts_over_all_layers() -> None:
 
 
 def test_prompt_sets_are_whole_and_disjoint() -> None:
-    calibration, evaluation = demo.prompts("calibration"), demo.prompts("evaluation")
+    calibration, evaluation = demo_prompts("calibration"), demo_prompts("evaluation")
     for part in (calibration, evaluation):
         assert [prompt.domain for prompt in part] == [name for name in NAMES for _ in range(8)]
         for prompt in part:
@@ -100,7 +100,7 @@ def test_prompt_sets_are_whole_and_disjoint() -> None:
 
 
 def test_talks_alternate_and_end_with_an_answer() -> None:
-    for prompt in demo.prompts("evaluation"):
+    for prompt in demo_prompts("evaluation"):
         if prompt.domain in prompts.CHATS:
             turns = prompts.messages(prompt)
             assert turns[0]["role"] == "user"

@@ -30,7 +30,7 @@ from moeinf.errors import (
     UsageError,
 )
 from moeinf.files import FileSystem
-from moeinf.hub import HubModel, RemoteFile
+from moeinf.hub import HubRepo, RemoteFile
 from moeinf.units import KIB, MIB
 
 REPO = "org/model"
@@ -89,11 +89,11 @@ def prepare_part(place: Path, data: bytes) -> None:
     part_of(place).write_bytes(data)
 
 
-def names(model: HubModel) -> list[str]:
+def names(model: HubRepo) -> list[str]:
     return [file.path for file in model.files]
 
 
-def pick(model: HubModel, path: str = "model.safetensors") -> RemoteFile:
+def pick(model: HubRepo, path: str = "model.safetensors") -> RemoteFile:
     return next(file for file in model.files if file.path == path)
 
 
@@ -131,7 +131,7 @@ def test_importing_it_is_cheap() -> None:
 
 def test_lists_files_with_sizes_and_hashes(fake: FakeHub) -> None:
     model = hub.resolve(REPO)
-    assert model == HubModel(
+    assert model == HubRepo(
         repo=REPO,
         commit=fake.commit(REPO),
         files=(
@@ -611,7 +611,7 @@ def test_bit_that_is_flipped_every_time(fake: FakeHub, place: Path, path: str) -
 def test_repo_whose_commit_changes(fake: FakeHub, place: Path) -> None:
     fake.faults.other_commit = "f" * 40
     model = hub.resolve(REPO)
-    with pytest.raises(HubError, match="changed at the hub during the pull") as caught:
+    with pytest.raises(HubError, match="changed at the hub during the download") as caught:
         hub.download(model, pick(model), place)
     assert "again" in str(caught.value.hint)
 
@@ -634,7 +634,7 @@ def test_branch_that_moves_during_the_pull(fake: FakeHub, folder: Path, place: P
 
 def test_file_that_vanishes(fake: FakeHub, place: Path) -> None:
     model = hub.resolve(REPO)
-    with pytest.raises(HubError, match="changed at the hub during the pull: Entry not found"):
+    with pytest.raises(HubError, match="changed at the hub during the download: Entry not found"):
         hub.download(model, RemoteFile("vocab.txt", 1, None, "0" * 40), place)
 
 

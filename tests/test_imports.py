@@ -15,12 +15,13 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "manifest", "ledger"},
+    {"catalog", "demo", "manifest", "ledger", "prompts"},
     {
         "checkpoint",
         "collection",
         "collectionfile",
         "conversion",
+        "datasets",
         "dtypes",
         "files",
         "hub",
@@ -63,6 +64,7 @@ HEAVY = {
     "huggingface_hub": {"hub"},
     "matplotlib": {"figures"},
     "psutil": {"memory"},
+    "pyarrow": {"datasets"},
     "typer": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},

@@ -1,142 +1,126 @@
 """Collecting traces: prompts go through a model, and what its routers choose is kept beside it.
 
-Owns the prompt sets, and the order of the work. A run that is interrupted goes on where it stopped, since every few
-prompts what is there is written. Knows nothing of terminals, or of what traces are good for.
+Owns the order of the work. A run that is interrupted goes on where it stopped, since every few prompts what is there is
+written. Knows nothing of terminals, of where prompts come from, or of what traces are good for.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import glob
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from . import demo
 from .engine import Engine
-from .errors import IntegrityError, UsageError
+from .errors import UsageError
 from .generation import Sampling
+from .hooks import quiet
 from .progress import NO_PROGRESS, Progress
+from .prompts import Prompt
 from .recorder import Recorder
 from .trace import ModelIdentity, Trace, concatenate
 from .tracefile import read_trace, write_trace
 
-__all__ = ["DEFAULT_DATASET", "CalibrationPrompt", "collect", "read_prompts"]
+__all__ = ["collect"]
 
-DEFAULT_DATASET = "default"
-"""The prompts that ship with the package, 15 kinds of text (docs/demo-model.md)."""
 _SAVE_EVERY = 10
-_TEXT_FIELDS = ("text", "prompt", "question", "instruction")
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationPrompt:
-    """A text to put through a model, and what kind of text it is, where that is known."""
-
-    text: str
-    domain: str = ""
-
-
-def read_prompts(dataset: str) -> list[CalibrationPrompt]:
-    """The prompts of `default`, or of a file: .txt (one per paragraph), .jsonl or .csv (a field called text, prompt,
-    question or instruction; one called domain is kept).
-
-    Raises UsageError for what is neither, and IntegrityError for a file that holds no prompts.
-    """
-    if dataset == DEFAULT_DATASET:
-        return [CalibrationPrompt(prompt.text, prompt.domain) for prompt in demo.prompts("calibration")]
-    path = Path(dataset)
-    readers = {".txt": _read_paragraphs, ".jsonl": _read_json_lines, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise UsageError(
-            f"{dataset!r} is no prompt set", hint=f"give `{DEFAULT_DATASET}`, or a file: {', '.join(readers)}"
-        )
-    try:
-        prompts = [prompt for prompt in readers[path.suffix](path.read_text(encoding="utf-8")) if prompt.text.strip()]
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, csv.Error) as error:
-        raise IntegrityError(f"{path} is not a valid {path.suffix[1:]} file: {error}") from error
-    if not prompts:
-        raise IntegrityError(f"{path} holds no prompts", hint=f"name a field one of: {', '.join(_TEXT_FIELDS)}")
-    return prompts
 
 
 def collect(
     engine: Engine,
     name: str,
-    prompts: Sequence[CalibrationPrompt],
+    prompts: Sequence[Prompt],
     path: Path,
     *,
     max_tokens: int = 64,
     progress: Progress = NO_PROGRESS,
+    notify: Callable[[str], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trace:
     """Let `engine`, of the stored model `name`, continue every prompt by at most `max_tokens`, and write the trace to
     `path`.
 
     Sequence n of the trace is prompt n. Tokens are sampled with a seed, since greedy text repeats itself more than
-    people's text does. What an interrupted run has done is kept in a draft beside `path`, and not done again; it is
-    written every ten prompts. `should_stop` is asked after each prompt: when it says yes, the trace so far stays there,
-    and is returned.
+    people's text does. A prompt that leaves no room for `max_tokens` in the context is cut, and `notify` told of it.
+
+    What an interrupted or failed run has done is kept in a draft beside `path`, and not done again: the trace is then
+    that of a run without a break. The draft is written every ten prompts and when this ends, and is used again only
+    for the same model, prompts and `max_tokens`. `should_stop` is asked before each prompt: when it says yes, the trace
+    so far stays there, and is returned.
+
+    Raises UsageError for a context with no room, and what `Session.generate` and `write_trace` raise.
     """
     identity = ModelIdentity.of(name, engine.manifest)
-    draft = path.with_suffix(".draft.safetensors")
-    parts = _read_draft(draft, identity)
-    done = sum(len(set(part.sequence_id.tolist())) for part in parts)
-    with progress.task(f"trace {name}", len(prompts), "prompts", done=done) as task:
-        while done < len(prompts) and not should_stop():
-            recorder = Recorder(identity)
-            engine.runtime.recorder = recorder
-            try:
-                for prompt in prompts[done : done + _SAVE_EVERY]:
-                    _run(engine, prompt.text, max_tokens, seed=done)
-                    task.advance(1)
-                    done += 1
-                    if should_stop():
-                        break
-            finally:
-                engine.runtime.recorder = None
-            parts = [concatenate([*parts, recorder.trace()])]
-            write_trace(parts[0], draft)
-    trace = parts[0] if parts else Recorder(identity).trace()
-    if done >= len(prompts):
-        write_trace(trace, path)
-        draft.unlink(missing_ok=True)
+    inputs = _tokenize(engine, prompts, max_tokens, notify)
+    draft = _draft_path(path, identity, inputs, max_tokens)
+    if _drafts(path) and not draft.exists():
+        notify(f"an unfinished trace of {path.stem} was of other prompts or another model, so this one starts afresh")
+    kept = read_trace(draft) if draft.exists() else Recorder(identity).trace()
+    fresh: list[Trace] = []
+    done = len(set(kept.sequence_id.tolist()))
+    with progress.task(f"trace {name}", len(inputs), "prompts", done=done) as task:
+        try:
+            while done < len(inputs) and not should_stop():
+                fresh.append(_run(engine, identity, inputs[done], max_tokens, seed=done))
+                done += 1
+                task.advance(1)
+                if len(fresh) == _SAVE_EVERY:
+                    kept, fresh = _save([kept, *fresh], draft), []
+        finally:
+            if fresh:
+                kept = _save([kept, *fresh], draft)
+    if done == len(inputs):
+        write_trace(kept, path)
+        for other in _drafts(path):
+            other.unlink(missing_ok=True)
+    return kept
+
+
+def _tokenize(
+    engine: Engine, prompts: Sequence[Prompt], max_tokens: int, notify: Callable[[str], None]
+) -> list[list[int]]:
+    """The token ids of every prompt, as many as the context has room for."""
+    context = engine.plan.context
+    room = context - max_tokens
+    if room < 1:
+        raise UsageError(f"a context of {context} tokens has no room for {max_tokens} new ones")
+    with quiet():  # transformers warns of long prompts too
+        inputs: list[list[int]] = [engine.tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    for number, ids in enumerate(inputs, 1):
+        if not ids:
+            raise UsageError(f"prompt {number} has no tokens", hint="leave it out")
+    cut = sum(len(ids) > room for ids in inputs)
+    if cut:
+        notify(
+            f"{cut} of {len(inputs)} prompts are cut to {room} tokens: the context holds {context}, "
+            f"{max_tokens} of them new; --context sets that"
+        )
+    return [ids[:room] for ids in inputs]
+
+
+def _run(engine: Engine, identity: ModelIdentity, ids: list[int], max_tokens: int, seed: int) -> Trace:
+    """What the routers choose for one prompt and its continuation."""
+    recorder = Recorder(identity, max_tokens=engine.plan.context)
+    engine.runtime.recorder = recorder
+    try:
+        sampling = Sampling(max_tokens=max_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
+        engine.session().generate(ids, sampling)
+    finally:
+        engine.runtime.recorder = None
+    return recorder.trace()
+
+
+def _save(parts: Sequence[Trace], draft: Path) -> Trace:
+    trace = concatenate(parts)
+    write_trace(trace, draft)
     return trace
 
 
-def _run(engine: Engine, text: str, max_tokens: int, seed: int) -> None:
-    ids: list[int] = engine.tokenizer(text)["input_ids"]
-    room = engine.plan.context - max_tokens
-    if room < 1:
-        raise UsageError(f"a context of {engine.plan.context} tokens has no room for {max_tokens} new ones")
-    sampling = Sampling(max_tokens=max_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
-    engine.session().generate(ids[:room], sampling)
+def _draft_path(path: Path, identity: ModelIdentity, inputs: Sequence[Sequence[int]], max_tokens: int) -> Path:
+    """Another path for another model, for other prompts, and for prompts that are cut at another place."""
+    digest = hashlib.sha256(repr((identity, max_tokens, inputs)).encode()).hexdigest()
+    return path.with_name(f"{path.stem}.{digest[:12]}.draft.safetensors")
 
 
-def _read_draft(draft: Path, identity: ModelIdentity) -> list[Trace]:
-    if not draft.exists():
-        return []
-    trace = read_trace(draft)
-    trace.check_model(identity)
-    return [trace]
-
-
-def _read_paragraphs(text: str) -> list[CalibrationPrompt]:
-    return [CalibrationPrompt(part.strip()) for part in text.replace("\r\n", "\n").split("\n\n")]
-
-
-def _read_json_lines(text: str) -> list[CalibrationPrompt]:
-    return [_prompt_of(json.loads(line)) for line in text.splitlines() if line.strip()]
-
-
-def _read_csv(text: str) -> list[CalibrationPrompt]:
-    return [_prompt_of(row) for row in csv.DictReader(text.splitlines(keepends=True), strict=True)]
-
-
-def _prompt_of(row: object) -> CalibrationPrompt:
-    if not isinstance(row, dict):
-        raise ValueError("a line is no object")
-    text = next((row[name] for name in _TEXT_FIELDS if isinstance(row.get(name), str)), "")
-    return CalibrationPrompt(text, str(row.get("domain") or ""))
+def _drafts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.draft.safetensors"))

@@ -2,7 +2,7 @@
 
     MoeinfError                1    unexpected, with the next step where there is one
     ├── UsageError             2    the request makes no sense: an unknown name, a bad size, two options that clash
-    ├── ModelNotFoundError     3    the model is unknown, or known and not pulled
+    ├── ModelNotFoundError     3    the model or data set is unknown, or the model known and not pulled
     ├── IntegrityError         4    bytes on disk are not what the manifest or the format says
     ├── CapacityError          5    not enough disk or memory
     ├── HubError               6    network or permission at the hub

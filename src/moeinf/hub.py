@@ -1,7 +1,7 @@
-"""The hub: which files a model is made of, and how they get here whole.
+"""The hub: which files a model or a data set is made of, and how they get here whole.
 
 Owns every request that moeinf sends, and a download's `.part` file while it grows. Knows nothing of stores, of what is
-inside a checkpoint, or of terminals.
+inside a checkpoint or a data set, or of terminals.
 
 Addresses, tokens, proxies and settings are huggingface_hub's, so HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and
 HF_HUB_DOWNLOAD_TIMEOUT mean here what they mean elsewhere. The transfer is not: it goes on inside a file after a kill,
@@ -16,10 +16,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import HubError, IntegrityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
 from .files import FileSystem, explained
@@ -28,7 +28,9 @@ from .units import MIB
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ["HubModel", "RemoteFile", "download", "resolve"]
+__all__ = ["HubRepo", "RemoteFile", "download", "resolve", "resolve_dataset"]
+
+Kind = Literal["model", "dataset"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -72,19 +74,20 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
-class HubModel:
+class HubRepo:
     """What moeinf reads of `repo` at `commit`, in order of the names."""
 
     repo: str
     commit: str
     files: tuple[RemoteFile, ...]
+    kind: Kind = "model"
 
     @property
     def download_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
 
-def resolve(repo: str, revision: str | None = None, *, offline: bool = False) -> HubModel:
+def resolve(repo: str, revision: str | None = None, *, offline: bool = False) -> HubRepo:
     """Ask the hub what `repo` has at `revision`: a branch, a tag, a commit, or None for its main branch.
 
     The answer lists weights in safetensors, configuration and tokenizer; never a pickle, a program, or a file of a
@@ -96,19 +99,27 @@ def resolve(repo: str, revision: str | None = None, *, offline: bool = False) ->
     """
     if offline:
         raise _offline(repo)
-    _check_id(repo)
-    retry = _Retry(repo, revision, _RESOLVE_WAITS_S)
-    while True:
-        try:
-            commit, files = _ask(repo, revision)
-        except _failures() as error:
-            retry.after(error)
-        else:
-            return HubModel(repo, commit, _select(repo, files))
+    address = _Address(repo, revision)
+    commit, files = _listed(address)
+    return HubRepo(repo, commit, _select(repo, files))
+
+
+def resolve_dataset(repo: str, revision: str | None, suffixes: Collection[str], max_bytes: int) -> HubRepo:
+    """Ask the hub which files of the data set `repo` have a name that ends so and are no larger than `max_bytes`.
+
+    They may lie in sub-folders. Raises what `resolve` raises; there may be no such file.
+    """
+    commit, listed = _listed(_Address(repo, revision, "dataset"))
+    _check_names(repo, listed)
+    files = [file for file in listed if file.path.endswith(tuple(suffixes))]
+    for file in files:
+        _check_hash(repo, file)
+    files = sorted((file for file in files if file.size <= max_bytes), key=lambda file: file.path)
+    return HubRepo(repo, commit, tuple(files), "dataset")
 
 
 def download(
-    model: HubModel,
+    model: HubRepo,
     file: RemoteFile,
     destination: Path,
     *,
@@ -144,6 +155,26 @@ def download(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """Which repo the hub is asked for."""
+
+    repo: str
+    revision: str | None
+    kind: Kind = "model"
+
+    @property
+    def noun(self) -> str:
+        return "model" if self.kind == "model" else "data set"
+
+    @property
+    def page(self) -> str:
+        """Where a person can look at it."""
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{'' if self.kind == 'model' else 'datasets/'}{self.repo}"
+
+
 class _BadAnswerError(Exception):
     """The hub answered with something that cannot be meant. It may do better next time."""
 
@@ -155,33 +186,44 @@ class _RangeRefusedError(_BadAnswerError):
 # What the hub has
 
 
-def _check_id(repo: str) -> None:
+def _listed(address: _Address) -> tuple[str, list[RemoteFile]]:
+    """The commit that the revision stands for, and every file in it."""
+    _check_id(address)
+    retry = _Retry(address, _RESOLVE_WAITS_S)
+    while True:
+        try:
+            return _ask(address)
+        except _failures() as error:
+            retry.after(error)
+
+
+def _check_id(address: _Address) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not marked as exported
 
     try:
-        validate_repo_id(repo)
+        validate_repo_id(address.repo)
     except HFValidationError:
         raise UsageError(
-            f"{repo!r} cannot be a model at the hub", hint="write it as ORG/NAME, like allenai/OLMoE-1B-7B-0924"
+            f"{address.repo!r} cannot be a {address.noun} at the hub",
+            hint="write it as ORG/NAME, like allenai/OLMoE-1B-7B-0924",
         ) from None
 
 
-def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit that `revision` stands for, and every file in it."""
+def _ask(address: _Address) -> tuple[str, list[RemoteFile]]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     _check_token()
     try:
-        info = HfApi(library_name="moeinf").model_info(
-            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
+        api = HfApi(library_name="moeinf")
+        ask: Any = api.model_info if address.kind == "model" else api.dataset_info
+        info = ask(address.repo, revision=address.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         files = [_remote_file(sibling) for sibling in info.siblings or ()]
     except HfHubHTTPError:  # some of them are ValueErrors too
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _BadAnswerError(f"its answer describes no model: {error}") from error
+        raise _BadAnswerError(f"its answer describes no {address.noun}: {error}") from error
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         raise _BadAnswerError("its answer names no commit")
     return str(info.sha), files
@@ -204,9 +246,7 @@ def _remote_file(sibling: Any) -> RemoteFile:
 def _select(repo: str, listed: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
     """The files that moeinf reads, of all that the repo has."""
     files = {file.path: file for file in listed}
-    for path in files:
-        if _UNSAFE_NAME.search(path):
-            raise IntegrityError(f"{repo} has a file with an unsafe name, {path!r}", hint="do not trust this repo")
+    _check_names(repo, files.values())
     names = {path for path in files if "/" not in path}
     weights = _weights(names)
     if not weights or "config.json" not in names:
@@ -217,6 +257,12 @@ def _select(repo: str, listed: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
     for name in wanted:
         _check_hash(repo, files[name])
     return tuple(files[name] for name in wanted)
+
+
+def _check_names(repo: str, files: Iterable[RemoteFile]) -> None:
+    for file in files:
+        if _UNSAFE_NAME.search(file.path):
+            raise IntegrityError(f"{repo} has a file with an unsafe name, {file.path!r}", hint="do not trust this repo")
 
 
 def _weights(names: set[str]) -> set[str]:
@@ -350,9 +396,9 @@ class _PartFile:
         self._meter.reach(self.size)
 
 
-def _fill(part: _PartFile, model: HubModel, file: RemoteFile) -> None:
+def _fill(part: _PartFile, model: HubRepo, file: RemoteFile) -> None:
     """Receive what is missing, in as many requests as it takes; only those that bring nothing use up the patience."""
-    retry = _Retry(model.repo, model.commit, _DOWNLOAD_WAITS_S)
+    retry = _Retry(_Address(model.repo, model.commit, model.kind), _DOWNLOAD_WAITS_S)
     is_ranged = True
     while part.size < file.size:
         start = part.size
@@ -367,7 +413,7 @@ def _fill(part: _PartFile, model: HubModel, file: RemoteFile) -> None:
             retry.after(error)
 
 
-def _receive(part: _PartFile, model: HubModel, file: RemoteFile, start: int) -> None:
+def _receive(part: _PartFile, model: HubRepo, file: RemoteFile, start: int) -> None:
     """Ask once for the bytes from `start` on, and append what comes until the answer ends."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, not marked as exported
@@ -380,7 +426,7 @@ def _receive(part: _PartFile, model: HubModel, file: RemoteFile, start: int) -> 
     headers = build_hf_headers(library_name="moeinf", headers={"Accept-Encoding": "identity"})
     if start:
         headers["Range"] = f"bytes={start}-"
-    url = hf_hub_url(model.repo, file.path, revision=model.commit)
+    url = hf_hub_url(model.repo, file.path, repo_type=model.kind, revision=model.commit)
     with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         if response.status_code == 416:
             raise _RangeRefusedError(f"it has no bytes of {file.path} from {start} on")
@@ -393,15 +439,16 @@ def _receive(part: _PartFile, model: HubModel, file: RemoteFile, start: int) -> 
             part.append(chunk)
 
 
-def _check_origin(response: Any, model: HubModel, file: RemoteFile) -> None:
+def _check_origin(response: Any, model: HubRepo, file: RemoteFile) -> None:
     """Raise HubError if the hub, by its own word, gives another file than the one that it listed."""
     answers = (*response.history, response)
     for header, expected in (("X-Repo-Commit", model.commit), ("X-Linked-Etag", file.sha256)):
         found = next((answer.headers[header] for answer in answers if header in answer.headers), None)
         if found is not None and expected is not None and found.strip('W/"') != expected:
             raise HubError(
-                f"{file.path} of {model.repo} changed at the hub during the pull ({header}: {found}, not {expected})",
-                hint="run the same command again to pull the new version",
+                f"{file.path} of {model.repo} changed at the hub during the download"
+                f" ({header}: {found}, not {expected})",
+                hint="run the same command again to fetch the new version",
             )
 
 
@@ -424,19 +471,18 @@ def _check_extent(response: Any, file: RemoteFile, start: int) -> None:
 class _Retry:
     """Waits after a failed attempt, or says what the failure means when waiting does not help (any more)."""
 
-    def __init__(self, repo: str, revision: str | None, waits_s: tuple[float, ...]) -> None:
-        self._repo = repo
-        self._revision = revision
+    def __init__(self, address: _Address, waits_s: tuple[float, ...]) -> None:
+        self._address = address
         self._waits_s = waits_s
         self._failures = 0
 
     def after(self, error: Exception) -> None:
         """Return when it is time for the next attempt. Raises the MoeinfError that `error` stands for."""
         if not _is_passing(error) or self._failures == len(self._waits_s):
-            raise _explain(error, self._repo, self._revision) from error
+            raise _explain(error, self._address) from error
         wait_s = min(max(self._waits_s[self._failures], _asked_wait_s(error)), _LONGEST_WAIT_S)
         self._failures += 1
-        _log.info("%s: %s; trying again in %.0f s", self._repo, error, wait_s)
+        _log.info("%s: %s; trying again in %.0f s", self._address.repo, error, wait_s)
         _sleep(wait_s)
 
     def forget(self) -> None:
@@ -474,22 +520,22 @@ def _asked_wait_s(error: Exception) -> float:
 def _offline(repo: str) -> HubError:
     return HubError(
         f"offline mode is on (HF_HUB_OFFLINE), so the hub is not asked for {repo}",
-        hint="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to pull",
+        hint="unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to ask it",
     )
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> MoeinfError:
+def _explain(error: Exception, address: _Address) -> MoeinfError:
     """What a failed request means to a person."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, repo, revision)
+        return _explain_status(error, address)
     if isinstance(error, OfflineModeIsEnabled):
-        return _offline(repo)
+        return _offline(address.repo)
     if isinstance(error, _BadAnswerError):
         return HubError(
-            f"the hub's answer for {repo} makes no sense: {error}",
+            f"the hub's answer for {address.repo} makes no sense: {error}",
             hint=f"check that {constants.ENDPOINT} is the hub and that no proxy answers for it, then try again",
         )
     return HubError(
@@ -498,11 +544,10 @@ def _explain(error: Exception, repo: str, revision: str | None) -> MoeinfError:
     )
 
 
-def _explain_status(error: HfHubHTTPError, repo: str, revision: str | None) -> MoeinfError:
-    from huggingface_hub import constants
+def _explain_status(error: HfHubHTTPError, address: _Address) -> MoeinfError:
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RevisionNotFoundError
 
-    page = f"{constants.ENDPOINT}/{repo}"
+    repo, page = address.repo, address.page
     status = error.response.status_code
     said = error.response.headers.get("X-Error-Message") or error.response.reason_phrase
     if isinstance(error, GatedRepoError):
@@ -512,16 +557,16 @@ def _explain_status(error: HfHubHTTPError, repo: str, revision: str | None) -> M
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFoundError(
-            f"{repo} has no revision {revision!r}", hint=f"its branches and tags are at {page}/tree/main"
+            f"{repo} has no revision {address.revision!r}", hint=f"its branches and tags are at {page}/tree/main"
         )
     if isinstance(error, RemoteEntryNotFoundError):
-        return HubError(f"{repo} changed at the hub during the pull: {said}", hint="run the same command again")
+        return HubError(f"{repo} changed at the hub during the download: {said}", hint="run the same command again")
     if status == 401 and "invalid credentials" in said.lower():
         return HubError("the hub does not accept the access token", hint=f"{_LOGIN} with a valid token")
     if status in (401, 404):
         return ModelNotFoundError(
             f"{repo} is not at the hub, or it is private",
-            hint=f"check the name at {page}; for a private model, {_LOGIN}",
+            hint=f"check the name at {page}; for a private {address.noun}, {_LOGIN}",
         )
     if status == 403:
         return HubError(

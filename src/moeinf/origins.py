@@ -15,7 +15,7 @@ from . import demo, hub
 from .checkpoint import INDEX_NAME, Checkpoint
 from .errors import IntegrityError
 from .files import FileSystem, explained
-from .hub import HubModel, RemoteFile
+from .hub import HubRepo, RemoteFile
 from .manifest import Source
 from .progress import Progress, Task
 from .reference import Reference
@@ -108,7 +108,7 @@ class FolderOrigin:
 class HubOrigin:
     """A checkpoint at the hub. While one weight file is used, the next one is on its way in the background."""
 
-    def __init__(self, model: HubModel, text: str, disk: FileSystem) -> None:
+    def __init__(self, model: HubRepo, text: str, disk: FileSystem) -> None:
         self._model = model
         self._disk = disk
         self._files = {file.path: file for file in model.files}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from moeinf import demo
+from moeinf.prompts import Prompt, demo_prompts
 from moeinf.simulate import BELADY, replay
 from tools.demo_model import domains, prompts, questions, report, routing
 from tools.demo_model.answers import (
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure_losses(checkpoint: Checkpoint, work: Path) -> Results:
     """Loss and bits per byte of each domain: on validation tokens where there are any, and on the shipped texts."""
-    shipped = [(prompt.domain, _window(checkpoint, prompt)) for prompt in demo.prompts("evaluation")]
+    shipped = [(prompt.domain, _window(checkpoint, prompt)) for prompt in demo_prompts("evaluation")]
     results: Results = {"shipped": {}, "validation": {}}
     for name in domains.NAMES:
         texts = [tokens for domain, tokens in shipped if domain == name]
@@ -154,13 +155,13 @@ def measure_routing(checkpoint: Checkpoint, _work: Path) -> Results:
     return {
         "model": _routing(checkpoint),
         "control": _routing(random_control(checkpoint, CONTROL_SEED)),
-        "texts": len(demo.prompts("evaluation")),
+        "texts": len(demo_prompts("evaluation")),
     }
 
 
 def _routing(checkpoint: Checkpoint) -> Results:
-    calibration = _choices(checkpoint, demo.prompts("calibration"))
-    evaluation = _choices(checkpoint, demo.prompts("evaluation"))
+    calibration = _choices(checkpoint, demo_prompts("calibration"))
+    evaluation = _choices(checkpoint, demo_prompts("evaluation"))
     experts = checkpoint.experts
     centroids = _eams(calibration, experts)
     eams = _eams(evaluation, experts)
@@ -183,7 +184,7 @@ def _routing(checkpoint: Checkpoint) -> Results:
     }
 
 
-def _choices(checkpoint: Checkpoint, shipped: Sequence[demo.Prompt]) -> dict[str, list[routing.Trace]]:
+def _choices(checkpoint: Checkpoint, shipped: Sequence[Prompt]) -> dict[str, list[routing.Trace]]:
     traces: list[Traced] = trace(checkpoint, [_window(checkpoint, prompt) for prompt in shipped])
     by_domain: dict[str, list[routing.Trace]] = {prompt.domain: [] for prompt in shipped}
     for prompt, traced in zip(shipped, traces, strict=True):
@@ -197,7 +198,7 @@ def _eams(
     return {name: [routing.eam(text[:first_tokens], experts) for text in texts] for name, texts in traces.items()}
 
 
-def _window(checkpoint: Checkpoint, prompt: demo.Prompt) -> Tokens:
+def _window(checkpoint: Checkpoint, prompt: Prompt) -> Tokens:
     """The first tokens of a shipped text, talks in the chat template."""
     text = prompt.text
     if prompt.domain in prompts.CHATS:

@@ -1,7 +1,7 @@
 """Writes the held-out prompt sets that ship with the package: calibration.jsonl and evaluation.jsonl.
 
 Calibration texts come from the `calib` documents of the corpus, evaluation texts from `val`; neither was trained on.
-One JSON object a line, the fields of moeinf.demo.Prompt:
+One JSON object a line, the fields of moeinf.prompts.Prompt:
 
     domain    name of the kind of text
     text      900 to 1350 characters that end with a sentence, an answer or a line of code; talks have one turn a line,
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from moeinf.demo import Prompt
+from moeinf.prompts import Prompt
 from tools.demo_model import sources
 from tools.demo_model.corpus import ASSISTANT, END, USER, corpus_file, read_documents
 from tools.demo_model.domains import NAMES
@@ -33,7 +33,7 @@ from tools.demo_model.readers.manuals import split_of
 
 __all__ = ["CHATS", "add_arguments", "messages", "run"]
 
-FOLDER = Path(__file__).parents[2] / "src/moeinf/demo/prompts"
+FOLDER = Path(__file__).parents[2] / "src/moeinf/prompts"
 SETS = {"calibration": "calib", "evaluation": "val"}
 SHORTEST, LONGEST = 900, 1350  # characters; 256 tokens of any domain fit in the shortest
 MOST_BYTES = 400_000

@@ -33,9 +33,16 @@ _SHOWN = (0.1, 0.25, 0.5, 0.75)
 def trace(
     model: Model,
     dataset: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="`default`, or a file of prompts: .txt, .jsonl, .csv.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE|HUB-ID",
+            help="`default` or `default-held-out`, which ship with the program; a file of prompts: .txt, .jsonl, "
+            ".json, .csv, .parquet; or a data set of the hub: org/name, org/name@revision.",
+        ),
     ] = "default",
-    max_prompts: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take only the first prompts.")] = None,
+    max_prompts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Take only the first so many prompts.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens per prompt, at most.")] = 64,
     engine_flags: EngineFlags = EngineFlags(),
     output_flags: OutputFlags = OutputFlags(),
@@ -46,22 +53,28 @@ def trace(
 
     Put prompts through a model and record which experts it asks for. The trace is kept beside the model, for
     `moeinf simulate`, and with it a report: a page for a browser, and its pictures. A run that was interrupted goes on
-    where it stopped when the same command is run again.
+    where it stopped when the same command is run again. A connection is opened only for a data set of the hub.
     """
-    from moeinf import calibration
+    from moeinf import calibration, datasets
     from moeinf.report import make_report
 
     output = output_flags.output()
-    prompts = calibration.read_prompts(dataset)[:max_prompts]
+    prompts = datasets.read_prompts(dataset, max_prompts, progress=output, notify=output.note)
     with open_engine(model, engine_flags, SamplingFlags(), output) as (name, engine, _):
         expert_bytes = engine.manifest.layout.nbytes
         folder = Store().path(name) / TRACES_FOLDER
         folder.mkdir(exist_ok=True)
-        stem = os.path.basename(dataset).rpartition(".")[0] or dataset
-        path = folder / f"{stem}-{len(prompts)}x{max_tokens}.safetensors"
+        path = folder / f"{datasets.short_name(dataset)}-{len(prompts)}x{max_tokens}.safetensors"
         with Interrupts().watch() as should_stop:
             found = calibration.collect(
-                engine, name, prompts, path, max_tokens=max_tokens, progress=output, should_stop=should_stop
+                engine,
+                name,
+                prompts,
+                path,
+                max_tokens=max_tokens,
+                progress=output,
+                notify=output.note,
+                should_stop=should_stop,
             )
     if not path.exists():
         output.note(

@@ -6,31 +6,12 @@ somebody first asks for `demo`; see docs/demo-model.md for what it was trained o
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-__all__ = ["CHECKPOINT", "NAME", "NOTE", "VERSION", "Prompt", "prompts"]
+__all__ = ["CHECKPOINT", "NAME", "NOTE", "VERSION"]
 
 NAME = "demo"
 NOTE = "demo: 13 M parameters, to try the engine with, not for answers"
 VERSION = "1"
 """Changes with the weights: a store that holds another version gets this one."""
 CHECKPOINT = Path(__file__).parent / "model"
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A text that the demo model was not trained on, of one domain, with where it comes from."""
-
-    domain: str
-    text: str
-    source: str
-    licence: str
-
-
-def prompts(part: Literal["calibration", "evaluation"]) -> list[Prompt]:
-    """The prompts of one of two disjoint sets, domains together."""
-    lines = (Path(__file__).parent / "prompts" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Prompt(**json.loads(line)) for line in lines]
