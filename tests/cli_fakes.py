@@ -84,6 +84,7 @@ class FakeEngine:
         save_error: MoeinfError | None = None,
     ) -> None:
         self.notes = notes
+        self.learned_requests = 2
         self.save_error = save_error
         self.tokenizer = tokenizer or make_byte_tokenizer()
         self.plan = MemoryPlan(

@@ -176,8 +176,7 @@ def test_the_command_keeps_the_trace_beside_the_model(
     assert (data["schema"], data["model"], data["routing"]["requests"]) == (1, own, 2)
     assert {replay["policy"] for replay in data["replays"]} == {*POLICIES, "belady"}
     assert data["domains"]["names"] == ["x", "y"]
-    learned = str(path.with_name("collection.safetensors"))
-    files = [data["trace"], data["page"], *data["pictures"], learned]
+    files = [data["trace"], data["page"], *data["pictures"]]
     assert sorted(files) == sorted(map(str, path.parent.iterdir()))
     assert cli.main(["verify", own]) == 0  # what lies in traces/ is no stranger
     capsys.readouterr()

@@ -785,6 +785,19 @@ def traced(engine: FakeEngine, home: Path, patch: pytest.MonkeyPatch) -> Path:
     return home / "models/tiny/traces/set-2x64"
 
 
+def test_what_the_engine_has_to_say_is_said(stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(notes=("the collection is damaged",), save_error=CapacityError("no room left"))
+    monkeypatch.setitem(vars(moeinf), "load", lambda *_, **__: engine)
+    stored.check("""
+        $ moeinf run tiny Hi
+        | Hello.
+        ! loading tiny
+        ! warning: the collection is damaged
+        ! warning: what was learned about tiny is not saved: no room left
+        = 0
+    """)
+
+
 def test_trace(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     traced(engine, stored.home, monkeypatch)
     monkeypatch.chdir(stored.home)
@@ -802,26 +815,28 @@ def test_trace(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.Monk
         | prose   1         none             0.00
         | sums    1         none             0.00
         |
-        | HIT RATE AT    2 (17%)  3 (25%)  6 (50%)  9 (75%)
-        | belady         0.0%     50.0%    97.5%    97.5%
-        | expected-use   0.0%     47.5%    97.5%    97.5%
-        | lfru           0.0%     47.5%    97.5%    97.5%
-        | lfu            0.0%     47.5%    97.5%    97.5%
-        | neighbour-use  0.0%     47.5%    97.5%    97.5%
-        | activation     0.0%     40.0%    97.5%    97.5%
-        | random         0.0%     35.0%    97.5%    97.5%
-        | layer-lru      0.0%     25.0%    97.5%    97.5%
-        | least-stale    0.0%     25.0%    97.5%    97.5%
-        | llru           0.0%     25.0%    97.5%    97.5%
-        | lru            0.0%     25.0%    97.5%    97.5%
+        | HIT RATE AT      2 (17%)  3 (25%)  6 (50%)  9 (75%)
+        | belady           0.0%     50.0%    97.5%    97.5%
+        | expected-use     0.0%     47.5%    97.5%    97.5%
+        | lfru             0.0%     47.5%    97.5%    97.5%
+        | lfu              0.0%     47.5%    97.5%    97.5%
+        | neighbour-use    0.0%     47.5%    97.5%    97.5%
+        | activation       0.0%     40.0%    97.5%    97.5%
+        | activation-eamc  0.0%     40.0%    97.5%    97.5%
+        | random           0.0%     35.0%    97.5%    97.5%
+        | layer-lru        0.0%     25.0%    97.5%    97.5%
+        | least-stale      0.0%     25.0%    97.5%    97.5%
+        | llru             0.0%     25.0%    97.5%    97.5%
+        | lru              0.0%     25.0%    97.5%    97.5%
         |
         | With 5 experts (42% of all, 1.25 KiB) in memory, 97.5% of what decoding asks for is found there, and 26 B are read from disk per token.
         | With half, 2 experts (512 B), 0.0% is found, and 1.00 KiB are read per token.
+        | What 2 requests used is known at the next start, and fills the cache then.
         |
         | HOME/models/tiny/traces/set-2x64.html
         | HOME/models/tiny/traces/set-2x64.safetensors
         ! loading tiny
-        ! replay tiny: 55 replays
+        ! replay tiny: 60 replays
         ! drawing the report
         = 0
     """)  # noqa: E501
@@ -837,7 +852,8 @@ def test_trace_quietly_and_as_json(engine: FakeEngine, stored: CommandLine, monk
     assert stored.run(*arguments, "-q") == ("HOME/models/tiny/traces/set-2x64.safetensors\n", "", 0)
     data = json.loads(stored.run(*arguments, "--json")[0])
     assert data.keys() == {
-        *("schema", "model", "trace", "routing", "domains", "replayed", "replays", "recommendation", "page", "pictures")
+        *("schema", "model", "trace", "routing", "domains", "replayed", "replays", "recommendation"),
+        *("learned_requests", "page", "pictures"),
     }
     assert data["pictures"] == pictures
     assert (data["recommendation"]["slots"], data["recommendation"]["bytes"]) == (5, 5 * 256)

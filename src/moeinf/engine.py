@@ -115,6 +115,11 @@ class Engine:
         eos = self.generation_config.eos_token_id
         return frozenset([eos] if isinstance(eos, int) else eos or [])
 
+    @property
+    def learned_requests(self) -> int:
+        """Requests in the collection by which the next start will foresee experts."""
+        return len(self.runtime.counter.collection)
+
     def session(self) -> Session:
         """A new conversation, with a KV cache of its own."""
         return Session(self)

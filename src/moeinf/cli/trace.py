@@ -76,6 +76,7 @@ def trace(
                 notify=output.note,
                 should_stop=should_stop,
             )
+    learned = engine.learned_requests
     if not path.exists():
         output.note(
             f"stopped after {len(set(found.sequence_id.tolist()))} of {len(prompts)} prompts; the same command goes on"
@@ -91,7 +92,7 @@ def trace(
         processes=os.cpu_count() or 1,
         progress=output,
     )
-    _show(report, path, _save(report, path, output), output)
+    _show(report, path, _save(report, path, output), learned, output)
     return 0
 
 
@@ -112,7 +113,8 @@ def _save(report: Report, path: Path, output: Output) -> Saved:
         raise type(error)(f"the report could not be kept: {error}", hint=hint) from error
 
 
-def _show(report: Report, path: Path, saved: Saved, output: Output) -> None:
+def _show(report: Report, path: Path, saved: Saved, learned: int, output: Output) -> None:
+    """`learned`: requests that the model's collection holds now."""
     from moeinf.report import recommendation, replayed_part
     from moeinf.sizing import slots_of
 
@@ -125,6 +127,7 @@ def _show(report: Report, path: Path, saved: Saved, output: Output) -> None:
         "",
         *recommendation(report.sizing),
         *filter(None, [replayed_part(report.sizing)]),
+        *([f"What {learned:,} requests used is known at the next start, and fills the cache then."] if learned else []),
         "",
         str(saved.page),
         str(path),
@@ -133,6 +136,7 @@ def _show(report: Report, path: Path, saved: Saved, output: Output) -> None:
         "model": report.trace.identity.model,
         "trace": str(path),
         **report.to_json(),
+        "learned_requests": learned,
         "page": str(saved.page),
         "pictures": [str(picture) for picture in saved.pictures],
     }
