@@ -5,8 +5,8 @@
     python benchmarks/caching.py warm        # the first tokens of an answer, with and without what was learned
     python benchmarks/caching.py recording   # what recording the routing costs
 
-Makes a home of its own in a temporary folder. `modes` and `auto` begin with an empty collection; `warm` learns one from the
-set `default` first. Texts come from the set `default-held-out`, one domain after the other; sampling has a seed.
+Makes a home of its own in a temporary folder. `modes` and `auto` begin with an empty collection; `warm` learns one from
+the set `default` first. Texts come from the set `default-held-out`, one domain after the other; sampling has a seed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from moeinf.datasets import read_prompts
 from moeinf.generation import Sampling
 from moeinf.policies import POLICIES
 from moeinf.recorder import Recorder
-from moeinf.settings import DEFAULT_POLICY
 from moeinf.store import TRACES_FOLDER, Store
 from moeinf.trace import ModelIdentity
 

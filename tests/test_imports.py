@@ -37,7 +37,7 @@ LAYERS = [
         "trace",
         "tracefile",
     },
-    {"cache", "kernels", "memory", "policies", "predictors", "routing_memory", "steps", "transfer"},
+    {"cache", "kernels", "memory", "policies", "predictors", "routing_memory", "steps", "transfer", "trials"},
     {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
     {"analysis", "calibration", "chat", "figures", "page", "report", "sizing"},
     {"cli"},

@@ -12,12 +12,13 @@ import torch
 import moeinf
 from moeinf.collection import ActivationCollection, RequestCounter
 from moeinf.predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor
+from moeinf.routing_memory import RoutingMemory
 
 
 def test_it_asks_the_next_layer_s_router(tiny: str) -> None:
     with moeinf.load(tiny, experts="50%", prefetch="gate") as engine, torch.inference_mode():
         model, runtime = engine.model, engine.runtime
-        predictor = runtime._prefetcher._predictor
+        predictor = runtime._prefetcher._predictors["gate"]
         assert isinstance(predictor, GatePredictor)
         blocks = [model.get_submodule(layer.module.rpartition(".")[0]) for layer in engine.manifest.layers]
         inputs: list[torch.Tensor] = []
@@ -44,9 +45,15 @@ def test_it_asks_the_next_layer_s_router(tiny: str) -> None:
 @pytest.mark.parametrize("experts", ["50%", "100%"])
 @pytest.mark.parametrize("prefetch", ["auto", "eam", "gate", "off"])
 def test_who_predicts(tiny: str, prefetch: str, experts: str) -> None:
-    kinds = {"gate": GatePredictor, "eam": EamPredictor, "auto": CombinedPredictor if experts == "50%" else NoPredictor}
+    expected: dict[str, list[type]] = {
+        "gate": [GatePredictor],
+        "eam": [EamPredictor],
+        "auto": [NoPredictor, EamPredictor, CombinedPredictor] if experts == "50%" else [NoPredictor],
+        "off": [NoPredictor],
+    }
     with moeinf.load(tiny, experts=experts, prefetch=prefetch) as engine:
-        assert isinstance(engine.runtime._prefetcher._predictor, kinds.get(prefetch, NoPredictor))
+        predictors = engine.runtime._prefetcher._predictors
+        assert [type(predictor) for predictor in predictors.values()] == expected[prefetch]
     assert NoPredictor().predict(0) == []
 
 
@@ -107,20 +114,29 @@ def test_past_requests_count_a_fifth() -> None:
     assert changed > 20
 
 
+def test_a_memory_that_others_feed_is_not_fed_twice() -> None:
+    memory = RoutingMemory(SIZES)
+    predictor = EamPredictor(SIZES, TOP_K, RequestCounter(SIZES, ActivationCollection(SIZES)), memory)
+    own, _ = eam()
+    for token in sequence(9, seed=5) * 2:
+        for layer, experts in enumerate(token):
+            memory.observe(layer, [experts])
+            predictor.observe(layer, [experts])
+            own.observe(layer, [experts])
+            assert predictor.predict(layer) == own.predict(layer)
+
+
 def test_where_one_cannot_tell_the_other_is_asked() -> None:
     class Says:
         def __init__(self, *answers: list[int]) -> None:
             self.answers = answers
-            self.seen: list[int] = []
 
         def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
-            self.seen.append(layer)
+            pass
 
         def predict(self, layer: int) -> list[int]:
             return self.answers[layer]
 
     first, second = Says([1], []), Says([2], [3])
     both = CombinedPredictor(first, second)
-    both.observe(4, [])
-    assert (first.seen, second.seen) == ([4], [4])
     assert (both.predict(0), both.predict(1)) == ([1], [3])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
-
 from moeinf.cache import ExpertCache, Outcome
 from moeinf.policies.plain import LruPolicy
-from moeinf.prefetch import _MEMORY_GUESSES, _PAUSE_LAYERS, PrefetchCounters, Prefetcher, WarmUp
+from moeinf.prefetch import PrefetchCounters, Prefetcher, WarmUp
 from moeinf.steps import Arrival
 from moeinf.transfer import Reader, Urgency
 
@@ -48,13 +46,13 @@ class Notes(Reader):
 class Bench:
     """A prefetcher with all that it works on."""
 
-    def __init__(self, slots: int, script: Script, *, most: int = 99, least_precision: float = 0.0) -> None:
+    def __init__(self, slots: int, script: Script, *, most: int = 99) -> None:
         self.cache = ExpertCache(2 * PER_LAYER, slots, LruPolicy([]))
         self.reader = Notes()
         self.fetched: list[int] = []
         first = [0, PER_LAYER]
         self.prefetcher = Prefetcher(
-            script, self.cache, self.reader, lambda key, *_: self.fetched.append(key), first, most, least_precision
+            {"script": script}, self.cache, self.reader, lambda key, *_: self.fetched.append(key), first, most
         )
 
     def bring(self, *experts: int) -> None:
@@ -127,34 +125,27 @@ def test_no_slot_no_guess() -> None:
     assert bench.fetched == []
 
 
-@pytest.mark.parametrize("least_precision", [0.0, 0.5])
-def test_bad_guesses_stop_and_are_tried_again(least_precision: float) -> None:
-    script = Script(3)
-    bench = Bench(2, script, least_precision=least_precision)
-
-    def guess_wrong() -> None:
-        bench.prefetcher.look_ahead(0)
-        bench.prefetcher.settle({0})
-        for key in list(bench.prefetcher.unsettled):
-            bench.arrive(key, cancelled=True)
-
-    for _ in range(_MEMORY_GUESSES):
-        guess_wrong()
-    assert bench.prefetcher.is_paused == (least_precision > 0)
-    asked = script.asked
-    assert (asked < _MEMORY_GUESSES) == (least_precision > 0)
-    for _ in range(_PAUSE_LAYERS):
-        guess_wrong()
-    assert not bench.prefetcher.is_paused
-    assert script.asked > asked
+def test_what_does_not_pay_is_not_asked() -> None:
+    """With two ways it is the caller's stalls that decide: none with the first, so the second is out after a token."""
+    bench, script = Bench(8, Script()), Script(3)
+    bench.prefetcher = Prefetcher(
+        {"off": Script(), "script": script}, bench.cache, bench.reader, lambda *_: None, [0, PER_LAYER], 99
+    )
+    for _ in range(20):
+        for layer in (0, 1):
+            bench.prefetcher.settle({layer * PER_LAYER})
+            bench.prefetcher.look_ahead(layer)
+            bench.prefetcher.has_run(layer, stalled_s=0.0)
+    assert bench.prefetcher.way == "off"
+    assert 0 < script.asked <= 6
 
 
 def test_a_layer_without_a_choice_teaches_nothing() -> None:
     """A long prompt gives guesses up before it is known whether they were right."""
-    bench = Bench(2, Script(3), least_precision=0.999)
+    bench = Bench(2, Script(3))
     bench.prefetcher.look_ahead(0)
     bench.prefetcher.settle(())
-    assert not bench.prefetcher.is_paused
+    assert bench.prefetcher.counters.asked == 0
     assert bench.reader.cancelled == [11]
 
 

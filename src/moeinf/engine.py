@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,8 @@ from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
 from .policies import make_policy
-from .predictors import CombinedPredictor, EamPredictor, GatePredictor, Predictor
+from .policies.learned import NeighbourUsePolicy
+from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
 from .pull import resolve
 from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions
@@ -53,11 +54,6 @@ them by default, and an expert meets another shape for each number of tokens. Th
 
 READERS = 8
 """Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
-
-LEAST_PRECISION = 0.5
-"""Of the experts prefetched, the share that must be asked for if prefetching is to go on by itself
-(docs/experiments.md).
-"""
 
 
 class Engine:
@@ -183,11 +179,11 @@ class Engine:
         counters, used = self.runtime.prefetch, self.runtime.decode.prefetch_used
         used_bytes = min(used * self.manifest.layout.nbytes, counters.read_bytes)
         return PrefetchStats(
+            predictor=self.runtime.predictor,
             recall=counters.right / counters.asked if counters.asked else 0.0,
             precision=counters.right / counters.named if counters.named else 0.0,
             read_bytes=counters.read_bytes,
             wasted_bytes=counters.read_bytes - used_bytes,
-            is_paused=self.runtime.prefetch_is_paused,
         )
 
 
@@ -249,22 +245,20 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     collection_path = folder / TRACES_FOLDER / COLLECTION_FILE
     collection, notes = _read_collection(collection_path, identity)
     counter = RequestCounter(identity.layer_sizes, collection)
+    policy = make_policy(options.policy, identity.layer_sizes, collection)
+    routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
+    eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
     runtime = ExpertRuntime(
         folder,
         manifest,
         [ExpertMaths(module) for module in modules.values()],
-        cache=ExpertCache(
-            manifest.num_experts,
-            plan.slots,
-            make_policy(options.policy, identity.layer_sizes, collection),
-        ),
+        cache=ExpertCache(manifest.num_experts, plan.slots, policy),
         pool=SlotPool(manifest.layout, plan.slots),
         reader=reader,
         counter=counter,
-        predictor=_predictor(options.prefetch, plan, model, modules, counter, identity),
-        least_precision=LEAST_PRECISION if options.prefetch == "auto" else 0.0,
+        predictors=_predictors(options.prefetch, plan.regime, eam, lambda: GatePredictor(model, modules)),
     )
     if options.prefetch in ("auto", "eam") and len(collection):
         runtime.warm_up(_most_popular(collection, identity.layer_sizes))
@@ -285,23 +279,18 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     )
 
 
-def _predictor(
-    mode: str,
-    plan: MemoryPlan,
-    model: PreTrainedModel,
-    modules: dict[str, torch.nn.Module],
-    counter: RequestCounter,
-    identity: ModelIdentity,
-) -> Predictor | None:
-    """What `--prefetch MODE` asks. With a slot for every expert there is soon nothing left to fetch, and guessing has
-    its price too: `auto` then asks nobody.
+def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[], Predictor]) -> dict[str, Predictor]:
+    """What `--prefetch MODE` asks. With a slot for every expert there is soon nothing left to fetch, and `auto` then
+    asks nobody; else it tries all of them, and the matrices too where the router cannot tell.
     """
-    if mode == "off" or (mode == "auto" and plan.regime == "resident"):
-        return None
-    if mode == "gate":
-        return GatePredictor(model, modules)
-    eam = EamPredictor(identity.layer_sizes, identity.top_k, counter)
-    return eam if mode == "eam" else CombinedPredictor(GatePredictor(model, modules), eam)
+    match mode:
+        case "gate":
+            return {"gate": make_gate()}
+        case "eam":
+            return {"eam": eam}
+        case "auto" if regime == "streaming":
+            return {"off": NoPredictor(), "eam": eam, "gate": CombinedPredictor(make_gate(), eam)}
+    return {"off": NoPredictor()}
 
 
 def _read_collection(path: Path, identity: ModelIdentity) -> tuple[ActivationCollection, tuple[str, ...]]:

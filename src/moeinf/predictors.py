@@ -57,19 +57,24 @@ class EamPredictor:
         sizes: experts per MoE layer.
         top_k: experts per token and layer.
         counter: counts the present request; somebody else has it count.
+        memory: remembers tokens, and somebody else has it observe them; without, it has its own.
     """
 
     _LEAST_CHANCE = 0.35
     _MEMORY_SHARE = 0.8
 
-    def __init__(self, sizes: Sequence[int], top_k: Sequence[int], counter: RequestCounter) -> None:
-        self._memory = RoutingMemory(sizes)
+    def __init__(
+        self, sizes: Sequence[int], top_k: Sequence[int], counter: RequestCounter, memory: RoutingMemory | None = None
+    ) -> None:
+        self._memory = memory or RoutingMemory(sizes)
+        self._feeds_memory = memory is None
         self._sizes = sizes
         self._top_k = top_k
         self._counter = counter
 
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
-        self._memory.observe(layer, tokens)
+        if self._feeds_memory:
+            self._memory.observe(layer, tokens)
 
     def predict(self, layer: int) -> list[int]:
         if not self._memory.has_past:
@@ -84,15 +89,14 @@ class EamPredictor:
 
 
 class CombinedPredictor:
-    """Asks one predictor, and where it cannot tell, another."""
+    """Asks one predictor, and where it cannot tell, another. Both observe what was chosen without its help."""
 
     def __init__(self, first: Predictor, second: Predictor) -> None:
         self._first = first
         self._second = second
 
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
-        self._first.observe(layer, tokens)
-        self._second.observe(layer, tokens)
+        pass
 
     def predict(self, layer: int) -> list[int]:
         return self._first.predict(layer) or self._second.predict(layer)

@@ -2,30 +2,27 @@
 
 While one MoE layer is computed, a predictor names the experts that the next one may choose. Those that are here are
 held; the others are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
-become ordinary fetches and wrong ones are given up. Guesses that are wrong too often stop for a while: what they read
-and evict then costs more than what they save. A cache that begins empty is filled with what past requests used most.
-Owns the guesses; the cache, the reader and the bytes are others'.
+become ordinary fetches and wrong ones are given up. Among several predictors, of which one names nothing, the one that
+costs least time is found by trying. A cache that begins empty is filled with what past requests used most. Owns the
+guesses; the cache, the reader and the bytes are others'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Set
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from .cache import ExpertCache
 from .predictors import Predictor
 from .steps import Arrival
 from .transfer import Reader, Urgency
+from .trials import Trials
 
 __all__ = ["Fetch", "PrefetchCounters", "Prefetcher", "WarmUp"]
 
 Fetch = Callable[[int, int, Urgency], None]
 """Begins to read an expert into a slot."""
-
-_MEMORY_GUESSES = 128
-"""Precision is that of about so many guesses of late."""
-_PAUSE_LAYERS = 2048
-"""MoE layers that pass without a guess after too many wrong ones: 40 to 130 tokens."""
 
 
 @dataclass(slots=True)
@@ -44,36 +41,32 @@ class Prefetcher:
     """Acts on what a predictor names. One thread calls it, the model's.
 
     Args:
-        predictor: names experts of the next layer.
+        predictors: name experts of the next layer; if there are several, the first of them names none.
         cache, reader: where guessed experts take slots, and what reads them.
         fetch: begins to read an expert into its slot.
         first: per MoE layer, the number of its first expert when experts are counted over all layers.
         most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left.
-        least_precision: share of guesses that must turn out right; with less it pauses, and tries again later.
     """
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictors: Mapping[str, Predictor],
         cache: ExpertCache,
         reader: Reader,
         fetch: Fetch,
         first: list[int],
         most_guesses: int,
-        least_precision: float = 0.0,
     ) -> None:
         self.counters = PrefetchCounters()
-        self._predictor = predictor
+        self._predictors = predictors
+        self._trials = Trials(list(predictors))
+        self._foreseeing_s = 0.0
         self._cache = cache
         self._reader = reader
         self._fetch = fetch
         self._first = first
         self._most = most_guesses
-        self._least_precision = least_precision
-        self._precision = 1.0
-        self._pause = 0
         self._named: list[int] = []
-        self._guesses: list[int] = []
         self._unread: set[int] = set()
         """Guesses whose reads have not ended, whatever has become of them."""
         self._on_their_way: set[int] = set()
@@ -81,9 +74,20 @@ class Prefetcher:
         self._held: list[int] = []
 
     @property
-    def is_paused(self) -> bool:
-        """Whether guesses were wrong too often to go on with them now."""
-        return self._pause > 0
+    def way(self) -> str:
+        """The predictor that is asked now, by its name."""
+        return self._trials.way
+
+    def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
+        """MoE layer `layer` has chosen experts (numbers within the layer) for `tokens`."""
+        for predictor in self._predictors.values():
+            predictor.observe(layer, tokens)
+
+    def has_run(self, layer: int, stalled_s: float) -> None:
+        """MoE layer `layer` has been computed for one token, and waited so long for bytes."""
+        self._trials.record(self._foreseeing_s, stalled_s)
+        if layer + 1 == len(self._first):
+            self._trials.token_ended()
 
     @property
     def unsettled(self) -> Set[int]:
@@ -104,20 +108,21 @@ class Prefetcher:
         self._on_their_way.clear()
         if chosen and self._named:
             self._learn(chosen)
-        self._named, self._guesses = [], []
+        self._named = []
 
     def look_ahead(self, layer: int) -> None:
         """MoE layer `layer` has asked for its experts: ask for those that the next one may choose; after the last one
         that is the first, for the next token.
         """
-        if self._pause:
-            self._pause -= 1
-            return
-        named = self._predictor.predict(layer)
-        if not named:
-            return
-        first = self._first[(layer + 1) % len(self._first)]
-        self._named = experts = [first + number for number in named]
+        begin = time.perf_counter()
+        named = self._predictors[self._trials.way].predict(layer)
+        if named:
+            first = self._first[(layer + 1) % len(self._first)]
+            self._guess([first + number for number in named])
+        self._foreseeing_s = time.perf_counter() - begin
+
+    def _guess(self, experts: list[int]) -> None:
+        self._named = experts
         for expert in experts:
             if self._cache.is_resident(expert):
                 self._cache.hold(expert)
@@ -127,7 +132,6 @@ class Prefetcher:
                 return
             if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
                 self._on_their_way.add(expert)
-                self._guesses.append(expert)
                 self._unread.add(expert)
                 self._fetch(expert, slot, Urgency.GUESS)
 
@@ -143,10 +147,6 @@ class Prefetcher:
         self.counters.asked += len(chosen)
         self.counters.named += len(self._named)
         self.counters.right += sum(expert in chosen for expert in self._named)
-        for expert in self._guesses:
-            self._precision += ((expert in chosen) - self._precision) / _MEMORY_GUESSES
-        if self._precision < self._least_precision:
-            self._pause, self._precision = _PAUSE_LAYERS, 1.0
 
 
 class WarmUp:

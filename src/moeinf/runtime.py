@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,8 @@ class ExpertRuntime:
         maths: the experts' functions, one per MoE layer, in the manifest's order.
         cache, pool, reader: theirs is the bookkeeping, the memory and the threads; `close` ends the threads.
         counter: counts what each request asks for.
-        predictor: names the experts to prefetch while decoding.
-        least_precision: prefetching pauses when a smaller share of them is then asked for.
+        predictors: name the experts to prefetch while decoding; of several, the one that pays best is found by trying,
+            and the first of them names none.
     """
 
     def __init__(
@@ -77,8 +77,7 @@ class ExpertRuntime:
         pool: SlotPool,
         reader: Reader,
         counter: RequestCounter,
-        predictor: Predictor | None = None,
-        least_precision: float = 0.0,
+        predictors: Mapping[str, Predictor] | None = None,
     ) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
@@ -99,15 +98,13 @@ class ExpertRuntime:
         self._paths = [
             folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
         ]
-        self._predictor = predictor or NoPredictor()
         self._prefetcher = Prefetcher(
-            self._predictor,
+            predictors or {"off": NoPredictor()},
             cache,
             reader,
             self._fetch,
             self._first,
             cache.num_slots - max(layer.top_k for layer in manifest.layers),
-            least_precision,
         )
         self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
         self._warm_up = WarmUp((), cache, reader, self._fetch, 0)
@@ -137,9 +134,9 @@ class ExpertRuntime:
         return self._prefetcher.counters
 
     @property
-    def prefetch_is_paused(self) -> bool:
-        """Whether guesses were wrong too often to go on with them now."""
-        return self._prefetcher.is_paused
+    def predictor(self) -> str:
+        """Which predictor is asked now, by its name."""
+        return self._prefetcher.way
 
     @property
     def lendable_slots(self) -> int:
@@ -184,11 +181,12 @@ class ExpertRuntime:
         """One token: all its experts are leased at once; those that are here are computed while the others arrive."""
         maths, first, cache = self._maths[layer], self._first[layer], self.cache
         cache.counters = self.decode
+        stalled_s = self.traffic.stall_s
         rows: dict[int, torch.Tensor] = {}
         place = {first + expert: number for number, expert in enumerate(experts)}
         self._settle(place)
         cache.observe(layer, [list(place)])
-        self._predictor.observe(layer, [experts])
+        self._prefetcher.observe(layer, [experts])
         self.counter.count(layer, experts, 1, is_prefill=False)
         step = Step(self)
         try:
@@ -205,6 +203,7 @@ class ExpertRuntime:
         total = maths.zeros(hidden, weights)
         for key in sorted(place):
             total += rows[place[key]].to(total.dtype)
+        self._prefetcher.has_run(layer, self.traffic.stall_s - stalled_s)
         return total.to(hidden.dtype)
 
     def _forward_tokens(
@@ -225,7 +224,7 @@ class ExpertRuntime:
         self._settle(())
         last = self._last_rows(layer, top_k_index)
         self.cache.observe(layer, [[first + expert for expert in row] for row in last])
-        self._predictor.observe(layer, last)
+        self._prefetcher.observe(layer, last)
         self.counter.count(layer, top_k_index.flatten().numpy(), len(hidden), is_prefill=True)
         step = Step(self)
         try:

@@ -43,15 +43,15 @@ class PrefetchStats:
 
     `recall`: of the experts asked for where something was predicted, the share that was named. `precision`: of those
     named, the share that was asked for. Most of them are in memory anyway; `read_bytes` were read for those that were
-    not, and of these bytes `wasted_bytes` for experts that were not asked for before they left. `is_paused`: guesses
-    were wrong too often, and stopped for a while.
+    not, and of these bytes `wasted_bytes` for experts that were not asked for before they left. `predictor` is the one
+    in use at the end: `off`, `gate` or `eam`.
     """
 
+    predictor: str = "off"
     recall: float = 0.0
     precision: float = 0.0
     read_bytes: int = 0
     wasted_bytes: int = 0
-    is_paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,13 +120,13 @@ def describe_stats(stats: Stats) -> list[str]:
 
 
 def _describe_prefetch(prefetch: PrefetchStats) -> list[str]:
-    if not prefetch.recall and not prefetch.is_paused:
+    if not prefetch.recall:
         return []
     line = (
         f"prefetch named {prefetch.recall:.0%} of what was asked for, {prefetch.precision:.0%} of it right"
         f" · read {format_bytes(prefetch.read_bytes)}, {format_bytes(prefetch.wasted_bytes)} in vain"
     )
-    return [line + (" · paused, since it was wrong too often" if prefetch.is_paused else "")]
+    return [line + (" · off at the end: it did not pay" if prefetch.predictor == "off" else "")]
 
 
 def describe_cut(completion: Completion, sampling: Sampling, context: int) -> str | None:

@@ -23,6 +23,8 @@ class NeighbourUsePolicy(LayeredPolicy):
 
     Rank. The visits that are expected to pass without a use, `S_1 + S_2 + S_3 + S_4 / p` with S_h the product of
     1 - p_1 … 1 - p_h, each worth as many layers as there are. Were all chances p, that would be `expected-use`.
+
+    `memory` is there for others to ask too.
     """
 
     _SHARES = 0.8 * 0.9 ** np.arange(AHEAD)
@@ -36,12 +38,12 @@ class NeighbourUsePolicy(LayeredPolicy):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
-        self._memory = RoutingMemory(sizes)
+        self.memory = RoutingMemory(sizes)
         self._chances = np.zeros((self._layers, AHEAD + 2, max(sizes)))
         """q_1 … q_4, as they were last asked for, and the two averages."""
 
     def learn(self, layer: int, tokens: list[list[int]]) -> None:
-        self._memory.observe(layer, tokens)
+        self.memory.observe(layer, tokens)
         averages = self._chances[layer, AHEAD:]
         for experts in tokens:
             averages *= self._KEEP
@@ -50,10 +52,10 @@ class NeighbourUsePolicy(LayeredPolicy):
     def ranks(self, layer: int) -> Floats:
         """Visits of `layer` expected to pass before each of its experts is used, in layers."""
         chances = self._chances[layer]
-        if not self._memory.has_past:
+        if not self.memory.has_past:
             first: Floats = self._layers / np.maximum(chances[AHEAD:].mean(axis=0), self._LEAST) - self._layers
             return first
-        chances[:AHEAD] = self._memory.followed(layer)
+        chances[:AHEAD] = self.memory.followed(layer)
         mixed = self._MIXTURE @ chances
         unused = np.multiply.accumulate(1 - mixed[:-1])
         unused[-1] /= np.maximum(mixed[-1], self._LEAST)
