@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moeinf
 from families import FAMILIES, make_checkpoint
+from moeinf.policies import POLICIES
 from moeinf.pull import pull
 from moeinf.store import Store
 from readers import SlowReader, use_reader
@@ -52,7 +53,7 @@ def test_logits_and_tokens_are_those_of_transformers(
     logits, tokens = reference(tmp_path, dtype)
     manifest = pull(str(tmp_path), store=Store(home), name="model").manifest
     fewest = max(layer.top_k for layer in manifest.layers)
-    for experts, prefetch in ((str(fewest), "gate"), ("25%", "off"), ("50%", "gate"), ("100%", "auto")):
+    for experts, prefetch in ((str(fewest), "gate"), ("25%", "eam"), ("50%", "auto"), ("100%", "off")):
         with moeinf.load("model", experts=experts, prefetch=prefetch) as engine, torch.inference_mode():
             assert torch.equal(engine.model(PROMPT).logits, logits), f"logits with {experts} slots"
             engine.generation_config.eos_token_id = None
@@ -66,6 +67,24 @@ def test_the_model_itself_generates_as_transformers_does(tiny: str, tiny_home: P
     _, tokens = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
     with moeinf.load(tiny, experts="25%") as engine:
         assert greedy(engine.model) == tokens
+
+
+@pytest.mark.parametrize("prefetch", ["off", "gate", "eam", "auto"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_no_policy_and_no_guess_changes_the_output(
+    policy: str, prefetch: str, tiny: str, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits too, the second time with a cache that is warmed while the disk is slow."""
+    use_reader(monkeypatch, SlowReader)
+    logits, tokens = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
+    for experts in ("2", "40%"):
+        for _ in range(2):
+            with moeinf.load(tiny, experts=experts, policy=policy, prefetch=prefetch) as engine, torch.inference_mode():
+                assert torch.equal(engine.model(PROMPT).logits, logits)
+                engine.generation_config.eos_token_id = None
+                sampling = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)
+                assert list(engine.session().generate(PROMPT[0].tolist(), sampling).tokens) == tokens
+                engine.runtime.cache.check_integrity()
 
 
 def test_the_list_of_families_in_the_docs_is_this_one() -> None:
