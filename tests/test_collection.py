@@ -77,13 +77,15 @@ def test_popularity_is_the_mean_share() -> None:
     assert np.allclose(collection(0, 1, 2).popularity(), np.mean(shares, axis=0), atol=1e-6)
 
 
-def test_an_empty_collection_expects_nothing() -> None:
-    empty = ActivationCollection(SIZES)
-    assert len(empty) == 0
-    assert not empty.popularity().any()
-    counter = RequestCounter(SIZES, empty)
-    counter.count(0, [1, 2], 1, is_prefill=False)
-    assert not counter.expected_shares(1).any()
+def test_without_a_good_match_a_request_is_foreseen_from_itself() -> None:
+    one_sided = np.zeros((PHASES, len(SIZES), WIDEST), np.int32)
+    one_sided[0, :, 0] = 30
+    for known in (ActivationCollection(SIZES), ActivationCollection(SIZES, one_sided[None])):
+        counter = RequestCounter(SIZES, known)
+        counter.count(1, [1, 1, 1, 2], 4, is_prefill=True)
+        assert counter.expected_shares(1).tolist() == [0, 0.75, 0.25, 0, 0, 0]
+        assert not counter.expected_shares(2).any()
+    assert not ActivationCollection(SIZES).popularity().any()
 
 
 def test_a_request_is_counted_by_phase_and_joins_the_collection_at_its_end() -> None:

@@ -24,6 +24,8 @@ CAPACITY = 128
 _NEIGHBOURS = 8
 _SHARPNESS = 20.0
 """A request weighs exp(20 · its likeness): one that is 0.05 less alike weighs a third."""
+_GOOD_LIKENESS = 0.8
+"""A request less like every past one is foreseen from itself."""
 _LEAST_TOKENS = 8
 """Requests of fewer tokens say too little to be kept."""
 _REFRESH_TOKENS = 8
@@ -77,11 +79,11 @@ class ActivationCollection:
 
     def expected_shares(self, matrix: Floats) -> Floats:
         """The shares of each layer's choices [layers, experts] that its experts had in the requests most like `matrix`
-        [layers, experts]; 0 everywhere in an empty collection.
+        [layers, experts]; where none is much like it, those that they have in `matrix` itself.
         """
-        if not len(self):
-            return np.zeros_like(matrix)
         likeness = self.likeness(matrix)
+        if likeness.max(initial=0) < _GOOD_LIKENESS:
+            return _shares(matrix)
         near = np.argsort(-likeness, kind="stable")[:_NEIGHBOURS]
         weights = np.exp(_SHARPNESS * (likeness[near] - likeness[near[0]]))
         shares: Floats = np.einsum("n,lne->le", weights / weights.sum(), self._shares[:, near])
@@ -131,7 +133,7 @@ class RequestCounter:
 
     def expected_shares(self, layer: int) -> Floats:
         """The shares of `layer`'s choices that its experts are expected to have [experts], by the requests most like
-        this one; 0 in an empty collection.
+        this one, or by this one.
         """
         if self._looked_up_at < 0 or self._tokens - self._looked_up_at >= _REFRESH_TOKENS:
             self._expected = self.collection.expected_shares(self._matrix.sum(axis=0, dtype=np.float32))

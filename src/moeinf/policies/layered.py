@@ -256,8 +256,8 @@ class ActivationPolicy(LayeredPolicy):
 
 
 class CollectionPolicy(ActivationPolicy):
-    """MoE-Infinity's eviction with its prediction: p is what the past requests most like this one chose; without any,
-    what this one did.
+    """MoE-Infinity's eviction with its prediction: p is what the past requests most like this one chose; where none is
+    much like it, what this one did.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -278,8 +278,6 @@ class CollectionPolicy(ActivationPolicy):
         self._counter.count(layer, experts, len(tokens), is_prefill=len(tokens) > 1)
 
     def shares(self, layer: int) -> Floats:
-        if not len(self._counter.collection):
-            return super().shares(layer)
         shares = np.zeros(self._shape[1])
         shares[: self._sizes[layer]] = self._counter.expected_shares(layer)
         return shares
