@@ -24,7 +24,7 @@ from .cache import ExpertCache
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError, UsageError
 from .generation import Session
-from .kernels import ExpertMaths
+from .kernels import choose_maths
 from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
@@ -207,7 +207,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     runtime = ExpertRuntime(
         folder,
         manifest,
-        [ExpertMaths(module) for module in modules.values()],
+        choose_maths(modules.values(), manifest.layout, options.kernels, stack),
         cache=ExpertCache(
             manifest.num_experts,
             plan.slots,
