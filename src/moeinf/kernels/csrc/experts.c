@@ -7,16 +7,28 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-/* A ticket is so much of one expert: UP values between the projections, or some outputs. Small enough that a thread
- * that loses its core holds up little; UP is a multiple of PAD, so that what a ticket makes is packed by itself. */
-enum { UP = 2 * PAD, READ_BYTES = 1 << 20 };
+/* A ticket is so much of one expert, little enough that a thread which loses its core holds up little.
+ * Of weights that are [out, in], BLOCK outputs; a multiple of PAD, so that what a ticket makes is packed by itself.
+ * Of weights that are [in, out], CHAIN inputs and some RUN outputs, because memory is read best in long runs; the last
+ * ticket to end adds up the chains. */
+enum { BLOCK = 2 * PAD, RUN = 2048, READ_BYTES = 1 << 20 };
 
 struct moe_pool {
     pool *threads;
     const kernels *kernels;
-    float *scratch;
-    size_t scratch_floats;
+    void *scratch;
+    size_t scratch_bytes;
 };
+
+/* One of an expert's two projections. */
+typedef struct {
+    int64_t weight, bias; /* as in moe_layer */
+    size_t inputs, outputs;
+    size_t tickets; /* per expert */
+    size_t chains;  /* these three where weights are [in, out] */
+    size_t run;
+    float *parts; /* per expert and chain, `outputs` sums */
+} projection;
 
 /* One call of moe_experts. */
 typedef struct {
@@ -28,16 +40,14 @@ typedef struct {
     int row_dtype;
     float *rows;
     size_t count;
-    size_t up_tickets, down_tickets, down_block; /* per expert */
-    float *x;          /* the hidden state, packed */
-    float *inner;      /* per expert, packed: what the down projection multiplies */
-    size_t inner_size; /* of one expert, padded */
-    atomic_int *left;  /* per expert: up tickets that are not done */
+    projection up, down;
+    void (*pack)(const float *values, size_t count, void *packed);
+    size_t x_bytes;    /* of a packed value */
+    char *x;           /* the hidden state, packed */
+    char *inner;       /* per expert, packed: what is between the projections */
+    size_t inner_size; /* bytes of one expert's */
+    atomic_int *up_left, *down_left; /* per expert: tickets that are not done, and the adding up */
 } step;
-
-static size_t padded(int64_t size) {
-    return ((size_t)size + PAD - 1) / PAD * PAD;
-}
 
 static size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
@@ -55,36 +65,56 @@ static float load(const void *from, size_t i, int dtype) {
     return dtype == MOE_BF16 ? from_bf16(((const uint16_t *)from)[i]) : ((const float *)from)[i];
 }
 
-/* Lays `size` values out as the kernels read them, and zeros behind them up to a multiple of PAD. */
-static void pack(const moe_pool *pool, const moe_layer *layer, const float *values, size_t size, float *packed) {
-    size_t lanes = (size_t)pool->kernels->lanes;
-    bool in_pairs = layer->dtype == MOE_BF16 && !layer->is_transposed;
-    for (size_t i = 0; i < padded((int64_t)size); i++) {
-        size_t to = in_pairs ? i / (2 * lanes) * (2 * lanes) + i % 2 * lanes + i % (2 * lanes) / 2 : i;
-        packed[to] = i < size ? values[i] : 0;
-    }
+static void pack_plain(const float *values, size_t count, void *packed) {
+    memset(packed, 0, padded(count) * sizeof *values);
+    memcpy(packed, values, count * sizeof *values);
 }
 
-/* Outputs `first` to `first + count` of one projection, biased and rounded as torch rounds. */
-static void project(const step *step, const char *expert, int64_t weight, int64_t bias, size_t width, size_t outputs,
-                    const float *x, size_t first, size_t count, float *out) {
-    const moe_layer *layer = step->layer;
+/* Outputs `first` to `first + count` of a projection whose weights are [out, in]. */
+static void dot(const step *step, const projection *projection, const char *expert, const void *x, size_t first,
+                size_t count, float *out) {
     const kernels *kernels = step->pool->kernels;
-    bool is_bf16 = layer->dtype == MOE_BF16;
-    const void *w = expert + weight;
-    if (layer->is_transposed) {
-        if (is_bf16)
-            kernels->columns_bf16((const uint16_t *)w + first, outputs, width, count, x, out);
-        else
-            kernels->columns_f32((const float *)w + first, outputs, width, count, x, out);
-    } else if (is_bf16)
-        kernels->dot_bf16((const uint16_t *)w + first * width, width, count, x, out);
+    const void *w = expert + projection->weight;
+    size_t inputs = projection->inputs;
+    if (step->layer->dtype == MOE_BF16)
+        kernels->dot_bf16((const uint16_t *)w + first * inputs, inputs, count, x, out);
     else
-        kernels->dot_f32((const float *)w + first * width, width, count, x, out);
+        kernels->dot_f32((const float *)w + first * inputs, inputs, count, x, out);
+}
+
+/* One chain of inputs for one run of outputs of a projection whose weights are [in, out]. */
+static void add_part(const step *step, const projection *projection, size_t number, size_t ticket, const float *x) {
+    const kernels *kernels = step->pool->kernels;
+    const void *w = (const char *)step->experts[number] + projection->weight;
+    size_t outputs = projection->outputs, chain = ticket % projection->chains;
+    size_t input = chain * CHAIN, output = ticket / projection->chains * projection->run;
+    size_t inputs = smaller(CHAIN, projection->inputs - input), run = smaller(projection->run, outputs - output);
+    float *part = projection->parts + (number * projection->chains + chain) * outputs + output;
+    size_t at = input * outputs + output;
+    if (step->layer->dtype == MOE_BF16)
+        kernels->columns_bf16((const uint16_t *)w + at, outputs, run, inputs, x + input, part);
+    else
+        kernels->columns_f32((const float *)w + at, outputs, run, inputs, x + input, part);
+}
+
+/* The chains of an expert added up, in the first of them. */
+static float *whole(const projection *projection, size_t number) {
+    size_t outputs = projection->outputs;
+    float *sums = projection->parts + number * projection->chains * outputs;
+    for (size_t chain = 1; chain < projection->chains; chain++)
+        for (size_t i = 0; i < outputs; i++)
+            sums[i] += sums[chain * outputs + i];
+    return sums;
+}
+
+/* torch rounds a product before it adds the bias. */
+static void add_bias(const step *step, const projection *projection, const char *expert, size_t first, size_t count,
+                     float *out) {
+    int dtype = step->layer->dtype;
     for (size_t i = 0; i < count; i++) {
-        out[i] = rounded(out[i], layer->dtype);
-        if (bias >= 0)
-            out[i] = rounded(out[i] + load(expert + bias, first + i, layer->dtype), layer->dtype);
+        out[i] = rounded(out[i], dtype);
+        if (projection->bias >= 0)
+            out[i] = rounded(out[i] + load(expert + projection->bias, first + i, dtype), dtype);
     }
 }
 
@@ -122,53 +152,91 @@ static float gated(const moe_layer *layer, float gate, float up) {
     return rounded(rounded(activated(layer->activation, gate), dtype) * up, dtype);
 }
 
-/* Ups of `count` values from `projected`, their gates apart from them in `gates`, or between them, or nowhere. */
-static void gate_all(const moe_layer *layer, const float *gates, const float *projected, size_t count, float *out) {
+/* `count` values from as many ups, their gates between them, or apart from them in `gates`, or nowhere. */
+static void gate_all(const moe_layer *layer, const float *gates, const float *ups, size_t count, float *out) {
     for (size_t i = 0; i < count; i++)
-        out[i] = layer->is_interleaved ? gated(layer, projected[2 * i], projected[2 * i + 1])
-                                       : gated(layer, gates[i], projected[i]);
+        out[i] = layer->is_interleaved ? gated(layer, ups[2 * i], ups[2 * i + 1]) : gated(layer, gates[i], ups[i]);
 }
 
-static void run_up(const step *step, size_t number, size_t ticket) {
+static bool has_gates_first(const moe_layer *layer) {
+    return layer->gate != MOE_NONE && !layer->is_interleaved;
+}
+
+/* Whether this was the last ticket, and the adding up is left. */
+static bool is_last(atomic_int *left) {
+    return atomic_fetch_sub_explicit(left, 1, memory_order_acq_rel) == 2;
+}
+
+static void up_rows(const step *step, size_t number, size_t ticket) {
     const moe_layer *layer = step->layer;
+    const projection *up = &step->up;
     const char *expert = step->experts[number];
-    size_t hidden = (size_t)layer->hidden, inner = (size_t)layer->inner;
-    size_t first = ticket * UP, count = smaller(UP, inner - first);
-    float gates[UP] = {0}, ups[2 * UP], values[UP];
-    if (layer->gate == MOE_NONE) {
-        project(step, expert, layer->up, layer->up_bias, hidden, inner, step->x, first, count, ups);
-    } else if (layer->is_interleaved) {
-        project(step, expert, layer->up, layer->up_bias, hidden, 2 * inner, step->x, 2 * first, 2 * count, ups);
-    } else {
-        project(step, expert, layer->up, layer->up_bias, hidden, 2 * inner, step->x, first, count, gates);
-        project(step, expert, layer->up, layer->up_bias, hidden, 2 * inner, step->x, inner + first, count, ups);
+    size_t inner = (size_t)layer->inner, first = ticket * BLOCK, count = smaller(BLOCK, inner - first);
+    size_t each = layer->is_interleaved ? 2 : 1;
+    float gates[BLOCK] = {0}, ups[2 * BLOCK], values[BLOCK];
+    if (has_gates_first(layer)) {
+        dot(step, up, expert, step->x, first, count, gates);
+        add_bias(step, up, expert, first, count, gates);
+        first += inner;
     }
+    dot(step, up, expert, step->x, each * first, each * count, ups);
+    add_bias(step, up, expert, each * first, each * count, ups);
     gate_all(layer, gates, ups, count, values);
-    pack(step->pool, layer, values, count, step->inner + number * step->inner_size + first);
-    pool_done(step->pool->threads, &step->left[number]);
+    step->pack(values, count, step->inner + number * step->inner_size + ticket * BLOCK * step->x_bytes);
+    pool_done(step->pool->threads, &step->up_left[number]);
 }
 
-static void run_down(const step *step, size_t number, size_t ticket) {
+static void up_columns(const step *step, size_t number, size_t ticket) {
     const moe_layer *layer = step->layer;
-    size_t hidden = (size_t)layer->hidden;
-    size_t first = ticket * step->down_block, count = smaller(step->down_block, hidden - first);
+    const projection *up = &step->up;
+    add_part(step, up, number, ticket, (const float *)step->x);
+    if (is_last(&step->up_left[number])) {
+        float *sums = whole(up, number);
+        add_bias(step, up, step->experts[number], 0, up->outputs, sums);
+        gate_all(layer, sums, sums + (has_gates_first(layer) ? layer->inner : 0), (size_t)layer->inner,
+                 (float *)(step->inner + number * step->inner_size));
+        pool_done(step->pool->threads, &step->up_left[number]);
+    }
+}
+
+/* Finished outputs of the down projection become part of the expert's row. */
+static void finish(const step *step, size_t number, size_t first, size_t count, float *out) {
     int32_t place = step->places[number];
-    float *row = step->rows + (size_t)place * hidden + first;
-    pool_wait(step->pool->threads, &step->left[number]);
-    project(step, step->experts[number], layer->down, layer->down_bias, (size_t)layer->inner, hidden,
-            step->inner + number * step->inner_size, first, count, row);
+    float *row = step->rows + (size_t)place * step->down.outputs + first;
+    add_bias(step, &step->down, step->experts[number], first, count, out);
     for (size_t i = 0; i < count; i++)
-        row[i] = rounded(row[i] * step->weights[place], step->row_dtype);
+        row[i] = rounded(out[i] * step->weights[place], step->row_dtype);
+}
+
+static void down_rows(const step *step, size_t number, size_t ticket) {
+    size_t first = ticket * BLOCK, count = smaller(BLOCK, step->down.outputs - first);
+    float out[BLOCK];
+    dot(step, &step->down, step->experts[number], step->inner + number * step->inner_size, first, count, out);
+    finish(step, number, first, count, out);
+}
+
+static void down_columns(const step *step, size_t number, size_t ticket) {
+    add_part(step, &step->down, number, ticket, (const float *)(step->inner + number * step->inner_size));
+    if (is_last(&step->down_left[number]))
+        finish(step, number, 0, step->down.outputs, whole(&step->down, number));
 }
 
 /* The up tickets of all experts come first: when a down ticket is drawn, little or nothing of what it needs is left. */
 static void run_ticket(void *job, size_t ticket) {
     const step *step = job;
-    size_t ups = step->count * step->up_tickets;
-    if (ticket < ups)
-        run_up(step, ticket / step->up_tickets, ticket % step->up_tickets);
-    else
-        run_down(step, (ticket - ups) / step->down_tickets, (ticket - ups) % step->down_tickets);
+    bool is_transposed = step->layer->is_transposed;
+    size_t ups = step->count * step->up.tickets;
+    if (ticket < ups) {
+        (is_transposed ? up_columns : up_rows)(step, ticket / step->up.tickets, ticket % step->up.tickets);
+    } else {
+        size_t number = (ticket - ups) / step->down.tickets;
+        pool_wait(step->pool->threads, &step->up_left[number]);
+        (is_transposed ? down_columns : down_rows)(step, number, (ticket - ups) % step->down.tickets);
+    }
+}
+
+int moe_interface(void) {
+    return MOE_INTERFACE;
 }
 
 const char *moe_variant(int number) {
@@ -195,25 +263,74 @@ void moe_close(moe_pool *pool) {
     free(pool);
 }
 
-static bool reserve(moe_pool *pool, size_t floats) {
-    if (floats <= pool->scratch_floats)
+/* The next `bytes` of the scratch memory, to a cache line; counts alone while there is none. */
+static void *take(char *scratch, size_t *used, size_t bytes) {
+    void *taken = scratch == NULL ? NULL : scratch + *used;
+    *used += ceil_div(bytes, 64) * 64;
+    return taken;
+}
+
+/* `blocks_of`: the outputs that BLOCK counts; a gate and its up are in the same ticket. */
+static projection make_projection(const moe_layer *layer, int64_t weight, int64_t bias, size_t inputs, size_t outputs,
+                                  size_t blocks_of) {
+    projection made = {.weight = weight, .bias = bias, .inputs = inputs, .outputs = outputs};
+    made.tickets = ceil_div(blocks_of, BLOCK);
+    if (layer->is_transposed) {
+        made.chains = ceil_div(inputs, CHAIN);
+        made.run = padded(ceil_div(outputs, ceil_div(outputs, RUN)));
+        made.tickets = made.chains * ceil_div(outputs, made.run);
+    }
+    return made;
+}
+
+/* Lays the step's arrays out in `scratch`, and returns how many bytes they take. */
+static size_t lay_out(step *step, char *scratch) {
+    size_t used = 0, n = step->count;
+    projection *up = &step->up, *down = &step->down;
+    step->x = take(scratch, &used, padded(up->inputs) * step->x_bytes);
+    step->inner = take(scratch, &used, n * step->inner_size);
+    step->up_left = take(scratch, &used, n * sizeof(atomic_int));
+    step->down_left = take(scratch, &used, n * sizeof(atomic_int));
+    up->parts = take(scratch, &used, n * up->chains * up->outputs * sizeof(float));
+    down->parts = take(scratch, &used, n * down->chains * down->outputs * sizeof(float));
+    return used;
+}
+
+static bool reserve(moe_pool *pool, size_t bytes) {
+    if (bytes <= pool->scratch_bytes)
         return true;
-    float *larger = aligned_alloc(64, ceil_div(floats * sizeof(float), 64) * 64);
+    void *larger = aligned_alloc(64, bytes);
     if (larger == NULL)
         return false;
     free(pool->scratch);
     pool->scratch = larger;
-    pool->scratch_floats = floats;
+    pool->scratch_bytes = bytes;
     return true;
+}
+
+static void begin(step *step, const void *hidden) {
+    const moe_layer *layer = step->layer;
+    size_t size = step->up.inputs;
+    int extra = layer->is_transposed ? 1 : 0; /* the adding up */
+    for (size_t i = 0; i < size; i += PAD) {
+        float values[PAD];
+        size_t count = smaller(PAD, size - i);
+        for (size_t k = 0; k < count; k++)
+            values[k] = load(hidden, i + k, layer->dtype);
+        step->pack(values, count, step->x + i * step->x_bytes);
+    }
+    for (size_t number = 0; number < step->count; number++) {
+        atomic_init(&step->up_left[number], (int)step->up.tickets + extra);
+        atomic_init(&step->down_left[number], (int)step->down.tickets + extra);
+    }
 }
 
 int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts, const int32_t *places,
                 const void *hidden, const float *weights, int row_dtype, float *rows) {
-    size_t size = (size_t)layer->hidden, n = (size_t)count;
-    size_t x_size = padded(layer->hidden), inner_size = padded(layer->inner);
-    if (!reserve(pool, x_size + size + n * inner_size + n))
-        return -1;
-    float *plain = pool->scratch + x_size + n * inner_size;
+    size_t width = (size_t)layer->hidden, inner = (size_t)layer->inner;
+    size_t ups = layer->gate == MOE_NONE ? inner : 2 * inner;
+    bool is_packed = layer->dtype == MOE_BF16 && !layer->is_transposed;
+    size_t x_bytes = is_packed ? pool->kernels->x_bytes : sizeof(float);
     step step = {
         .pool = pool,
         .layer = layer,
@@ -222,21 +339,18 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
         .weights = weights,
         .row_dtype = row_dtype,
         .rows = rows,
-        .count = n,
-        .up_tickets = ceil_div((size_t)layer->inner, UP),
-        .down_block = layer->is_transposed ? COLUMNS : UP,
-        .x = pool->scratch,
-        .inner = pool->scratch + x_size,
-        .inner_size = inner_size,
-        .left = (atomic_int *)(plain + size),
+        .count = (size_t)count,
+        .up = make_projection(layer, layer->up, layer->up_bias, width, ups, inner),
+        .down = make_projection(layer, layer->down, layer->down_bias, inner, width, width),
+        .pack = is_packed ? pool->kernels->pack_bf16 : pack_plain,
+        .x_bytes = x_bytes,
+        .inner_size = padded(inner) * x_bytes,
     };
-    step.down_tickets = ceil_div(size, step.down_block);
-    for (size_t i = 0; i < size; i++)
-        plain[i] = load(hidden, i, layer->dtype);
-    pack(pool, layer, plain, size, step.x);
-    for (size_t i = 0; i < n; i++)
-        atomic_init(&step.left[i], (int)step.up_tickets);
-    pool_run(pool->threads, run_ticket, &step, n * (step.up_tickets + step.down_tickets));
+    if (!reserve(pool, lay_out(&step, NULL)))
+        return -1;
+    lay_out(&step, pool->scratch);
+    begin(&step, hidden);
+    pool_run(pool->threads, run_ticket, &step, step.count * (step.up.tickets + step.down.tickets));
     return 0;
 }
 
@@ -254,8 +368,8 @@ void moe_sum(const moe_layer *layer, int count, const int32_t *places, const flo
 }
 
 void moe_activate(const moe_layer *layer, const float *projected, float *inner) {
-    bool is_split = layer->gate != MOE_NONE && !layer->is_interleaved;
-    gate_all(layer, projected, projected + (is_split ? layer->inner : 0), (size_t)layer->inner, inner);
+    const float *ups = projected + (has_gates_first(layer) ? layer->inner : 0);
+    gate_all(layer, projected, ups, (size_t)layer->inner, inner);
 }
 
 typedef struct {

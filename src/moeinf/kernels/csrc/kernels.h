@@ -22,20 +22,37 @@ static inline uint16_t to_bf16(float value) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width. x is as `pack` makes it.
- * `columns_*`: out[c] = sum of w[i * stride + c] x[i] for c < columns, i < width. x is plain. columns <= COLUMNS.
- * Sums are kept in float32. */
-enum { COLUMNS = 256, PAD = 32 };
+/* Kernels read x up to a multiple of PAD, where it is 0. */
+enum { PAD = 32, AT_ONCE = 16 };
 
+static inline size_t padded(size_t size) {
+    return (size + PAD - 1) / PAD * PAD;
+}
+
+/* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width. dot_bf16 takes x as pack_bf16 makes it, `count`
+ * values at a time, a multiple of PAD but for the last ones, x_bytes for each value.
+ * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns.
+ * Sums are kept in float32, and their order depends on nothing but the sizes. */
 typedef struct {
     const char *name;
-    int lanes; /* float32 in a vector */
-    void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const float *x, float *out);
+    size_t x_bytes;
+    void (*pack_bf16)(const float *values, size_t count, void *packed);
+    void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
-    void (*columns_bf16)(const uint16_t *w, size_t stride, size_t width, size_t columns, const float *x, float *out);
-    void (*columns_f32)(const float *w, size_t stride, size_t width, size_t columns, const float *x, float *out);
+    void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
+    void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
+
+/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c). */
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define HAS_DOT_PAIRS
+void pack_pairs(const float *values, size_t count, void *packed);
+void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
+#endif
+
+/* Sums of products are cut into chains of so many, as torch does it (dot_pairs.c). */
+enum { CHAIN = 512 };
 
 /* The set of that number, the portable one being 0; NULL when the processor has no such set. */
 const kernels *find_kernels(int number);

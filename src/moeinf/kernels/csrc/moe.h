@@ -36,6 +36,10 @@ typedef struct {
 
 typedef struct moe_pool moe_pool;
 
+/* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
+enum { MOE_INTERFACE = 1 };
+MOE_API int moe_interface(void);
+
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
 MOE_API const char *moe_variant(int number);
 
