@@ -52,8 +52,14 @@ def test_logits_and_tokens_are_those_of_transformers(
     logits, tokens = reference(tmp_path, dtype)
     manifest = pull(str(tmp_path), store=Store(home), name="model").manifest
     fewest = max(layer.top_k for layer in manifest.layers)
-    for experts, prefetch in ((str(fewest), "gate"), ("25%", "off"), ("50%", "gate"), ("100%", "auto")):
-        with moeinf.load("model", experts=experts, prefetch=prefetch) as engine, torch.inference_mode():
+    for experts, prefetch, kernels in (
+        (str(fewest), "gate", "torch"),
+        ("25%", "off", "auto"),
+        ("50%", "gate", "auto"),
+        ("100%", "auto", "torch"),
+    ):
+        loaded = moeinf.load("model", experts=experts, prefetch=prefetch, kernels=kernels)
+        with loaded as engine, torch.inference_mode():
             assert torch.equal(engine.model(PROMPT).logits, logits), f"logits with {experts} slots"
             engine.generation_config.eos_token_id = None
             sampling = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)

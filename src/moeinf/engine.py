@@ -141,6 +141,7 @@ class Engine:
                 libraries=self._libraries_bytes,
                 peak_rss=memory.peak_rss_bytes(),
             ),
+            kernels=self.runtime.kernels,
         )
 
     def close(self) -> None:

@@ -114,6 +114,11 @@ class ExpertRuntime:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
 
     @property
+    def kernels(self) -> str:
+        """What computes the experts of a token."""
+        return "; ".join(dict.fromkeys(maths.computed_by for maths in self._maths))
+
+    @property
     def lendable_slots(self) -> int:
         """Slots whose memory a long prompt should borrow at most: the empty ones, and a quarter of the others."""
         empty = self.cache.num_free

@@ -11,7 +11,7 @@
  * Of weights that are [out, in], BLOCK outputs; a multiple of PAD, so that what a ticket makes is packed by itself.
  * Of weights that are [in, out], CHAIN inputs and some RUN outputs, because memory is read best in long runs; the last
  * ticket to end adds up the chains. */
-enum { BLOCK = 2 * PAD, RUN = 2048, READ_BYTES = 1 << 20 };
+enum { BLOCK = 2 * PAD, RUN = 3072, READ_BYTES = 1 << 20 };
 
 struct moe_pool {
     pool *threads;
@@ -356,14 +356,21 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
 
 void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
              void *output) {
-    for (int64_t i = 0; i < layer->hidden; i++) {
-        float sum = 0;
-        for (int k = 0; k < count; k++)
-            sum = rounded(sum + rows[places[k] * layer->hidden + i], sum_dtype);
-        if (layer->dtype == MOE_BF16)
-            ((uint16_t *)output)[i] = to_bf16(sum);
-        else
-            ((float *)output)[i] = sum;
+    size_t size = (size_t)layer->hidden;
+    for (size_t first = 0; first < size; first += BLOCK) {
+        size_t width = smaller(BLOCK, size - first);
+        float sums[BLOCK] = {0};
+        for (int k = 0; k < count; k++) {
+            const float *row = rows + (size_t)places[k] * size + first;
+            for (size_t i = 0; i < width; i++)
+                sums[i] = rounded(sums[i] + row[i], sum_dtype);
+        }
+        for (size_t i = 0; i < width; i++) {
+            if (layer->dtype == MOE_BF16)
+                ((uint16_t *)output)[first + i] = to_bf16(sums[i]);
+            else
+                ((float *)output)[first + i] = sums[i];
+        }
     }
 }
 

@@ -17,9 +17,8 @@ static inline float from_bf16(uint16_t half) {
 static inline uint16_t to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if (value != value)
-        return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    uint16_t half = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    return value == value ? half : 0x7fc0;
 }
 
 /* Kernels read x up to a multiple of PAD, where it is 0. */
