@@ -13,14 +13,14 @@ import argparse
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from moeinf.cache import ExpertCache
 from moeinf.collection import ActivationCollection, RequestCounter
-from moeinf.kernels import ExpertMaths
+from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.policies import make_policy
 from moeinf.runtime import ExpertRuntime
@@ -36,13 +36,16 @@ class NoMaths(ExpertMaths):
     """Experts whose output is there already."""
 
     def __init__(self) -> None:
-        self._row = torch.ones(1, HIDDEN)
+        self._total = torch.ones(1, HIDDEN)
 
-    def expert(self, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-        return self._row
+    def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> NoMaths:
+        return self
 
-    def zeros(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden)
+    def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
+        pass
+
+    def total(self, places: Sequence[int]) -> torch.Tensor:
+        return self._total
 
 
 class NoReader(Reader):

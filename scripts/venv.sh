@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: `make_venv FOLDER EXTRA...` leaves a virtual environment with moeinf and the extras in it.
-# Needs Python 3.11 or newer, with pip and venv, and no compiler.
+# Needs Python 3.11 or newer, with pip and venv. With a C compiler the native kernels are built; without one torch computes.
 
 make_venv() {
     venv=$1

@@ -79,7 +79,7 @@ def test_no_expert_is_read_at_load(tiny: str) -> None:
         ({"device_memory": "1GB"}, UsageError, "--device-memory bounds a GPU's memory"),
         ({"policy": "psychic"}, UsageError, "policy 'psychic' is not known"),
         ({"prefetch": "some"}, UsageError, "--prefetch some is not known"),
-        ({"kernels": "native"}, UsageError, "--kernels native is not known"),
+        ({"kernels": "cuda"}, UsageError, "--kernels cuda is not known"),
         ({"experts": "1"}, CapacityError, "below what one layer asks for"),
         ({"host_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),
         ({"host_memory": "lots"}, UsageError, "is not a size"),

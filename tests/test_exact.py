@@ -1,5 +1,7 @@
 """The contract of the project: moeinf's output is transformers' output, for every family, whatever the cache holds and
-whatever order the experts arrive in. Through save, pull and load, against transformers' eager experts, bit for bit."""
+whatever order the experts arrive in. Through save, pull and load, against transformers' eager experts, bit for bit.
+With torch's maths: tests/test_native.py has that of the native library, whose last bits depend on the processor.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def test_logits_and_tokens_are_those_of_transformers(
     manifest = pull(str(tmp_path), store=Store(home), name="model").manifest
     fewest = max(layer.top_k for layer in manifest.layers)
     for experts, prefetch in ((str(fewest), "gate"), ("25%", "eam"), ("50%", "auto"), ("100%", "off")):
-        with moeinf.load("model", experts=experts, prefetch=prefetch) as engine, torch.inference_mode():
+        loaded = moeinf.load("model", experts=experts, prefetch=prefetch, kernels="torch")
+        with loaded as engine, torch.inference_mode():
             assert torch.equal(engine.model(PROMPT).logits, logits), f"logits with {experts} slots"
             engine.generation_config.eos_token_id = None
             sampling = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)
@@ -65,7 +68,7 @@ def test_logits_and_tokens_are_those_of_transformers(
 
 def test_the_model_itself_generates_as_transformers_does(tiny: str, tiny_home: Path) -> None:
     _, tokens = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
-    with moeinf.load(tiny, experts="25%") as engine:
+    with moeinf.load(tiny, experts="25%", kernels="torch") as engine:
         assert greedy(engine.model) == tokens
 
 
@@ -79,7 +82,8 @@ def test_no_policy_and_no_guess_changes_the_output(
     logits, tokens = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
     for experts in ("2", "40%"):
         for _ in range(2):
-            with moeinf.load(tiny, experts=experts, policy=policy, prefetch=prefetch) as engine, torch.inference_mode():
+            loaded = moeinf.load(tiny, experts=experts, policy=policy, prefetch=prefetch, kernels="torch")
+            with loaded as engine, torch.inference_mode():
                 assert torch.equal(engine.model(PROMPT).logits, logits)
                 engine.generation_config.eos_token_id = None
                 sampling = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)

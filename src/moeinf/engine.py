@@ -28,7 +28,7 @@ from .collectionfile import COLLECTION_FILE, read_collection, write_collection
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
-from .kernels import ExpertMaths
+from .kernels import choose_maths
 from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
@@ -155,6 +155,7 @@ class Engine:
                 libraries=self._libraries_bytes,
                 peak_rss=memory.peak_rss_bytes(),
             ),
+            kernels=self.runtime.kernels,
         )
 
     def save_collection(self) -> None:
@@ -253,7 +254,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     runtime = ExpertRuntime(
         folder,
         manifest,
-        [ExpertMaths(module) for module in modules.values()],
+        choose_maths(modules.values(), manifest.layout, options.kernels, stack),
         cache=ExpertCache(manifest.num_experts, plan.slots, policy),
         pool=SlotPool(manifest.layout, plan.slots),
         reader=reader,

@@ -139,6 +139,11 @@ class ExpertRuntime:
         return self._prefetcher.way
 
     @property
+    def kernels(self) -> str:
+        """What computes the experts of a token."""
+        return "; ".join(dict.fromkeys(maths.computed_by for maths in self._maths))
+
+    @property
     def lendable_slots(self) -> int:
         """Slots whose memory a long prompt should borrow at most: the empty ones, and a quarter of the others."""
         empty = self.cache.num_free
@@ -179,10 +184,10 @@ class ExpertRuntime:
         self, layer: int, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor
     ) -> torch.Tensor:
         """One token: all its experts are leased at once; those that are here are computed while the others arrive."""
-        maths, first, cache = self._maths[layer], self._first[layer], self.cache
+        first, cache = self._first[layer], self.cache
         cache.counters = self.decode
         stalled_s = self.traffic.stall_s
-        rows: dict[int, torch.Tensor] = {}
+        token = self._maths[layer].token(hidden, weights)
         place = {first + expert: number for number, expert in enumerate(experts)}
         self._settle(place)
         cache.observe(layer, [list(place)])
@@ -192,19 +197,17 @@ class ExpertRuntime:
         try:
             here = step.lease(sorted(place))
             self._prefetcher.look_ahead(layer)
-            for key in (*here, *step.arriving()):
-                number = place[key]
-                rows[number] = maths.expert(hidden, self._tensors(key), weights[:, number : number + 1])
+            if here:
+                token.compute([place[key] for key in here], [self._tensors(key) for key in here])
+            for key in step.arriving():
+                token.compute([place[key]], [self._tensors(key)])
         except BaseException:
             self._prefetcher.settle(())
             raise
         finally:
             step.end()
-        total = maths.zeros(hidden, weights)
-        for key in sorted(place):
-            total += rows[place[key]].to(total.dtype)
         self._prefetcher.has_run(layer, self.traffic.stall_s - stalled_s)
-        return total.to(hidden.dtype)
+        return token.total([place[key] for key in sorted(place)])
 
     def _forward_tokens(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor

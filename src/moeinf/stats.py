@@ -74,7 +74,7 @@ class MemoryStats:
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Times in seconds. `ttft_s`: from the request to the first token. `tpot_s`: per token after the first. `stall_s`:
-    waiting for bytes.
+    waiting for bytes. `kernels`: what computed the experts of a token, and why if it was torch where it need not be.
     """
 
     load_s: float = 0.0
@@ -87,6 +87,7 @@ class Stats:
     prefetch: PrefetchStats = field(default_factory=PrefetchStats)
     bytes: ByteStats = field(default_factory=ByteStats)
     memory: MemoryStats = field(default_factory=MemoryStats)
+    kernels: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON shows it."""

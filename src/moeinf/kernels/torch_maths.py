@@ -8,36 +8,52 @@ thing, the dtype they add up in. Owns nothing, and knows nothing of caches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["ExpertMaths", "route"]
+__all__ = ["ExpertMaths", "Tensors", "TokenMaths", "route"]
 
 _SUMS_IN_FLOAT32 = {"Inkling2Experts"}
 _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
 """Experts classes that do not add up in the dtype of the hidden states."""
 
 Rows = tuple[torch.Tensor, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
+
+
+class TokenMaths(Protocol):
+    """One token's way through one layer: the experts that it chose, in any order, then their sum."""
+
+    def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
+        """Compute `experts`, the tensors of slots, which have these places among the token's choices."""
+
+    def total(self, places: Sequence[int]) -> torch.Tensor:
+        """The rows of the experts computed, added up in the order of `places`: [1, H]."""
 
 
 class ExpertMaths:
     """The experts of one MoE layer, as functions. `module` is their experts module in the transformers model, without
-    its weights.
+    its weights. `computed_by` says what does the maths, and why if that is not what it could be.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, reason: str = "") -> None:
         flags: Any = module
+        self.computed_by = f"torch: {reason}" if reason else "torch"
         self._up = "gate_up_proj" if flags.has_gate else "up_proj"
         self._is_transposed: bool = flags.is_transposed
         self._activate = flags._apply_gate if flags.has_gate else flags.act_fn
         self._norm = flags.post_expert_norm if flags.has_post_expert_norm else None
         self._kind = type(module).__name__
 
-    def expert(self, hidden: torch.Tensor, tensors: Mapping[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
+        """The maths of one token: its `hidden` [1, H] and its routing `weights` [1, k]."""
+        return _TorchToken(self, hidden, weights)
+
+    def expert(self, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
         """One expert's weighted rows [n, H] for `hidden` [n, H] and routing `weights` [n, 1]; `tensors` are its
         slot's.
         """
@@ -49,17 +65,36 @@ class ExpertMaths:
 
     def zeros(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the rows are added to, shaped like `hidden`, in the dtype that this family adds up in."""
-        dtype = hidden.dtype
-        if self._kind in _SUMS_IN_FLOAT32:
-            dtype = torch.float32
-        elif self._kind in _SUMS_IN_WEIGHTS_DTYPE:
-            dtype = weights.dtype
-        return torch.zeros_like(hidden, dtype=dtype)
+        return torch.zeros_like(hidden, dtype=self.sum_dtype(hidden.dtype, weights.dtype))
 
-    def _project(self, rows: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    def sum_dtype(self, hidden: torch.dtype, weights: torch.dtype) -> torch.dtype:
+        """What this family adds up in."""
+        if self._kind in _SUMS_IN_FLOAT32:
+            return torch.float32
+        return weights if self._kind in _SUMS_IN_WEIGHTS_DTYPE else hidden
+
+    def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         weight, bias = tensors[name], tensors.get(f"{name}_bias")
         product = rows @ weight if self._is_transposed else F.linear(rows, weight)
         return product if bias is None else product + bias
+
+
+class _TorchToken:
+    """A token's experts, one at a time."""
+
+    def __init__(self, maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor) -> None:
+        self._maths, self._hidden, self._weights = maths, hidden, weights
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
+        for place, tensors in zip(places, experts, strict=True):
+            self._rows[place] = self._maths.expert(self._hidden, tensors, self._weights[:, place : place + 1])
+
+    def total(self, places: Sequence[int]) -> torch.Tensor:
+        total = self._maths.zeros(self._hidden, self._weights)
+        for place in places:
+            total += self._rows[place].to(total.dtype)
+        return total.to(self._hidden.dtype)
 
 
 def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, Rows]:

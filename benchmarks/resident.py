@@ -1,0 +1,68 @@
+"""Decode with every expert in memory: native kernels against torch's, in turn in one process.
+
+    python benchmarks/resident.py                       # the small shape
+    python benchmarks/resident.py --shape qwen3-30b-a3b
+
+Loads the same random checkpoint twice, once per kind of kernels, and lets both decode the same tokens in turn. Says
+whether they produced the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from shapes import SHAPES, write_checkpoint
+from streaming import generate
+
+KINDS = ("torch", "native")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--folder", type=Path, default=Path("bench-data"), help="where checkpoints and the store go")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per run")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    os.environ["MOEINF_HOME"] = str(folder / "home")
+    write_checkpoint(SHAPES[arguments.shape](), folder / arguments.shape)
+    if not (folder / "home/models" / arguments.shape).exists():
+        pull = [sys.executable, "-m", "moeinf", "pull", str(folder / arguments.shape), "--name", arguments.shape, "-q"]
+        subprocess.run(pull, check=True)
+    import moeinf
+
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    tokens: dict[str, list[int]] = {}
+    with ExitStack() as stack, torch.inference_mode():
+        engines = {
+            kind: stack.enter_context(
+                moeinf.load(arguments.shape, experts="100%", context=512, kernels=kind, threads=arguments.threads)
+            )
+            for kind in KINDS
+        }
+        for engine in engines.values():
+            generate(engine.model, arguments.tokens)  # every expert it will need is in memory afterwards
+        for _ in range(arguments.repeats):
+            for kind, engine in engines.items():
+                watch, tokens[kind] = generate(engine.model, arguments.tokens)
+                times[kind] += watch.intervals()[1]
+    medians = {kind: statistics.median(figures) for kind, figures in times.items()}
+    for kind in KINDS:
+        spread = f"{min(times[kind]) * 1e3:.1f}..{max(times[kind]) * 1e3:.1f}"
+        print(f"{kind:7} {medians[kind] * 1e3:7.1f} ms per token, {spread}")
+    print(f"torch / native: {medians['torch'] / medians['native']:.2f} times the time per token")
+    print(f"all produced the same tokens: {tokens['torch'] == tokens['native']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Build the native kernels with AddressSanitizer and UndefinedBehaviorSanitizer and run their tests; arguments go to pytest.
+# PYTHON names a Python that moeinf's tests run in (default .venv/bin/python), CC the compiler (default gcc).
+set -eu
+cd "$(dirname "$0")/.."
+: "${PYTHON:=.venv/bin/python}" "${CC:=gcc}"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$CC" -std=c11 -g -O1 -Wall -Wextra -Wpedantic -Werror -ffp-contract=fast -fno-omit-frame-pointer -fvisibility=hidden \
+    -fsanitize=address,undefined -fno-sanitize-recover=all -shared -fPIC -pthread \
+    src/moeinf/kernels/csrc/*.c -o "$work/moe.so" -lm
+# Python itself leaks on purpose; and the sanitizer's allocator has to be the first.
+export ASAN_OPTIONS=detect_leaks=0 MOEINF_TEST_LIBRARY="$work/moe.so"
+preload=$("$CC" -print-file-name=libasan.so)
+LD_PRELOAD="$preload" "$PYTHON" -m pytest -p no:cacheprovider tests/test_native.py "$@"

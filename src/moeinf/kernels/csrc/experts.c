@@ -1,0 +1,400 @@
+#include "moe.h"
+
+#include "kernels.h"
+#include "pool.h"
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+/* A ticket is so much of one expert, little enough that a thread which loses its core holds up little.
+ * Of weights that are [out, in], BLOCK outputs; a multiple of PAD, so that what a ticket makes is packed by itself.
+ * Of weights that are [in, out], CHAIN inputs and some RUN outputs, because memory is read best in long runs; the last
+ * ticket to end adds up the chains. */
+enum { BLOCK = 2 * PAD, RUN = 3072, READ_BYTES = 1 << 20 };
+
+struct moe_pool {
+    pool *threads;
+    const kernels *kernels;
+    void *scratch;
+    size_t scratch_bytes;
+};
+
+/* One of an expert's two projections. */
+typedef struct {
+    int64_t weight, bias; /* as in moe_layer */
+    size_t inputs, outputs;
+    size_t tickets; /* per expert */
+    size_t chains;  /* these three where weights are [in, out] */
+    size_t run;
+    float *parts; /* per expert and chain, `outputs` sums */
+} projection;
+
+/* One call of moe_experts. */
+typedef struct {
+    const moe_pool *pool;
+    const moe_layer *layer;
+    const void *const *experts;
+    const int32_t *places;
+    const float *weights;
+    int row_dtype;
+    float *rows;
+    size_t count;
+    projection up, down;
+    void (*pack)(const float *values, size_t count, void *packed);
+    size_t x_bytes;    /* of a packed value */
+    char *x;           /* the hidden state, packed */
+    char *inner;       /* per expert, packed: what is between the projections */
+    size_t inner_size; /* bytes of one expert's */
+    atomic_int *up_left, *down_left; /* per expert: tickets that are not done, and the adding up */
+} step;
+
+static size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+static size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static float rounded(float value, int dtype) {
+    return dtype == MOE_BF16 ? from_bf16(to_bf16(value)) : value;
+}
+
+static float load(const void *from, size_t i, int dtype) {
+    return dtype == MOE_BF16 ? from_bf16(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+}
+
+static void pack_plain(const float *values, size_t count, void *packed) {
+    memset(packed, 0, padded(count) * sizeof *values);
+    memcpy(packed, values, count * sizeof *values);
+}
+
+/* Outputs `first` to `first + count` of a projection whose weights are [out, in]. */
+static void dot(const step *step, const projection *projection, const char *expert, const void *x, size_t first,
+                size_t count, float *out) {
+    const kernels *kernels = step->pool->kernels;
+    const void *w = expert + projection->weight;
+    size_t inputs = projection->inputs;
+    if (step->layer->dtype == MOE_BF16)
+        kernels->dot_bf16((const uint16_t *)w + first * inputs, inputs, count, x, out);
+    else
+        kernels->dot_f32((const float *)w + first * inputs, inputs, count, x, out);
+}
+
+/* One chain of inputs for one run of outputs of a projection whose weights are [in, out]. */
+static void add_part(const step *step, const projection *projection, size_t number, size_t ticket, const float *x) {
+    const kernels *kernels = step->pool->kernels;
+    const void *w = (const char *)step->experts[number] + projection->weight;
+    size_t outputs = projection->outputs, chain = ticket % projection->chains;
+    size_t input = chain * CHAIN, output = ticket / projection->chains * projection->run;
+    size_t inputs = smaller(CHAIN, projection->inputs - input), run = smaller(projection->run, outputs - output);
+    float *part = projection->parts + (number * projection->chains + chain) * outputs + output;
+    size_t at = input * outputs + output;
+    if (step->layer->dtype == MOE_BF16)
+        kernels->columns_bf16((const uint16_t *)w + at, outputs, run, inputs, x + input, part);
+    else
+        kernels->columns_f32((const float *)w + at, outputs, run, inputs, x + input, part);
+}
+
+/* The chains of an expert added up, in the first of them. */
+static float *whole(const projection *projection, size_t number) {
+    size_t outputs = projection->outputs;
+    float *sums = projection->parts + number * projection->chains * outputs;
+    for (size_t chain = 1; chain < projection->chains; chain++)
+        for (size_t i = 0; i < outputs; i++)
+            sums[i] += sums[chain * outputs + i];
+    return sums;
+}
+
+/* torch rounds a product before it adds the bias. */
+static void add_bias(const step *step, const projection *projection, const char *expert, size_t first, size_t count,
+                     float *out) {
+    int dtype = step->layer->dtype;
+    for (size_t i = 0; i < count; i++) {
+        out[i] = rounded(out[i], dtype);
+        if (projection->bias >= 0)
+            out[i] = rounded(out[i] + load(expert + projection->bias, first + i, dtype), dtype);
+    }
+}
+
+/* The formulas are torch's, which computes them in float32 and rounds the result. */
+static float activated(int activation, float x) {
+    switch (activation) {
+    case MOE_SILU:
+        return x / (1 + expf(-x));
+    case MOE_GELU:
+        return x * 0.5f * (1 + erff(x * 0.70710678f));
+    case MOE_GELU_TANH:
+        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * (x * x * x))));
+    default:
+        return x > 0 ? x * x : 0;
+    }
+}
+
+static float clamped(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+/* One value between the projections. `gate` is of no use where there is none. */
+static float gated(const moe_layer *layer, float gate, float up) {
+    int dtype = layer->dtype;
+    if (layer->gate == MOE_NONE)
+        return rounded(activated(layer->activation, up), dtype);
+    if (layer->gate != MOE_PRODUCT) {
+        gate = clamped(gate, -INFINITY, layer->limit);
+        up = clamped(up, -layer->limit, layer->limit);
+    }
+    if (layer->gate == MOE_SIGMOID) {
+        float share = rounded(1 / (1 + expf(-rounded(gate * layer->alpha, dtype))), dtype);
+        return rounded(rounded(up + 1, dtype) * rounded(gate * share, dtype), dtype);
+    }
+    return rounded(rounded(activated(layer->activation, gate), dtype) * up, dtype);
+}
+
+/* `count` values from as many ups, their gates between them, or apart from them in `gates`, or nowhere. */
+static void gate_all(const moe_layer *layer, const float *gates, const float *ups, size_t count, float *out) {
+    for (size_t i = 0; i < count; i++)
+        out[i] = layer->is_interleaved ? gated(layer, ups[2 * i], ups[2 * i + 1]) : gated(layer, gates[i], ups[i]);
+}
+
+static bool has_gates_first(const moe_layer *layer) {
+    return layer->gate != MOE_NONE && !layer->is_interleaved;
+}
+
+/* Whether this was the last ticket, and the adding up is left. */
+static bool is_last(atomic_int *left) {
+    return atomic_fetch_sub_explicit(left, 1, memory_order_acq_rel) == 2;
+}
+
+static void up_rows(const step *step, size_t number, size_t ticket) {
+    const moe_layer *layer = step->layer;
+    const projection *up = &step->up;
+    const char *expert = step->experts[number];
+    size_t inner = (size_t)layer->inner, first = ticket * BLOCK, count = smaller(BLOCK, inner - first);
+    size_t each = layer->is_interleaved ? 2 : 1;
+    float gates[BLOCK] = {0}, ups[2 * BLOCK], values[BLOCK];
+    if (has_gates_first(layer)) {
+        dot(step, up, expert, step->x, first, count, gates);
+        add_bias(step, up, expert, first, count, gates);
+        first += inner;
+    }
+    dot(step, up, expert, step->x, each * first, each * count, ups);
+    add_bias(step, up, expert, each * first, each * count, ups);
+    gate_all(layer, gates, ups, count, values);
+    step->pack(values, count, step->inner + number * step->inner_size + ticket * BLOCK * step->x_bytes);
+    pool_done(step->pool->threads, &step->up_left[number]);
+}
+
+static void up_columns(const step *step, size_t number, size_t ticket) {
+    const moe_layer *layer = step->layer;
+    const projection *up = &step->up;
+    add_part(step, up, number, ticket, (const float *)step->x);
+    if (is_last(&step->up_left[number])) {
+        float *sums = whole(up, number);
+        add_bias(step, up, step->experts[number], 0, up->outputs, sums);
+        gate_all(layer, sums, sums + (has_gates_first(layer) ? layer->inner : 0), (size_t)layer->inner,
+                 (float *)(step->inner + number * step->inner_size));
+        pool_done(step->pool->threads, &step->up_left[number]);
+    }
+}
+
+/* Finished outputs of the down projection become part of the expert's row. */
+static void finish(const step *step, size_t number, size_t first, size_t count, float *out) {
+    int32_t place = step->places[number];
+    float *row = step->rows + (size_t)place * step->down.outputs + first;
+    add_bias(step, &step->down, step->experts[number], first, count, out);
+    for (size_t i = 0; i < count; i++)
+        row[i] = rounded(out[i] * step->weights[place], step->row_dtype);
+}
+
+static void down_rows(const step *step, size_t number, size_t ticket) {
+    size_t first = ticket * BLOCK, count = smaller(BLOCK, step->down.outputs - first);
+    float out[BLOCK];
+    dot(step, &step->down, step->experts[number], step->inner + number * step->inner_size, first, count, out);
+    finish(step, number, first, count, out);
+}
+
+static void down_columns(const step *step, size_t number, size_t ticket) {
+    add_part(step, &step->down, number, ticket, (const float *)(step->inner + number * step->inner_size));
+    if (is_last(&step->down_left[number]))
+        finish(step, number, 0, step->down.outputs, whole(&step->down, number));
+}
+
+/* The up tickets of all experts come first: when a down ticket is drawn, little or nothing of what it needs is left. */
+static void run_ticket(void *job, size_t ticket) {
+    const step *step = job;
+    bool is_transposed = step->layer->is_transposed;
+    size_t ups = step->count * step->up.tickets;
+    if (ticket < ups) {
+        (is_transposed ? up_columns : up_rows)(step, ticket / step->up.tickets, ticket % step->up.tickets);
+    } else {
+        size_t number = (ticket - ups) / step->down.tickets;
+        pool_wait(step->pool->threads, &step->up_left[number]);
+        (is_transposed ? down_columns : down_rows)(step, number, (ticket - ups) % step->down.tickets);
+    }
+}
+
+int moe_interface(void) {
+    return MOE_INTERFACE;
+}
+
+const char *moe_variant(int number) {
+    const kernels *kernels = find_kernels(number);
+    return kernels == NULL ? NULL : kernels->name;
+}
+
+moe_pool *moe_open(int threads, int variant) {
+    moe_pool *pool = calloc(1, sizeof *pool);
+    if (pool == NULL)
+        return NULL;
+    pool->kernels = find_kernels(variant);
+    pool->threads = pool_open(threads);
+    if (pool->threads == NULL) {
+        free(pool);
+        return NULL;
+    }
+    return pool;
+}
+
+void moe_close(moe_pool *pool) {
+    pool_close(pool->threads);
+    free(pool->scratch);
+    free(pool);
+}
+
+/* The next `bytes` of the scratch memory, to a cache line; counts alone while there is none. */
+static void *take(char *scratch, size_t *used, size_t bytes) {
+    void *taken = scratch == NULL ? NULL : scratch + *used;
+    *used += ceil_div(bytes, 64) * 64;
+    return taken;
+}
+
+/* `blocks_of`: the outputs that BLOCK counts; a gate and its up are in the same ticket. */
+static projection make_projection(const moe_layer *layer, int64_t weight, int64_t bias, size_t inputs, size_t outputs,
+                                  size_t blocks_of) {
+    projection made = {.weight = weight, .bias = bias, .inputs = inputs, .outputs = outputs};
+    made.tickets = ceil_div(blocks_of, BLOCK);
+    if (layer->is_transposed) {
+        made.chains = ceil_div(inputs, CHAIN);
+        made.run = padded(ceil_div(outputs, ceil_div(outputs, RUN)));
+        made.tickets = made.chains * ceil_div(outputs, made.run);
+    }
+    return made;
+}
+
+/* Lays the step's arrays out in `scratch`, and returns how many bytes they take. */
+static size_t lay_out(step *step, char *scratch) {
+    size_t used = 0, n = step->count;
+    projection *up = &step->up, *down = &step->down;
+    step->x = take(scratch, &used, padded(up->inputs) * step->x_bytes);
+    step->inner = take(scratch, &used, n * step->inner_size);
+    step->up_left = take(scratch, &used, n * sizeof(atomic_int));
+    step->down_left = take(scratch, &used, n * sizeof(atomic_int));
+    up->parts = take(scratch, &used, n * up->chains * up->outputs * sizeof(float));
+    down->parts = take(scratch, &used, n * down->chains * down->outputs * sizeof(float));
+    return used;
+}
+
+static bool reserve(moe_pool *pool, size_t bytes) {
+    if (bytes <= pool->scratch_bytes)
+        return true;
+    void *larger = aligned_alloc(64, bytes);
+    if (larger == NULL)
+        return false;
+    free(pool->scratch);
+    pool->scratch = larger;
+    pool->scratch_bytes = bytes;
+    return true;
+}
+
+static void begin(step *step, const void *hidden) {
+    const moe_layer *layer = step->layer;
+    size_t size = step->up.inputs;
+    int extra = layer->is_transposed ? 1 : 0; /* the adding up */
+    for (size_t i = 0; i < size; i += PAD) {
+        float values[PAD];
+        size_t count = smaller(PAD, size - i);
+        for (size_t k = 0; k < count; k++)
+            values[k] = load(hidden, i + k, layer->dtype);
+        step->pack(values, count, step->x + i * step->x_bytes);
+    }
+    for (size_t number = 0; number < step->count; number++) {
+        atomic_init(&step->up_left[number], (int)step->up.tickets + extra);
+        atomic_init(&step->down_left[number], (int)step->down.tickets + extra);
+    }
+}
+
+int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts, const int32_t *places,
+                const void *hidden, const float *weights, int row_dtype, float *rows) {
+    size_t width = (size_t)layer->hidden, inner = (size_t)layer->inner;
+    size_t ups = layer->gate == MOE_NONE ? inner : 2 * inner;
+    bool is_packed = layer->dtype == MOE_BF16 && !layer->is_transposed;
+    size_t x_bytes = is_packed ? pool->kernels->x_bytes : sizeof(float);
+    step step = {
+        .pool = pool,
+        .layer = layer,
+        .experts = experts,
+        .places = places,
+        .weights = weights,
+        .row_dtype = row_dtype,
+        .rows = rows,
+        .count = (size_t)count,
+        .up = make_projection(layer, layer->up, layer->up_bias, width, ups, inner),
+        .down = make_projection(layer, layer->down, layer->down_bias, inner, width, width),
+        .pack = is_packed ? pool->kernels->pack_bf16 : pack_plain,
+        .x_bytes = x_bytes,
+        .inner_size = padded(inner) * x_bytes,
+    };
+    if (!reserve(pool, lay_out(&step, NULL)))
+        return -1;
+    lay_out(&step, pool->scratch);
+    begin(&step, hidden);
+    pool_run(pool->threads, run_ticket, &step, step.count * (step.up.tickets + step.down.tickets));
+    return 0;
+}
+
+void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
+             void *output) {
+    size_t size = (size_t)layer->hidden;
+    for (size_t first = 0; first < size; first += BLOCK) {
+        size_t width = smaller(BLOCK, size - first);
+        float sums[BLOCK] = {0};
+        for (int k = 0; k < count; k++) {
+            const float *row = rows + (size_t)places[k] * size + first;
+            for (size_t i = 0; i < width; i++)
+                sums[i] = rounded(sums[i] + row[i], sum_dtype);
+        }
+        for (size_t i = 0; i < width; i++) {
+            if (layer->dtype == MOE_BF16)
+                ((uint16_t *)output)[first + i] = to_bf16(sums[i]);
+            else
+                ((float *)output)[first + i] = sums[i];
+        }
+    }
+}
+
+void moe_activate(const moe_layer *layer, const float *projected, float *inner) {
+    const float *ups = projected + (has_gates_first(layer) ? layer->inner : 0);
+    gate_all(layer, projected, ups, (size_t)layer->inner, inner);
+}
+
+typedef struct {
+    const moe_pool *pool;
+    const char *memory;
+    size_t bytes;
+    atomic_uint_least64_t sum;
+} reading;
+
+static void run_read(void *job, size_t ticket) {
+    reading *reading = job;
+    size_t first = ticket * READ_BYTES;
+    uint64_t sum = reading->pool->kernels->read(reading->memory + first, smaller(READ_BYTES, reading->bytes - first));
+    atomic_fetch_xor(&reading->sum, sum);
+}
+
+uint64_t moe_read(moe_pool *pool, const void *memory, size_t bytes) {
+    reading reading = {.pool = pool, .memory = memory, .bytes = bytes};
+    pool_run(pool->threads, run_read, &reading, ceil_div(bytes, READ_BYTES));
+    return reading.sum;
+}

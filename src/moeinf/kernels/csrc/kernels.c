@@ -1,0 +1,51 @@
+#include "kernels.h"
+
+#define STRING_(name) #name
+#define STRING(name) STRING_(name)
+
+/* Whatever the compiler aims at: SSE2 on x86-64, NEON on 64-bit ARM. */
+#define SET portable
+#define TARGET
+#define LANES 4
+#include "kernels.inc"
+
+#if defined(__x86_64__)
+#define SET avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#include "kernels.inc"
+
+#define SET avx512
+#define TARGET __attribute__((target("avx512f,fma")))
+#define LANES 16
+#include "kernels.inc"
+
+#ifdef HAS_DOT_PAIRS
+static const kernels avx512bf16 = {
+    .name = "avx512bf16",
+    .x_bytes = sizeof(uint16_t),
+    .pack_bf16 = pack_pairs,
+    .dot_bf16 = dot_pairs,
+    .dot_f32 = dot_f32_avx512,
+    .columns_bf16 = columns_bf16_avx512,
+    .columns_f32 = columns_f32_avx512,
+    .read = read_avx512,
+};
+#endif
+#endif
+
+const kernels *find_kernels(int number) {
+    if (number == 0)
+        return &portable;
+#if defined(__x86_64__)
+    if (number == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return &avx2;
+    if (number == 2 && __builtin_cpu_supports("avx512f"))
+        return &avx512;
+#endif
+#ifdef HAS_DOT_PAIRS
+    if (number == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"))
+        return &avx512bf16;
+#endif
+    return NULL;
+}

@@ -1,0 +1,67 @@
+/* The maths of experts for one token, in C: what torch_maths.py computes, rounded where torch rounds.
+ *
+ * A caller opens a pool of threads once, describes each layer in a `moe_layer`, and per step calls `moe_experts` for
+ * the experts that are in memory, as often as more arrive, then `moe_sum`. One thread at a time may use a pool. */
+#ifndef MOE_H
+#define MOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MOE_API __attribute__((visibility("default")))
+
+enum moe_dtype { MOE_F32, MOE_BF16 };
+
+enum moe_activation { MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU2 };
+
+/* What becomes of gate g and up u, a being the activation:
+ *   NONE     a(u); there is no gate
+ *   PRODUCT  a(g) u
+ *   CLAMPED  a(min(g, limit)) clamp(u, limit)
+ *   SIGMOID  g' sigmoid(alpha g') (u' + 1), g' and u' being clamped as before */
+enum moe_gate { MOE_NONE, MOE_PRODUCT, MOE_CLAMPED, MOE_SIGMOID };
+
+/* The experts of one layer: what they look like and where their tensors lie, in bytes from the start of an expert;
+ * -1 stands for a bias that there is not. */
+typedef struct {
+    int32_t dtype;          /* of weights, biases and hidden states */
+    int32_t gate;
+    int32_t activation;
+    int32_t is_transposed;  /* weights are [in, out] */
+    int32_t is_interleaved; /* gates and ups alternate, else all gates come first */
+    float limit, alpha;
+    int64_t hidden, inner;  /* widths */
+    int64_t up, up_bias, down, down_bias;
+} moe_layer;
+
+typedef struct moe_pool moe_pool;
+
+/* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
+enum { MOE_INTERFACE = 1 };
+MOE_API int moe_interface(void);
+
+/* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
+MOE_API const char *moe_variant(int number);
+
+/* A pool that computes on `threads` threads, the caller being one of them. NULL when memory or threads are lacking. */
+MOE_API moe_pool *moe_open(int threads, int variant);
+MOE_API void moe_close(moe_pool *pool);
+
+/* Computes `count` experts on one token. experts[i] is where an expert's tensors begin and places[i] its number among
+ * the token's choices: its share is weights[places[i]], and rows + places[i] * layer->hidden receives its weighted row,
+ * rounded to row_dtype. 0, or -1 when memory is lacking. */
+MOE_API int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts,
+                        const int32_t *places, const void *hidden, const float *weights, int row_dtype, float *rows);
+
+/* Adds up `count` rows in the order of `places`, rounding each sum to sum_dtype; output is of the layer's dtype. */
+MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
+                     void *output);
+
+/* The activation by itself, on `count` outputs of the up projection, as a layer of that width holds them. */
+MOE_API void moe_activate(const moe_layer *layer, const float *projected, float *inner);
+
+/* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
+ * measured with. */
+MOE_API uint64_t moe_read(moe_pool *pool, const void *memory, size_t bytes);
+
+#endif

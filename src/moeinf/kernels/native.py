@@ -1,0 +1,267 @@
+"""Experts computed by the native library (csrc/), a whole layer's worth of them per call.
+
+Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, no
+norm behind the experts, and an activation that it has, which is found out by trying it. It rounds where torch rounds;
+sums of products are added in another order. Prompts are left to torch, whose matrix products are good.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from itertools import count, product, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeinf.manifest import ExpertLayout
+
+from .torch_maths import ExpertMaths, Tensors, TokenMaths
+
+__all__ = ["NativeLayer", "NativeMaths", "NativePool", "NotNativeError", "library_path", "variants"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
+"""The numbers of moe.h."""
+
+_INTERFACE = 1
+
+_PROBE = 1024
+"""Values that an activation is tried on."""
+
+_SMALL = 1e-5
+"""Differences below this are none, where gates and ups are about 4."""
+
+
+class NotNativeError(Exception):
+    """The library is not there, or cannot compute a layer; the message says why."""
+
+
+class NativeLayer(ctypes.Structure):
+    """`moe_layer` of moe.h: what the experts of a layer look like."""
+
+    _fields_ = (
+        ("dtype", c_int32),
+        ("gate", c_int32),
+        ("activation", c_int32),
+        ("is_transposed", c_int32),
+        ("is_interleaved", c_int32),
+        ("limit", c_float),
+        ("alpha", c_float),
+        ("hidden", c_int64),
+        ("inner", c_int64),
+        ("up", c_int64),
+        ("up_bias", c_int64),
+        ("down", c_int64),
+        ("down_bias", c_int64),
+    )
+
+
+def library_path() -> Path | None:
+    """Where the library is, if it was built with the package."""
+    path = Path(__file__).with_name(f"_moe{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return path if path.exists() else None
+
+
+def _load(path: Path | None) -> Any:
+    path = path or library_path()
+    if path is None:
+        raise NotNativeError("the native library is not built; install moeinf where there is a C compiler")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotNativeError(f"the native library cannot be loaded: {error}") from error
+    if library.moe_interface() != _INTERFACE:
+        raise NotNativeError("the native library is of another version; install moeinf again")
+    layer = POINTER(NativeLayer)
+    for name, result, arguments in (
+        ("moe_variant", c_char_p, (c_int,)),
+        ("moe_open", c_void_p, (c_int, c_int)),
+        ("moe_close", None, (c_void_p,)),
+        (
+            "moe_experts",
+            c_int,
+            (c_void_p, layer, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p),
+        ),
+        ("moe_sum", None, (layer, c_int, c_void_p, c_void_p, c_int, c_void_p)),
+        ("moe_activate", None, (layer, c_void_p, c_void_p)),
+        ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def variants(path: Path | None = None) -> list[str]:
+    """The instruction sets that the library has and this processor can run, the best one last."""
+    library = _load(path)
+    return [name.decode() for name in takewhile(bool, map(library.moe_variant, count()))]
+
+
+class NativePool:
+    """The library and its threads, one of which is the caller's. Raises NotNativeError when they cannot be had.
+
+    Args:
+        threads: how many compute.
+        variant: the instruction set, by its name in `variants`; the best one if None.
+        path: of another library than the package's own.
+    """
+
+    def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
+        self.library = _load(path)
+        known = variants(path)
+        self.variant = variant or known[-1]
+        self.handle: int | None = self.library.moe_open(threads, known.index(self.variant))
+        if self.handle is None:
+            raise NotNativeError(f"the native library could not start {threads} threads")
+
+    def close(self) -> None:
+        """End the threads. Closing twice is harmless."""
+        if self.handle is not None:
+            self.library.moe_close(self.handle)
+            self.handle = None
+
+    def read(self, memory: torch.Tensor) -> int:
+        """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
+        return int(self.library.moe_read(self.handle, memory.data_ptr(), memory.nbytes))
+
+
+class NativeMaths(ExpertMaths):
+    """The experts of one MoE layer: one token by the library, many by torch.
+
+    Raises NotNativeError when the library cannot compute them.
+    """
+
+    def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool) -> None:
+        super().__init__(module)
+        self.computed_by = f"native, {pool.variant}"
+        self.pool = pool
+        self._anchor, self._offset = layout.tensors[0].name, layout.tensors[0].offset
+        self.layer = self._describe(module, layout)
+        self.dtype = _NAMES[layout.tensors[0].dtype]
+        self._recognise_activation(module)
+
+    def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
+        if hidden.dtype != self.dtype or weights.dtype not in _DTYPES:
+            return super().token(hidden, weights)
+        return _NativeToken(self, hidden, weights)
+
+    def address(self, tensors: Tensors) -> int:
+        """Where the expert that has these tensors begins."""
+        return tensors[self._anchor].data_ptr() - self._offset
+
+    def _describe(self, module: nn.Module, layout: ExpertLayout) -> NativeLayer:
+        flags: Any = module
+        specs = {spec.name: spec for spec in layout.tensors}
+        dtypes = {spec.dtype for spec in layout.tensors}
+        if len(dtypes) > 1 or not dtypes <= set(_NAMES):
+            raise NotNativeError(f"it does not compute experts in {' and '.join(sorted(dtypes))}")
+        if self._norm is not None:
+            raise NotNativeError("it does not compute experts with a norm behind them")
+        expected = {self._up, "down_proj"}
+        if flags.has_bias:
+            expected |= {f"{name}_bias" for name in expected}
+        if set(specs) != expected:
+            raise NotNativeError(f"it does not know experts that have {', '.join(sorted(specs))}")
+        offsets = {name: specs[name].offset if name in specs else -1 for name in (f"{self._up}_bias", "down_proj_bias")}
+        down = specs["down_proj"].shape
+        return NativeLayer(
+            dtype=_DTYPES[_NAMES[layout.tensors[0].dtype]],
+            is_transposed=self._is_transposed,
+            is_interleaved=flags.has_gate and not flags.is_concatenated,
+            limit=_attribute(module, "limit", "swiglu_limit"),
+            alpha=_attribute(module, "alpha", "swiglu_alpha"),
+            hidden=down[1] if self._is_transposed else down[0],
+            inner=down[0] if self._is_transposed else down[1],
+            up=specs[self._up].offset,
+            up_bias=offsets[f"{self._up}_bias"],
+            down=specs["down_proj"].offset,
+            down_bias=offsets["down_proj_bias"],
+        )
+
+    def _recognise_activation(self, module: nn.Module) -> None:
+        """Find what the module does between the projections among what the library can, by doing it."""
+        has_gate = self._up == "gate_up_proj"
+        noise = torch.randn(1, _PROBE * (2 if has_gate else 1), generator=torch.Generator().manual_seed(0))
+        values = noise * max(4.0, self.layer.limit)
+        wanted = self._activate(values), self._activate(values.to(self.dtype))
+        for gate, activation in self._candidates(has_gate):
+            self.layer.gate, self.layer.activation = gate, activation
+            if self._acts_like(values, *wanted):
+                return
+        raise NotNativeError(f"it does not have the activation of {type(module).__name__}")
+
+    def _candidates(self, has_gate: bool) -> Iterator[tuple[int, int]]:
+        gates = ["none"] if not has_gate else ["product"] if not self.layer.limit else ["product", "clamped", "sigmoid"]
+        return product([_GATES[gate] for gate in gates], _ACTIVATIONS.values())
+
+    def _acts_like(self, values: torch.Tensor, wide: torch.Tensor, narrow: torch.Tensor) -> bool:
+        """Whether the library finds nearly the same in float32, and rounds at the same points in the layer's dtype:
+        results are then the same, but for the few where the last bit of float32 decides. In the tails of GELU such a
+        bit is most of the result.
+        """
+        if not torch.allclose(self._try(values, torch.float32), wide, rtol=1e-4, atol=_SMALL):
+            return False
+        difference = (self._try(values.to(self.dtype).float(), self.dtype) - narrow.float()).abs()
+        return self.dtype == torch.float32 or bool(((difference == 0) | (difference < _SMALL)).float().mean() > 0.99)
+
+    def _try(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        trial = NativeLayer.from_buffer_copy(self.layer)
+        trial.dtype, trial.inner = _DTYPES[dtype], _PROBE
+        output = torch.empty(1, _PROBE)
+        self.pool.library.moe_activate(trial, values.data_ptr(), output.data_ptr())
+        return output
+
+
+class _NativeToken:
+    """A token's experts, as many in a call as are there."""
+
+    def __init__(self, maths: NativeMaths, hidden: torch.Tensor, weights: torch.Tensor) -> None:
+        self._maths = maths
+        self._hidden = hidden.contiguous()
+        self._weights = weights.float().contiguous()
+        self._rows = torch.empty(weights.shape[1], hidden.shape[1])
+        added = maths.sum_dtype(hidden.dtype, weights.dtype)
+        row = torch.promote_types(hidden.dtype, weights.dtype)
+        self._sum_dtype = _DTYPES[added]
+        self._row_dtype = _DTYPES[torch.bfloat16 if torch.bfloat16 in (row, added) else torch.float32]
+
+    def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
+        maths, size = self._maths, len(places)
+        failed = maths.pool.library.moe_experts(
+            maths.pool.handle,
+            maths.layer,
+            size,
+            (c_void_p * size)(*map(maths.address, experts)),
+            (c_int32 * size)(*places),
+            self._hidden.data_ptr(),
+            self._weights.data_ptr(),
+            self._row_dtype,
+            self._rows.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("no memory for what lies between an expert's projections")
+
+    def total(self, places: Sequence[int]) -> torch.Tensor:
+        output = torch.empty_like(self._hidden)
+        self._maths.pool.library.moe_sum(
+            self._maths.layer,
+            len(places),
+            (c_int32 * len(places))(*places),
+            self._rows.data_ptr(),
+            self._sum_dtype,
+            output.data_ptr(),
+        )
+        return output
+
+
+def _attribute(module: nn.Module, *names: str) -> float:
+    """The first of these numbers that the module has, or 0."""
+    values = (getattr(module, name, None) for name in names)
+    return next((float(value) for value in values if value is not None), 0.0)

@@ -1,0 +1,334 @@
+"""The native library against torch: every instruction set that this processor has, every kind of experts, sizes that
+fit no vector. It rounds where torch rounds, so results differ only where the order of a sum decides the last bit.
+
+`MOEINF_TEST_LIBRARY` names another build of the library to test (scripts/sanitize.sh).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moeinf
+from families import FAMILIES, make_model
+from moeinf.dtypes import SAFETENSORS_NAMES
+from moeinf.errors import UnsupportedError
+from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
+from moeinf.kernels.native import NativeMaths, NativePool, NotNativeError
+from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.metamodel import is_experts_module
+
+LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else native.library_path()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
+
+VARIANTS = native.variants(LIBRARY) if LIBRARY else []
+DTYPES = [torch.bfloat16, torch.float32]
+NOT_NATIVE = {"beam": "activation", "inkling2_text": "activation"}
+"""Families that the library leaves to torch, in bfloat16, and what it lacks."""
+
+
+class Experts(nn.Module):
+    """An experts module with the flags of transformers' `use_experts_implementation`, and no weights."""
+
+    has_post_expert_norm = False
+
+    def __init__(
+        self, *, gate: str = "product", act: Any = F.silu, transposed: bool = False, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.gate, self.act_fn = gate, act
+        self.has_gate, self.has_bias, self.is_transposed = gate != "none", bias, transposed
+        self.is_concatenated = gate != "sigmoid"
+        if gate in ("clamped", "sigmoid"):
+            self.limit, self.alpha = 2.5, 1.702
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1) if self.is_concatenated else (both[..., ::2], both[..., 1::2])
+        if self.gate == "product":
+            return self.act_fn(gate) * up  # type: ignore[no-any-return]
+        gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        if self.gate == "clamped":
+            return self.act_fn(gate) * up  # type: ignore[no-any-return]
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return torch.square(F.relu(x))
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "silu": {},
+    "gelu": {"act": F.gelu},
+    "gelu-tanh": {"act": gelu_tanh, "bias": True},
+    "no-gate": {"gate": "none", "act": squared_relu},
+    "clamped": {"gate": "clamped"},
+    "gpt-oss": {"gate": "sigmoid", "transposed": True, "bias": True},
+    "transposed": {"transposed": True},
+    "interleaved": {"gate": "sigmoid"},
+}
+
+
+def make_layout(module: Experts, hidden: int, inner: int, dtype: torch.dtype) -> ExpertLayout:
+    up, name = (2 * inner, "gate_up_proj") if module.has_gate else (inner, "up_proj")
+    shapes: dict[str, tuple[int, ...]] = {name: (up, hidden), "down_proj": (hidden, inner)}
+    if module.is_transposed:
+        shapes = {key: shape[::-1] for key, shape in shapes.items()}
+    if module.has_bias:
+        shapes |= {f"{name}_bias": (up,), "down_proj_bias": (hidden,)}
+    specs, offset = [], 0
+    for key, shape in shapes.items():
+        specs.append(TensorSpec(key, SAFETENSORS_NAMES[dtype], shape, offset))
+        offset += specs[-1].nbytes
+    return ExpertLayout(0, tuple(specs))
+
+
+def make_expert(layout: ExpertLayout, generator: torch.Generator) -> Tensors:
+    """Tensors in a piece of memory of their own, so that reading past an expert's end is reading past a buffer's."""
+    memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    tensors = {}
+    for spec in layout.tensors:
+        dtype = torch.bfloat16 if spec.dtype == "BF16" else torch.float32
+        tensor = memory[spec.offset : spec.offset + spec.nbytes].view(dtype).view(spec.shape)
+        tensors[spec.name] = tensor.copy_(torch.randn(spec.shape, generator=generator) / spec.shape[-1] ** 0.5)
+    return tensors
+
+
+def compute(maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor, experts: list[Tensors]) -> torch.Tensor:
+    places = range(len(experts))
+    token = maths.token(hidden, weights)
+    token.compute(places, experts)
+    return token.total(places)
+
+
+def ulps_apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How many bfloat16 values lie between two of them."""
+    both = (tensor.view(torch.int16).int() for tensor in (found, wanted))
+    ordered = (torch.where(bits < 0, -(bits & 0x7FFF), bits) for bits in both)
+    return (next(ordered) - next(ordered)).abs()
+
+
+def assert_alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    if wanted.dtype == torch.float32:
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    else:
+        assert (ulps_apart(found, wanted) <= 1).float().mean() >= 0.999
+
+
+@pytest.fixture(params=VARIANTS)
+def pool(request: pytest.FixtureRequest) -> Iterator[NativePool]:
+    pool = NativePool(2, request.param, LIBRARY)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_is_torch_s(pool: NativePool, kind: str, dtype: torch.dtype) -> None:
+    module = Experts(**KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in ((1, 1), (7, 3), (33, 65), (64, 32), (130, 67), (515, 259)):
+        layout = make_layout(module, hidden_size, inner, dtype)
+        maths = NativeMaths(module, layout, pool)
+        assert maths.computed_by == f"native, {pool.variant}"
+        experts = [make_expert(layout, generator) for _ in range(3)]
+        for weights_dtype in DTYPES:
+            hidden = torch.randn(1, hidden_size, generator=generator).to(dtype)
+            weights = torch.rand(1, 3, generator=generator).to(weights_dtype)
+            assert_alike(
+                compute(maths, hidden, weights, experts), compute(ExpertMaths(module), hidden, weights, experts)
+            )
+
+
+@pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
+def test_nothing_depends_on_threads_or_on_the_order_of_arrival(kind: str) -> None:
+    module = Experts(**KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    layout = make_layout(module, 300, 200, torch.bfloat16)
+    experts = [make_expert(layout, generator) for _ in range(5)]
+    hidden, weights = torch.randn(1, 300, generator=generator).bfloat16(), torch.rand(1, 5, generator=generator)
+    results = []
+    for threads in (1, 2, 5):
+        pool = NativePool(threads, path=LIBRARY)
+        maths = NativeMaths(module, layout, pool)
+        for groups in ([[0, 1, 2, 3, 4]], [[3], [1, 4], [0, 2]], [[4], [3], [2], [1], [0]]):
+            token = maths.token(hidden, weights)
+            for group in groups:
+                token.compute(group, [experts[place] for place in group])
+            results.append(token.total([2, 0, 1, 4, 3]))
+        pool.close()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("kind", ["Inkling2Experts", "NemotronHExperts"])
+def test_sums_are_rounded_as_the_family_rounds_them(pool: NativePool, kind: str) -> None:
+    module = Experts()
+    module.__class__ = type(kind, (Experts,), {})
+    generator = torch.Generator().manual_seed(0)
+    layout = make_layout(module, 256, 64, torch.bfloat16)
+    experts = [make_expert(layout, generator) for _ in range(8)]
+    hidden = torch.randn(1, 256, generator=generator).bfloat16()
+    for dtype in DTYPES:
+        weights = torch.rand(1, 8, generator=generator).to(dtype)
+        wanted = compute(ExpertMaths(module), hidden, weights, experts)
+        found = compute(NativeMaths(module, layout, pool), hidden, weights, experts)
+        assert (found == wanted).float().mean() > 0.98
+
+
+def torch_adds_in_pairs() -> bool:
+    """Whether torch adds products of bfloat16 in the order that csrc/dot_pairs.c describes, on this processor."""
+    generator = torch.Generator().manual_seed(0)
+    width = 1100
+    x, weight = (torch.randn(rows, width, generator=generator).bfloat16() for rows in (1, 20000))
+    products = weight.float() * x.float()
+    total = torch.zeros(len(weight))
+    for start in range(0, width, 512):
+        chain = torch.zeros(len(weight))
+        for i in range(start, min(start + 512, width), 2):
+            chain = chain + products[:, i + 1] + products[:, i]
+        total = total + chain
+    return torch.equal(F.linear(x, weight)[0], total.bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
+def test_the_output_of_a_real_layer_is_torch_s(pool: NativePool, kind: str) -> None:
+    """Within one bfloat16 of torch's for 99.9 % of the outputs; the same where the library adds in torch's order."""
+    generator = torch.Generator().manual_seed(0)
+    module = Experts(**KINDS[kind])
+    layout = make_layout(module, 2048, 768, torch.bfloat16)
+    experts = [make_expert(layout, generator) for _ in range(8)]
+    found, wanted = [], []
+    for _ in range(4):
+        hidden = torch.randn(1, 2048, generator=generator).bfloat16()
+        weights = torch.rand(1, 8, generator=generator).softmax(-1)
+        found.append(compute(NativeMaths(module, layout, pool), hidden, weights, experts))
+        wanted.append(compute(ExpertMaths(module), hidden, weights, experts))
+    assert_alike(torch.cat(found), torch.cat(wanted))
+    if (pool.variant == "avx512bf16" or module.is_transposed) and torch_adds_in_pairs():
+        assert torch.equal(torch.cat(found), torch.cat(wanted))
+
+
+def test_infinities_and_nans_come_through(pool: NativePool) -> None:
+    module = Experts()
+    layout = make_layout(module, 64, 33, torch.bfloat16)
+    experts = [make_expert(layout, torch.Generator().manual_seed(0))]
+    for value in (float("inf"), float("nan"), 3e38):
+        hidden = torch.ones(1, 64, dtype=torch.bfloat16)
+        hidden[0, 5] = value
+        found = compute(NativeMaths(module, layout, pool), hidden, torch.ones(1, 1), experts)
+        wanted = compute(ExpertMaths(module), hidden, torch.ones(1, 1), experts)
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.isinf(), wanted.isinf())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.filterwarnings("ignore")  # what transformers says about families of its
+def test_which_families_are_native(family: str) -> None:
+    experts = [module for module in make_model(family).modules() if is_experts_module(module)]
+    pool = NativePool(1, path=LIBRARY)
+    try:
+        for module in experts:
+            specs, offset = [], 0
+            for name, tensor in module.named_parameters(recurse=False):
+                specs.append(TensorSpec(name, SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape[1:]), offset))
+                offset += specs[-1].nbytes
+            layout = ExpertLayout(0, tuple(specs))
+            if family in NOT_NATIVE:
+                with pytest.raises(NotNativeError, match=NOT_NATIVE[family]):
+                    NativeMaths(module, layout, pool)
+            else:
+                NativeMaths(module, layout, pool)
+    finally:
+        pool.close()
+
+
+def test_what_the_library_cannot_do_is_said() -> None:
+    module, normed = Experts(), Experts(act=torch.sin)
+    halves = make_layout(module, 8, 8, torch.float16)
+    layout = make_layout(module, 8, 8, torch.bfloat16)
+    with ExitStack() as stack:
+        assert [maths.computed_by for maths in choose_maths([module], halves, "auto", stack)] == [
+            "torch: it does not compute experts in F16"
+        ]
+        both = choose_maths([module, normed], layout, "auto", stack)
+        assert [maths.computed_by.split(",")[0] for maths in both] == [
+            "native",
+            "torch: it does not have the activation of Experts",
+        ]
+        with pytest.raises(UnsupportedError, match="--kernels native: it does not compute experts in F16") as caught:
+            choose_maths([module], halves, "native", stack)
+        assert caught.value.hint == "leave --kernels out, or give --kernels torch"
+        assert [maths.computed_by for maths in choose_maths([module], layout, "torch", stack)] == ["torch"]
+
+
+def test_without_the_library_torch_computes(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library_path", lambda: None)
+    with moeinf.load(tiny) as engine:
+        reason = "the native library is not built; install moeinf where there is a C compiler"
+        assert engine.stats().kernels == f"torch: {reason}"
+    with pytest.raises(UnsupportedError, match="--kernels native: the native library is not built"):
+        moeinf.load(tiny, kernels="native")
+
+
+@pytest.mark.parametrize("bytes_", [b"", b"nothing that could be loaded"])
+def test_a_library_that_cannot_be_loaded_is_an_error(tmp_path: Path, bytes_: bytes) -> None:
+    path = tmp_path / "library.so"
+    path.write_bytes(bytes_)
+    with pytest.raises(NotNativeError, match="cannot be loaded"):
+        NativePool(1, path=path)
+
+
+def test_the_demo_says_the_same_with_either() -> None:
+    tokens = {}
+    for kernels in ("torch", "native"):
+        with moeinf.load("demo", kernels=kernels, experts="25%") as engine:
+            assert engine.stats().kernels.startswith(kernels)
+            engine.generation_config.eos_token_id = None
+            prompt = engine.tokenizer("The capital of France is")["input_ids"]
+            sampling = moeinf.Sampling(max_tokens=256, temperature=0)
+            tokens[kernels] = engine.session().generate(prompt, sampling).tokens
+    assert len(tokens["torch"]) == 256
+    agreed = 256 if torch_adds_in_pairs() else 8  # where the last bits differ, a tie may be broken otherwise
+    assert tokens["native"][:agreed] == tokens["torch"][:agreed]
+
+
+def test_reading_memory_reads_all_of_it(pool: NativePool) -> None:
+    memory = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = np.bitwise_xor.reduce(memory.numpy().view(np.uint32))
+    assert pool.read(memory) == words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads where Linux shows them")
+def test_threads_sleep_between_steps_and_end_with_the_pool() -> None:
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = threads()
+    pool = NativePool(3, path=LIBRARY)
+    assert threads() == before + 2
+    pool.read(torch.zeros(1 << 20, dtype=torch.uint8))
+    begin = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - begin < 0.1
+    pool.close()
+    pool.close()
+    deadline = time.monotonic() + 10
+    while threads() != before and time.monotonic() < deadline:  # Linux shows a thread a moment longer than it lives
+        time.sleep(0.01)
+    assert threads() == before
