@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 
 import moeinf
+from moeinf.cache import CacheCounters
 from moeinf.datasets import read_prompts
 from moeinf.generation import Sampling
 from moeinf.policies import POLICIES
 from moeinf.recorder import Recorder
+from moeinf.simulate import BELADY, events, replay
 from moeinf.store import TRACES_FOLDER, Store
-from moeinf.trace import ModelIdentity
+from moeinf.trace import ModelIdentity, Trace
 
 MODEL = "demo"
 MODES = ("off", "gate", "eam", "auto")
@@ -56,24 +58,34 @@ def prompts(count: int, dataset: str = "default-held-out") -> list[list[int]]:
 
 def modes(texts: Sequence[list[int]], tokens: int) -> None:
     print("| size | policy | prefetch | found in memory | on its way | ms per token |\n|---|---|---|--:|--:|--:|")
+    trace = _record(texts, tokens)
     for size in SIZES:
+        slots = round(sum(trace.layer_sizes) * int(size[:-1]) / 100)
+        bound = replay(list(events(trace)), trace.layer_sizes, BELADY, slots)
+        print(f"| {size} | {BELADY} | | {bound.hit_rate:.1%} | | |", flush=True)
         for policy in sorted(POLICIES):
             for mode in MODES:
-                hits = waits = requests = 0
-                times = []
-                with engine(experts=size, policy=policy, prefetch=mode) as loaded:
+                with engine(experts=str(slots), policy=policy, prefetch=mode) as loaded:
+                    counters, times = CacheCounters(), []
                     for text in texts:
-                        completion = answer(loaded, text, tokens)
-                        times.append(completion.stats.tpot_s)
-                        decode = loaded.runtime.decode
-                        hits, waits, requests = (
-                            hits + decode.hits, waits + decode.waits, requests + decode.requests,
-                        )  # fmt: skip
+                        times.append(answer(loaded, text, tokens).stats.tpot_s)
+                        counters.hits += loaded.runtime.decode.hits
+                        counters.waits += loaded.runtime.decode.waits
+                        counters.misses += loaded.runtime.decode.misses
                 print(
-                    f"| {size} | {policy} | {mode} | {hits / requests:.1%} | {waits / requests:.1%}"
-                    f" | {statistics.median(times) * 1000:.2f} |",
+                    f"| {size} | {policy} | {mode} | {counters.hits / counters.requests:.1%}"
+                    f" | {counters.waits / counters.requests:.1%} | {statistics.median(times) * 1000:.2f} |",
                     flush=True,
                 )
+
+
+def _record(texts: Sequence[list[int]], tokens: int) -> Trace:
+    with engine(prefetch="off") as loaded:
+        recorder = Recorder(ModelIdentity.of(MODEL, loaded.manifest))
+        loaded.runtime.recorder = recorder
+        for text in texts:
+            answer(loaded, text, tokens)
+        return recorder.trace()
 
 
 def in_turn(texts: Sequence[list[int]], tokens: int, **kinds: Callable[[], object]) -> dict[str, list[float]]:
