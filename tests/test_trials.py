@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeinf.trials import _LEAST_ASKS, _SETTLED_TOKENS, _TRIAL_TOKENS, Trials
+from moeinf.trials import _GLANCE_TOKENS, _LEAST_ASKS, _SETTLED_TOKENS, _TRIAL_TOKENS, Trials
 
 LAYERS = 3
 
@@ -23,7 +23,7 @@ def run(trials: Trials, tokens: int, costs: dict[str, tuple[float, float]]) -> l
 @pytest.mark.parametrize("best", ["off", "eam", "gate"])
 def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
     trials = Trials(["off", "eam", "gate"])
-    costs = {way: (0.0 if way == "off" else 0.1, 1.0 if way == best else 2.0) for way in ("off", "eam", "gate")}
+    costs = {way: (0.0 if way == "off" else 0.1, 1.0 if way == best else 1.3) for way in ("off", "eam", "gate")}
     tried = run(trials, 3 * _TRIAL_TOKENS, costs)
     assert [tried.count(way) for way in costs] == [_TRIAL_TOKENS] * 3
     assert tried[:6] == ["off", "eam", "gate"] * 2  # in turn
@@ -35,10 +35,18 @@ def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
 def test_what_cannot_win_is_out_at_once() -> None:
     """Foreseeing that takes longer than all the waiting without it."""
     trials = Trials(["off", "eam", "gate"])
-    costs = {"off": (0.0, 1.0), "eam": (0.1, 0.2), "gate": (1.5, 0.0)}
+    costs = {"off": (0.0, 1.0), "eam": (0.1, 0.7), "gate": (1.5, 0.0)}
     tried = run(trials, 4 * _TRIAL_TOKENS, costs)
     assert tried.count("gate") == -(-_LEAST_ASKS // LAYERS)
     assert tried[-_TRIAL_TOKENS:] == ["eam"] * _TRIAL_TOKENS
+
+
+def test_what_is_far_behind_is_out_soon() -> None:
+    trials = Trials(["off", "eam", "gate"])
+    costs = {"off": (0.0, 5.0), "eam": (0.1, 1.2), "gate": (0.1, 0.9)}
+    tried = run(trials, 2 * _TRIAL_TOKENS + _GLANCE_TOKENS, costs)
+    assert [tried.count(way) for way in costs] == [_GLANCE_TOKENS, _TRIAL_TOKENS, _TRIAL_TOKENS]
+    assert trials.way == "gate"
 
 
 def test_a_slow_first_ask_decides_nothing() -> None:

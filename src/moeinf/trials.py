@@ -15,6 +15,9 @@ _TRIAL_TOKENS = 6
 """So many tokens go each way before the best is chosen."""
 _SETTLED_TOKENS = 256
 """So many go the best way before all are tried again: the text, the cache and the machine have changed by then."""
+_GLANCE_TOKENS = 2
+_HOPELESS = 1.5
+"""A way that after so many tokens costs so many times what the best one does is tried no longer."""
 _LEAST_ASKS = 4
 """The first asks are slower than those that follow: a way is judged by its fastest after so many."""
 
@@ -39,7 +42,7 @@ class Trials:
     """Chooses among `ways`, of which the first foresees nothing; it changes its mind between tokens only.
 
     Ways take turns, token by token, so that all of them meet the same text and the same cache. One that spends more on
-    foreseeing than all the waiting without it cannot win, and is out at once.
+    foreseeing than all the waiting without it cannot win, and is out at once; so is one that is far behind.
     """
 
     def __init__(self, ways: Sequence[str]) -> None:
@@ -88,3 +91,6 @@ class Trials:
             account = self._accounts[way]
             if account.layers >= _LEAST_ASKS and account.fastest_s > least:
                 self._candidates.remove(way)
+        if all(self._accounts[way].tokens >= _GLANCE_TOKENS for way in self._candidates):
+            best = min(self._accounts[way].layer_s for way in self._candidates)
+            self._candidates = [way for way in self._candidates if self._accounts[way].layer_s <= _HOPELESS * best]
