@@ -31,7 +31,8 @@ _TESTED = """\
 
 For a tiny random checkpoint of each of these {count} model types, saved, pulled and loaded, in float32 and in bfloat16
 on the CPU with `--kernels torch`, logits are equal bit for bit to those of eager experts in transformers and 32
-greedy tokens are the same: with the fewest slots that can work, with a quarter of all experts, and with all of them, while reads take random
+greedy tokens are the same: with the fewest slots that can work, with a quarter of all experts, and with all of them,
+while reads take random
 times (tests/test_exact.py).
 """
 
