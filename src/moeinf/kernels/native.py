@@ -48,6 +48,8 @@ class NativeLayer(ctypes.Structure):
 
     _fields_ = (
         ("dtype", c_int32),
+        ("weights", c_int32),
+        ("group", c_int32),
         ("gate", c_int32),
         ("activation", c_int32),
         ("is_transposed", c_int32),
@@ -57,8 +59,10 @@ class NativeLayer(ctypes.Structure):
         ("hidden", c_int64),
         ("inner", c_int64),
         ("up", c_int64),
+        ("up_scales", c_int64),
         ("up_bias", c_int64),
         ("down", c_int64),
+        ("down_scales", c_int64),
         ("down_bias", c_int64),
     )
 
