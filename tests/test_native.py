@@ -157,6 +157,23 @@ def test_the_output_is_torch_s(pool: NativePool, kind: str, dtype: torch.dtype) 
             )
 
 
+@pytest.mark.parametrize("kind", ["silu", "no-gate", "clamped", "gpt-oss"])
+def test_activations_are_torch_s_for_every_bfloat16(kind: str) -> None:
+    module = Experts(**KINDS[kind])
+    values = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+    values = values[values.isfinite()]
+    others = torch.full_like(values, 0.75)
+    both = torch.stack((values, others)) if module.has_gate else values[None]
+    both = both.t().flatten()[None] if not module.is_concatenated else both.flatten()[None]
+    pool = NativePool(1, path=LIBRARY)
+    maths = NativeMaths(module, make_layout(module, 8, len(values), torch.bfloat16), pool)
+    projected, found = both.float(), torch.empty(1, len(values))
+    pool.library.moe_activate(maths.layer, projected.data_ptr(), found.data_ptr())
+    pool.close()
+    wanted = (module._apply_gate(both) if module.has_gate else module.act_fn(both)).float()
+    assert torch.equal(found.nan_to_num(1e30), wanted.nan_to_num(1e30))
+
+
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
 def test_nothing_depends_on_threads_or_on_the_order_of_arrival(kind: str) -> None:
     module = Experts(**KINDS[kind])

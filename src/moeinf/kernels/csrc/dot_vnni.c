@@ -38,7 +38,8 @@ static inline void pack(const float *values, size_t count, chunk *chunks, size_t
         size_t end = first + GROUP < count ? first + GROUP : count;
         float largest = 0, odd = 0; /* odd: 0, or NaN if any value is not finite */
         for (size_t i = first; i < end; i++) {
-            largest = fmaxf(largest, fabsf(values[i]));
+            float size = fabsf(values[i]);
+            largest = size > largest ? size : largest;
             odd += 0 * values[i];
         }
         float inverse = largest > 0 && odd == 0 ? LARGEST / largest : 0;
