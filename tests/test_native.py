@@ -369,6 +369,18 @@ def test_a_library_that_cannot_be_loaded_is_an_error(tmp_path: Path, bytes_: byt
         NativePool(1, path=path)
 
 
+def test_a_closed_pool_leaves_the_maths_to_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = Experts()
+    layout = make_layout(module, 64, 32, torch.bfloat16)
+    pool = NativePool(1, path=LIBRARY)
+    maths = NativeMaths(module, layout, pool)
+    pool.close()
+    experts = [make_expert(layout, generator)]
+    hidden, weights = torch.randn(1, 64, generator=generator).bfloat16(), torch.ones(1, 1)
+    assert torch.equal(compute(maths, hidden, weights, experts), compute(ExpertMaths(module), hidden, weights, experts))
+
+
 def test_the_demo_says_the_same_with_either() -> None:
     tokens = {}
     for kernels in ("torch", "native"):

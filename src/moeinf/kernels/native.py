@@ -137,7 +137,8 @@ class NativePool:
 
 
 class NativeMaths(ExpertMaths):
-    """The experts of one MoE layer: one token by the library, many by torch.
+    """The experts of one MoE layer: one token by the library, many by torch, which also takes over when the pool is
+    closed.
 
     Raises NotNativeError when the library cannot compute them.
     """
@@ -152,7 +153,7 @@ class NativeMaths(ExpertMaths):
         self._recognise_activation(module)
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
-        if hidden.dtype != self.dtype or weights.dtype not in _DTYPES:
+        if hidden.dtype != self.dtype or weights.dtype not in _DTYPES or self.pool.handle is None:
             return super().token(hidden, weights)
         return _NativeToken(self, hidden, weights)
 
