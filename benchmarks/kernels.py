@@ -2,10 +2,12 @@
 this machine reads memory.
 
     python benchmarks/kernels.py
+    python benchmarks/kernels.py --weights int4
     python benchmarks/kernels.py --shapes small --busy 2     # two other programs want the cores
 
 Every step takes the next experts of a working set far beyond the cache. Reading, torch and native take turns, so what
-else the machine does meets all three. Prints the median time per layer and the rate at which weights are read.
+else the machine does meets all three. Prints the median time per layer and the rate at which weights are read. With
+whole numbers for weights, torch's side is its own kernels for them, and the two projections alone.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ from torch import nn
 
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
+from moeinf.kernels.quantized import quantize
 from moeinf.manifest import ExpertLayout, TensorSpec
-from moeinf.transfer import SlotPool
 
 GB = 1e9
 TURN = 16
 """Layers that each computes before it is another's turn."""
+BITS = {"bf16": 16, "int8": 8, "int4": 4}
+GROUP = 64
+COPIES = 4
+"""Experts that differ; the others are copies of them, each with memory of its own."""
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,8 @@ class Shape:
         up, down = (2 * self.inner, self.hidden), (self.hidden, self.inner)
         if self.is_transposed:
             up, down = up[::-1], down[::-1]
-        return ExpertLayout(
-            0,
-            (TensorSpec("gate_up_proj", "BF16", up, 0), TensorSpec("down_proj", "BF16", down, 4 * up[0] * up[1] // 2)),
-        )
+        first = TensorSpec("gate_up_proj", "BF16", up, 0)
+        return ExpertLayout(0, (first, TensorSpec("down_proj", "BF16", down, first.nbytes)))
 
 
 SHAPES = {
@@ -79,11 +85,25 @@ class Experts(nn.Module):
         return F.silu(gate) * up
 
 
+class NumberMaths(NativeMaths):
+    """Native experts in whole numbers; an expert is one tensor of bytes."""
+
+    def __init__(self, shape: Shape, bits: int, pool: NativePool) -> None:
+        super().__init__(Experts(shape), shape.layout, pool)
+        up, down = 2 * shape.inner * shape.hidden, shape.hidden * shape.inner
+        sizes = up * bits // 8, up // GROUP * 2, down * bits // 8, down // GROUP * 2
+        layer = self.layer
+        layer.weights, layer.group = {8: 1, 4: 2}[bits], GROUP
+        layer.up, layer.up_scales, layer.down, layer.down_scales = (sum(sizes[:number]) for number in range(4))
+        self._anchor, self._offset = "all", 0
+
+
 @dataclass(frozen=True)
 class Result:
     """Medians of one shape: bytes per second of reading, and seconds per layer of torch and native maths."""
 
     shape: str
+    weights: str
     layer_bytes: int
     read_rate: float
     torch_s: float
@@ -94,6 +114,46 @@ class Result:
         return self.layer_bytes / self.native_s / self.read_rate
 
 
+def make_expert(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        spec.name: torch.empty(spec.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        for spec in shape.layout.tensors
+    }
+
+
+def as_bytes(expert: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """The expert as the native library reads it."""
+    parts = list(expert.values())
+    if bits < 16:
+        parts = [part for tensor in expert.values() for part in quantize(tensor, bits, GROUP)]
+    return torch.cat([part.flatten().view(torch.uint8) for part in parts])
+
+
+def torch_weights(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numbers, factors) as torch's own kernels want them: a factor per row of int8, or per group of int4."""
+    rows, width = weight.shape
+    if bits == 8:
+        factors = weight.float().abs().amax(1) / 127
+        return (weight.float() / factors[:, None]).round().to(torch.int8), factors.bfloat16()
+    numbers = torch.randint(0, 16, (rows, width), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+    return packed, torch.full((width // GROUP, rows, 2), 0.01, dtype=torch.bfloat16)
+
+
+def torch_numbers(hidden: torch.Tensor, experts: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    for (up, up_factors), (down, down_factors) in experts:
+        if up.dtype == torch.int8:
+            both = torch.ops.aten._weight_int8pack_mm(hidden, up, up_factors)
+        else:
+            both = torch.ops.aten._weight_int4pack_mm_for_cpu(hidden, up, GROUP, up_factors)
+        gate, inner = both.chunk(2, dim=-1)
+        inner = F.silu(gate) * inner
+        if up.dtype == torch.int8:
+            torch.ops.aten._weight_int8pack_mm(inner, down, down_factors)
+        else:
+            torch.ops.aten._weight_int4pack_mm_for_cpu(inner, down, GROUP, down_factors)
+
+
 def token(maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor, experts: list[Tensors]) -> torch.Tensor:
     places = range(len(experts))
     step = maths.token(hidden, weights)
@@ -101,42 +161,66 @@ def token(maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor, exper
     return step.total(places)
 
 
-def measure(name: str, shape: Shape, pool: NativePool, working_set: int, repeats: int) -> Result:
-    layout = shape.layout
-    slots = SlotPool(layout, max(2 * shape.top_k, working_set // layout.nbytes))
-    experts: list[Tensors] = [slots.tensors(slot) for slot in range(working_set // layout.nbytes)]
+def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats: int) -> Result:
+    shape, bits = SHAPES[name], BITS[weights]
     generator = torch.Generator().manual_seed(0)
-    for expert in experts:
-        for tensor in expert.values():
-            tensor.normal_(0, 0.02, generator=generator)
-    size, layer_bytes = slots.slot_bytes * len(experts), shape.top_k * slots.slot_bytes
-    memory = torch.frombuffer(slots._buffer, dtype=torch.uint8, count=size)
-    module = Experts(shape)
-    hidden = torch.randn(1, shape.hidden, generator=generator).to(torch.bfloat16)
-    weights = torch.full((1, shape.top_k), 1 / shape.top_k)
-    starts = range(0, len(experts) - shape.top_k + 1, shape.top_k)
+    samples = [make_expert(shape, generator) for _ in range(COPIES)]
+    images = [as_bytes(sample, bits) for sample in samples]
+    size = images[0].numel()
+    count = max(2, working_set // (size * shape.top_k)) * shape.top_k
+    memory = torch.empty(count, size, dtype=torch.uint8)
+    for number in range(count):
+        memory[number] = images[number % COPIES]
+    hidden = torch.randn(1, shape.hidden, generator=generator).bfloat16()
+    shares = torch.full((1, shape.top_k), 1 / shape.top_k)
+    groups = [range(start, start + shape.top_k) for start in range(0, count, shape.top_k)]
 
-    def compute(maths: ExpertMaths) -> Iterator[Callable[[], object]]:
-        for start in cycle(starts):
-            yield partial(token, maths, hidden, weights, experts[start : start + shape.top_k])
+    def native() -> Iterator[Call]:
+        if bits < 16:
+            maths: NativeMaths = NumberMaths(shape, bits, pool)
+            experts: list[Tensors] = [{"all": image} for image in memory]
+        else:
+            maths = NativeMaths(Experts(shape), shape.layout, pool)
+            experts = [views(shape, image) for image in memory]
+        for group in cycle(groups):
+            yield partial(token, maths, hidden, shares, [experts[number] for number in group])
 
-    turns: dict[str, Iterator[Callable[[], object]]] = {
-        "read": (
-            partial(pool.read, memory[at : at + layer_bytes])
-            for at in cycle(range(0, size - layer_bytes + 1, layer_bytes))
-        ),
-        "torch": compute(ExpertMaths(module)),
-        "native": compute(NativeMaths(module, layout, pool)),
+    def reference() -> Iterator[Call]:
+        if bits < 16:
+            made = [[torch_weights(tensor, bits) for tensor in sample.values()] for sample in samples]
+            all_numbers = [
+                [(numbers.clone(), factors.clone()) for numbers, factors in made[number % COPIES]]
+                for number in range(count)
+            ]
+            for group in cycle(groups):
+                yield partial(torch_numbers, hidden, [all_numbers[number] for number in group])
+        maths = ExpertMaths(Experts(shape))
+        experts = [views(shape, image) for image in memory]
+        for group in cycle(groups):
+            yield partial(token, maths, hidden, shares, [experts[number] for number in group])
+
+    turns: dict[str, Iterator[Call]] = {
+        "read": (partial(pool.read, memory[group.start : group.stop]) for group in cycle(groups)),
+        "torch": reference(),
+        "native": native(),
     }
     times: dict[str, list[float]] = {kind: [] for kind in turns}
     for _ in range(repeats):
         for kind, calls in turns.items():
             times[kind] += [timed(call) for call in islice(calls, TURN)]
     read_s, torch_s, native_s = (statistics.median(figures) for figures in times.values())
-    return Result(name, layer_bytes, layer_bytes / read_s, torch_s, native_s)
+    layer_bytes = shape.top_k * size
+    return Result(name, weights, layer_bytes, layer_bytes / read_s, torch_s, native_s)
 
 
-def timed(call: Callable[[], object]) -> float:
+def views(shape: Shape, image: torch.Tensor) -> Tensors:
+    return {
+        spec.name: image[spec.offset : spec.offset + spec.nbytes].view(torch.bfloat16).view(spec.shape)
+        for spec in shape.layout.tensors
+    }
+
+
+def timed(call: Call) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
@@ -165,24 +249,27 @@ def busy(count: int) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--weights", choices=BITS, default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--working-set", type=float, default=2.0, metavar="GB")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--busy", type=int, default=0, help="programs beside it that never rest")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.weights != "bf16":
+        arguments.shapes = [name for name in arguments.shapes if not SHAPES[name].is_transposed]
     torch.set_num_threads(arguments.threads)
     pool = NativePool(arguments.threads)
     results = []
     with torch.inference_mode(), busy(arguments.busy):
         for name in arguments.shapes:
             size = int(arguments.working_set * GB)
-            results.append(measure(name, SHAPES[name], pool, size, arguments.repeats))
+            results.append(measure(name, arguments.weights, pool, size, arguments.repeats))
     pool.close()
     if arguments.json:
         print(json.dumps([asdict(result) for result in results]))
         return
-    print(f"{pool.variant}, {arguments.threads} threads, {arguments.busy} busy programs beside it")
+    print(f"{arguments.weights}, {pool.variant}, {arguments.threads} threads, {arguments.busy} busy programs beside it")
     for found in results:
         rate = found.layer_bytes / found.native_s / GB
         print(

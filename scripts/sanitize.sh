@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 : "${PYTHON:=.venv/bin/python}" "${CC:=gcc}"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$CC" -std=c11 -g -O1 -Wall -Wextra -Wpedantic -Werror -ffp-contract=fast -fno-omit-frame-pointer -fvisibility=hidden \
+"$CC" -std=c11 -g -O1 -Wall -Wextra -Wpedantic -Werror -ffp-contract=fast -fno-math-errno -fno-omit-frame-pointer -fvisibility=hidden \
     -fsanitize=address,undefined -fno-sanitize-recover=all -shared -fPIC -pthread \
     src/moeinf/kernels/csrc/*.c -o "$work/moe.so" -lm
 # Python itself leaks on purpose; and the sanitizer's allocator has to be the first.

@@ -26,6 +26,7 @@ from moeinf.dtypes import SAFETENSORS_NAMES
 from moeinf.errors import UnsupportedError
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import NativeMaths, NativePool, NotNativeError
+from moeinf.kernels.quantized import GROUPS, dequantize, quantize
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.metamodel import is_experts_module
 
@@ -156,6 +157,23 @@ def test_the_output_is_torch_s(pool: NativePool, kind: str, dtype: torch.dtype) 
             )
 
 
+@pytest.mark.parametrize("kind", ["silu", "no-gate", "clamped", "gpt-oss"])
+def test_activations_are_torch_s_for_every_bfloat16(kind: str) -> None:
+    module = Experts(**KINDS[kind])
+    values = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+    values = values[values.isfinite()]
+    others = torch.full_like(values, 0.75)
+    both = torch.stack((values, others)) if module.has_gate else values[None]
+    both = both.t().flatten()[None] if not module.is_concatenated else both.flatten()[None]
+    pool = NativePool(1, path=LIBRARY)
+    maths = NativeMaths(module, make_layout(module, 8, len(values), torch.bfloat16), pool)
+    projected, found = both.float(), torch.empty(1, len(values))
+    pool.library.moe_activate(maths.layer, projected.data_ptr(), found.data_ptr())
+    pool.close()
+    wanted = (module._apply_gate(both) if module.has_gate else module.act_fn(both)).float()
+    assert torch.equal(found.nan_to_num(1e30), wanted.nan_to_num(1e30))
+
+
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
 def test_nothing_depends_on_threads_or_on_the_order_of_arrival(kind: str) -> None:
     module = Experts(**KINDS[kind])
@@ -222,6 +240,63 @@ def test_the_output_of_a_real_layer_is_torch_s(pool: NativePool, kind: str) -> N
     assert_alike(torch.cat(found), torch.cat(wanted))
     if (pool.variant == "avx512bf16" or module.is_transposed) and torch_adds_in_pairs():
         assert torch.equal(torch.cat(found), torch.cat(wanted))
+
+
+class QuantizedMaths(NativeMaths):
+    """Experts in whole numbers: `as_numbers` brings an expert's tensors into the form that `layer` then describes."""
+
+    def __init__(self, module: Experts, layout: ExpertLayout, pool: NativePool, bits: int, group: int) -> None:
+        super().__init__(module, layout, pool)
+        self.bits, self.group = bits, group
+        self.layer.weights, self.layer.group = {8: 1, 4: 2}[bits], group
+
+    def as_numbers(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        """(the expert for the library, the same expert's weights as torch computes with them)."""
+        parts, plain, offset = [], dict(tensors), 0
+        for field, name in (("up", self._up), ("down", "down_proj")):
+            numbers, factors = quantize(tensors[name], self.bits, self.group)
+            width = tensors[name].shape[1]
+            plain[name] = dequantize(numbers, factors, self.bits, self.group, width)
+            numbers = F.pad(numbers.flatten(), (0, numbers.numel() % 2))
+            for suffix, part in (("", numbers), ("_scales", factors.view(torch.uint8).flatten())):
+                setattr(self.layer, field + suffix, offset)
+                parts.append(part)
+                offset += part.numel()
+        self._anchor, self._offset = "all", 0
+        return {"all": torch.cat(parts)}, plain
+
+
+@pytest.mark.parametrize("kind", ["silu", "no-gate"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", GROUPS)
+def test_experts_in_whole_numbers(pool: NativePool, kind: str, bits: int, group: int) -> None:
+    """Against float32 maths with the same weights: what lies between the projections is rounded to 16 bits at most."""
+    module = Experts(**KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in ((1, 1), (33, 65), (96, 32), (259, 130), (640, 384)):
+        layout = make_layout(module, hidden_size, inner, torch.float32)
+        maths = QuantizedMaths(module, layout, pool, bits, group)
+        both = [maths.as_numbers(make_expert(layout, generator)) for _ in range(3)]
+        hidden = torch.randn(1, hidden_size, generator=generator)
+        weights = torch.rand(1, 3, generator=generator)
+        found = compute(maths, hidden, weights, [numbers for numbers, _ in both])
+        wanted = compute(ExpertMaths(module), hidden, weights, [plain for _, plain in both])
+        assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+
+
+def test_quantising_keeps_what_it_can() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 131, generator=generator).bfloat16()
+    weight[1] = 0
+    for bits, error in ((8, 0.5 / 127), (4, 0.5 / 7)):
+        numbers, factors = quantize(weight, bits, 32)
+        assert numbers.shape == (5, 131 if bits == 8 else 66)
+        back = dequantize(numbers, factors, bits, 32, 131)
+        padded = F.pad(weight.float(), (0, 29)).view(5, 5, 32)
+        largest = padded.abs().amax(-1).repeat_interleave(32, 1)[:, :131]
+        assert ((back - weight.float()).abs() <= 1.01 * error * largest).all()
+        again, _ = quantize(back, bits, 32)
+        assert torch.equal(again, numbers)
 
 
 def test_infinities_and_nans_come_through(pool: NativePool) -> None:
@@ -292,6 +367,18 @@ def test_a_library_that_cannot_be_loaded_is_an_error(tmp_path: Path, bytes_: byt
     path.write_bytes(bytes_)
     with pytest.raises(NotNativeError, match="cannot be loaded"):
         NativePool(1, path=path)
+
+
+def test_a_closed_pool_leaves_the_maths_to_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = Experts()
+    layout = make_layout(module, 64, 32, torch.bfloat16)
+    pool = NativePool(1, path=LIBRARY)
+    maths = NativeMaths(module, layout, pool)
+    pool.close()
+    experts = [make_expert(layout, generator)]
+    hidden, weights = torch.randn(1, 64, generator=generator).bfloat16(), torch.ones(1, 1)
+    assert torch.equal(compute(maths, hidden, weights, experts), compute(ExpertMaths(module), hidden, weights, experts))
 
 
 def test_the_demo_says_the_same_with_either() -> None:

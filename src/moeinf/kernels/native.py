@@ -48,6 +48,8 @@ class NativeLayer(ctypes.Structure):
 
     _fields_ = (
         ("dtype", c_int32),
+        ("weights", c_int32),
+        ("group", c_int32),
         ("gate", c_int32),
         ("activation", c_int32),
         ("is_transposed", c_int32),
@@ -57,8 +59,10 @@ class NativeLayer(ctypes.Structure):
         ("hidden", c_int64),
         ("inner", c_int64),
         ("up", c_int64),
+        ("up_scales", c_int64),
         ("up_bias", c_int64),
         ("down", c_int64),
+        ("down_scales", c_int64),
         ("down_bias", c_int64),
     )
 
@@ -133,7 +137,8 @@ class NativePool:
 
 
 class NativeMaths(ExpertMaths):
-    """The experts of one MoE layer: one token by the library, many by torch.
+    """The experts of one MoE layer: one token by the library, many by torch, which also takes over when the pool is
+    closed.
 
     Raises NotNativeError when the library cannot compute them.
     """
@@ -148,7 +153,7 @@ class NativeMaths(ExpertMaths):
         self._recognise_activation(module)
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
-        if hidden.dtype != self.dtype or weights.dtype not in _DTYPES:
+        if hidden.dtype != self.dtype or weights.dtype not in _DTYPES or self.pool.handle is None:
             return super().token(hidden, weights)
         return _NativeToken(self, hidden, weights)
 

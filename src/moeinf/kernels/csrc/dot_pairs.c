@@ -23,7 +23,7 @@ enum {
 };
 
 void pack_pairs(const float *values, size_t count, void *packed) {
-    for (size_t i = 0; i < padded(count); i++)
+    for (size_t i = 0; i < PAD; i++)
         ((uint16_t *)packed)[i] = i < count ? to_bf16(values[i]) : 0;
 }
 

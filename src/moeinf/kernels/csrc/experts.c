@@ -8,10 +8,10 @@
 #include <stdlib.h>
 
 /* A ticket is so much of one expert, little enough that a thread which loses its core holds up little.
- * Of weights that are [out, in], BLOCK outputs; a multiple of PAD, so that what a ticket makes is packed by itself.
+ * Of weights that are [out, in], PAD outputs, which are then laid out together as the next kernel wants them.
  * Of weights that are [in, out], CHAIN inputs and some RUN outputs, because memory is read best in long runs; the last
  * ticket to end adds up the chains. */
-enum { BLOCK = 2 * PAD, RUN = 3072, READ_BYTES = 1 << 20 };
+enum { RUN = 3072, READ_BYTES = 1 << 20 };
 
 struct moe_pool {
     pool *threads;
@@ -22,7 +22,7 @@ struct moe_pool {
 
 /* One of an expert's two projections. */
 typedef struct {
-    int64_t weight, bias; /* as in moe_layer */
+    int64_t weight, scales, bias; /* as in moe_layer */
     size_t inputs, outputs;
     size_t tickets; /* per expert */
     size_t chains;  /* these three where weights are [in, out] */
@@ -41,8 +41,7 @@ typedef struct {
     float *rows;
     size_t count;
     projection up, down;
-    void (*pack)(const float *values, size_t count, void *packed);
-    size_t x_bytes;    /* of a packed value */
+    packing packing; /* of x and inner */
     char *x;           /* the hidden state, packed */
     char *inner;       /* per expert, packed: what is between the projections */
     size_t inner_size; /* bytes of one expert's */
@@ -66,17 +65,34 @@ static float load(const void *from, size_t i, int dtype) {
 }
 
 static void pack_plain(const float *values, size_t count, void *packed) {
-    memset(packed, 0, padded(count) * sizeof *values);
+    memset(packed, 0, PAD * sizeof *values);
     memcpy(packed, values, count * sizeof *values);
+}
+
+static packing choose_packing(const moe_layer *layer, const kernels *kernels) {
+    if (layer->weights == MOE_INT8)
+        return kernels->bytes;
+    if (layer->weights == MOE_INT4)
+        return kernels->nibbles;
+    if (layer->dtype == MOE_BF16 && !layer->is_transposed)
+        return kernels->pairs;
+    return (packing){pack_plain, PAD * sizeof(float)};
 }
 
 /* Outputs `first` to `first + count` of a projection whose weights are [out, in]. */
 static void dot(const step *step, const projection *projection, const char *expert, const void *x, size_t first,
                 size_t count, float *out) {
     const kernels *kernels = step->pool->kernels;
-    const void *w = expert + projection->weight;
-    size_t inputs = projection->inputs;
-    if (step->layer->dtype == MOE_BF16)
+    const moe_layer *layer = step->layer;
+    const char *w = expert + projection->weight;
+    size_t inputs = projection->inputs, group = (size_t)layer->group;
+    if (layer->weights != MOE_PLAIN) {
+        bool is_int8 = layer->weights == MOE_INT8;
+        size_t row = is_int8 ? inputs : ceil_div(inputs, 2);
+        const uint16_t *scales = (const uint16_t *)(expert + projection->scales) + first * ceil_div(inputs, group);
+        (is_int8 ? kernels->dot_int8 : kernels->dot_int4)((const uint8_t *)w + first * row, scales, inputs, group,
+                                                          count, x, out);
+    } else if (layer->dtype == MOE_BF16)
         kernels->dot_bf16((const uint16_t *)w + first * inputs, inputs, count, x, out);
     else
         kernels->dot_f32((const float *)w + first * inputs, inputs, count, x, out);
@@ -171,9 +187,9 @@ static void up_rows(const step *step, size_t number, size_t ticket) {
     const moe_layer *layer = step->layer;
     const projection *up = &step->up;
     const char *expert = step->experts[number];
-    size_t inner = (size_t)layer->inner, first = ticket * BLOCK, count = smaller(BLOCK, inner - first);
+    size_t inner = (size_t)layer->inner, first = ticket * PAD, count = smaller(PAD, inner - first);
     size_t each = layer->is_interleaved ? 2 : 1;
-    float gates[BLOCK] = {0}, ups[2 * BLOCK], values[BLOCK];
+    float gates[PAD] = {0}, ups[2 * PAD], values[PAD];
     if (has_gates_first(layer)) {
         dot(step, up, expert, step->x, first, count, gates);
         add_bias(step, up, expert, first, count, gates);
@@ -182,7 +198,7 @@ static void up_rows(const step *step, size_t number, size_t ticket) {
     dot(step, up, expert, step->x, each * first, each * count, ups);
     add_bias(step, up, expert, each * first, each * count, ups);
     gate_all(layer, gates, ups, count, values);
-    step->pack(values, count, step->inner + number * step->inner_size + ticket * BLOCK * step->x_bytes);
+    step->packing.pack(values, count, step->inner + number * step->inner_size + ticket * step->packing.bytes);
     pool_done(step->pool->threads, &step->up_left[number]);
 }
 
@@ -209,8 +225,8 @@ static void finish(const step *step, size_t number, size_t first, size_t count, 
 }
 
 static void down_rows(const step *step, size_t number, size_t ticket) {
-    size_t first = ticket * BLOCK, count = smaller(BLOCK, step->down.outputs - first);
-    float out[BLOCK];
+    size_t first = ticket * PAD, count = smaller(PAD, step->down.outputs - first);
+    float out[PAD];
     dot(step, &step->down, step->experts[number], step->inner + number * step->inner_size, first, count, out);
     finish(step, number, first, count, out);
 }
@@ -270,11 +286,11 @@ static void *take(char *scratch, size_t *used, size_t bytes) {
     return taken;
 }
 
-/* `blocks_of`: the outputs that BLOCK counts; a gate and its up are in the same ticket. */
-static projection make_projection(const moe_layer *layer, int64_t weight, int64_t bias, size_t inputs, size_t outputs,
-                                  size_t blocks_of) {
-    projection made = {.weight = weight, .bias = bias, .inputs = inputs, .outputs = outputs};
-    made.tickets = ceil_div(blocks_of, BLOCK);
+/* `pads_of`: the outputs that PAD counts; a gate and its up are in the same ticket. */
+static projection make_projection(const moe_layer *layer, int64_t weight, int64_t scales, int64_t bias, size_t inputs,
+                                  size_t outputs, size_t pads_of) {
+    projection made = {.weight = weight, .scales = scales, .bias = bias, .inputs = inputs, .outputs = outputs};
+    made.tickets = ceil_div(pads_of, PAD);
     if (layer->is_transposed) {
         made.chains = ceil_div(inputs, CHAIN);
         made.run = padded(ceil_div(outputs, ceil_div(outputs, RUN)));
@@ -287,7 +303,7 @@ static projection make_projection(const moe_layer *layer, int64_t weight, int64_
 static size_t lay_out(step *step, char *scratch) {
     size_t used = 0, n = step->count;
     projection *up = &step->up, *down = &step->down;
-    step->x = take(scratch, &used, padded(up->inputs) * step->x_bytes);
+    step->x = take(scratch, &used, padded(up->inputs) / PAD * step->packing.bytes);
     step->inner = take(scratch, &used, n * step->inner_size);
     step->up_left = take(scratch, &used, n * sizeof(atomic_int));
     step->down_left = take(scratch, &used, n * sizeof(atomic_int));
@@ -317,7 +333,7 @@ static void begin(step *step, const void *hidden) {
         size_t count = smaller(PAD, size - i);
         for (size_t k = 0; k < count; k++)
             values[k] = load(hidden, i + k, layer->dtype);
-        step->pack(values, count, step->x + i * step->x_bytes);
+        step->packing.pack(values, count, step->x + i / PAD * step->packing.bytes);
     }
     for (size_t number = 0; number < step->count; number++) {
         atomic_init(&step->up_left[number], (int)step->up.tickets + extra);
@@ -329,8 +345,7 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
                 const void *hidden, const float *weights, int row_dtype, float *rows) {
     size_t width = (size_t)layer->hidden, inner = (size_t)layer->inner;
     size_t ups = layer->gate == MOE_NONE ? inner : 2 * inner;
-    bool is_packed = layer->dtype == MOE_BF16 && !layer->is_transposed;
-    size_t x_bytes = is_packed ? pool->kernels->x_bytes : sizeof(float);
+    packing packing = choose_packing(layer, pool->kernels);
     step step = {
         .pool = pool,
         .layer = layer,
@@ -340,11 +355,10 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
         .row_dtype = row_dtype,
         .rows = rows,
         .count = (size_t)count,
-        .up = make_projection(layer, layer->up, layer->up_bias, width, ups, inner),
-        .down = make_projection(layer, layer->down, layer->down_bias, inner, width, width),
-        .pack = is_packed ? pool->kernels->pack_bf16 : pack_plain,
-        .x_bytes = x_bytes,
-        .inner_size = padded(inner) * x_bytes,
+        .up = make_projection(layer, layer->up, layer->up_scales, layer->up_bias, width, ups, inner),
+        .down = make_projection(layer, layer->down, layer->down_scales, layer->down_bias, inner, width, width),
+        .packing = packing,
+        .inner_size = padded(inner) / PAD * packing.bytes,
     };
     if (!reserve(pool, lay_out(&step, NULL)))
         return -1;
@@ -357,9 +371,9 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
 void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
              void *output) {
     size_t size = (size_t)layer->hidden;
-    for (size_t first = 0; first < size; first += BLOCK) {
-        size_t width = smaller(BLOCK, size - first);
-        float sums[BLOCK] = {0};
+    for (size_t first = 0; first < size; first += PAD) {
+        size_t width = smaller(PAD, size - first);
+        float sums[PAD] = {0};
         for (int k = 0; k < count; k++) {
             const float *row = rows + (size_t)places[k] * size + first;
             for (size_t i = 0; i < width; i++)

@@ -1,5 +1,9 @@
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define STRING_(name) #name
 #define STRING(name) STRING_(name)
 
@@ -11,22 +15,25 @@
 
 #if defined(__x86_64__)
 #define SET avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #include "kernels.inc"
 
 #define SET avx512
-#define TARGET __attribute__((target("avx512f,fma")))
+#define TARGET __attribute__((target("avx512f,fma,f16c")))
 #define LANES 16
 #include "kernels.inc"
 
 #ifdef HAS_DOT_PAIRS
 static const kernels avx512bf16 = {
     .name = "avx512bf16",
-    .x_bytes = sizeof(uint16_t),
-    .pack_bf16 = pack_pairs,
+    .pairs = {pack_pairs, PAD * sizeof(uint16_t)},
+    .bytes = {pack_vnni8, PAD / 64 * VNNI_BYTES},
+    .nibbles = {pack_vnni4, PAD / 128 * VNNI_BYTES},
     .dot_bf16 = dot_pairs,
     .dot_f32 = dot_f32_avx512,
+    .dot_int8 = dot_vnni8,
+    .dot_int4 = dot_vnni4,
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
     .read = read_avx512,
@@ -38,13 +45,15 @@ const kernels *find_kernels(int number) {
     if (number == 0)
         return &portable;
 #if defined(__x86_64__)
-    if (number == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (number == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
         return &avx2;
     if (number == 2 && __builtin_cpu_supports("avx512f"))
         return &avx512;
 #endif
 #ifdef HAS_DOT_PAIRS
-    if (number == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"))
+    if (number == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
         return &avx512bf16;
 #endif
     return NULL;

@@ -6,6 +6,14 @@
 #include <stdint.h>
 #include <string.h>
 
+/* float16 by arithmetic on its bits: moved to where float32 has them, its exponent is 112 too small. */
+static inline float from_f16(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x8000) << 16 | (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value * 0x1p112f;
+}
+
 /* bfloat16 is the upper half of a float32. Rounds to the nearest, halves to even, as torch does. */
 static inline float from_bf16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -21,33 +29,47 @@ static inline uint16_t to_bf16(float value) {
     return value == value ? half : 0x7fc0;
 }
 
-/* Kernels read x up to a multiple of PAD, where it is 0. */
-enum { PAD = 32, AT_ONCE = 16 };
+/* Rows are added AT_ONCE by `columns_*`; x is laid out PAD values at a time. */
+enum { PAD = 128, AT_ONCE = 16 };
 
 static inline size_t padded(size_t size) {
     return (size + PAD - 1) / PAD * PAD;
 }
 
-/* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width. dot_bf16 takes x as pack_bf16 makes it, `count`
- * values at a time, a multiple of PAD but for the last ones, x_bytes for each value.
- * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns.
+/* How x is laid out for a kernel: `pack` writes PAD values, those from `count` on being 0, in `bytes` bytes. */
+typedef struct {
+    void (*pack)(const float *values, size_t count, void *packed);
+    size_t bytes;
+} packing;
+
+/* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width; x as the packing of that name lays it out.
+ * dot_int*: weights are whole numbers of 8 or 4 bits, the lower half of a byte first, rows beginning at whole bytes; a
+ * group of 32 or 64 in a row has a common factor in float16 in `scales`, and scales of a row stand together.
+ * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
+typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
+                     const void *packed, float *out);
+
 typedef struct {
     const char *name;
-    size_t x_bytes;
-    void (*pack_bf16)(const float *values, size_t count, void *packed);
+    packing pairs, bytes, nibbles; /* for dot_bf16, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
+    dot_int *dot_int8, *dot_int4;
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
 
-/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c). */
+/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c) and bytes (dot_vnni.c). */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
 void pack_pairs(const float *values, size_t count, void *packed);
 void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
+void pack_vnni8(const float *values, size_t count, void *packed);
+void pack_vnni4(const float *values, size_t count, void *packed);
+dot_int dot_vnni8, dot_vnni4;
+enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 
 /* Sums of products are cut into chains of so many, as torch does it (dot_pairs.c). */

@@ -14,6 +14,10 @@ enum moe_dtype { MOE_F32, MOE_BF16 };
 
 enum moe_activation { MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU2 };
 
+/* Weights are of the layer's dtype, or whole numbers with a factor (float16) for each group of them within a row; a byte
+ * holds one, or two, the first one in its lower half. Such weights are [out, in]; rows begin at whole bytes. */
+enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4 };
+
 /* What becomes of gate g and up u, a being the activation:
  *   NONE     a(u); there is no gate
  *   PRODUCT  a(g) u
@@ -24,14 +28,16 @@ enum moe_gate { MOE_NONE, MOE_PRODUCT, MOE_CLAMPED, MOE_SIGMOID };
 /* The experts of one layer: what they look like and where their tensors lie, in bytes from the start of an expert;
  * -1 stands for a bias that there is not. */
 typedef struct {
-    int32_t dtype;          /* of weights, biases and hidden states */
+    int32_t dtype;          /* of biases and hidden states, and of plain weights */
+    int32_t weights;
+    int32_t group;          /* 32 or 64; of no use to plain weights */
     int32_t gate;
     int32_t activation;
     int32_t is_transposed;  /* weights are [in, out] */
     int32_t is_interleaved; /* gates and ups alternate, else all gates come first */
     float limit, alpha;
     int64_t hidden, inner;  /* widths */
-    int64_t up, up_bias, down, down_bias;
+    int64_t up, up_scales, up_bias, down, down_scales, down_bias;
 } moe_layer;
 
 typedef struct moe_pool moe_pool;
