@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeinf.cache import ExpertCache, Outcome
+from moeinf.errors import MoeinfError
 from moeinf.policies.plain import LruPolicy
 from moeinf.prefetch import PrefetchCounters, Prefetcher, WarmUp
 from moeinf.steps import Arrival
@@ -107,6 +108,30 @@ def test_wrong_guesses_are_given_up() -> None:
     assert not bench.prefetcher.unsettled
     assert bench.cache.slot(13) is None
     assert bench.cache.counters.prefetch_used == 0
+
+
+def test_a_guess_that_has_come_stays_until_its_layer_has_chosen() -> None:
+    bench = Bench(2, Script(5))
+    bench.bring(0)
+    bench.prefetcher.look_ahead(0)
+    bench.arrive(13)
+    for expert in (1, 2, 3):  # each evicts the last one, although 13 was never used
+        bench.bring(expert)
+    assert bench.cache.is_resident(13)
+    bench.prefetcher.settle({9})
+    bench.bring(4)
+    bench.bring(6)
+    assert not bench.cache.is_resident(13)
+
+
+def test_a_guess_whose_read_fails_is_let_go() -> None:
+    bench = Bench(2, Script(5))
+    bench.prefetcher.look_ahead(0)
+    bench.prefetcher.ended(Arrival(13, 0, error=MoeinfError("the disk failed")))
+    bench.cache.failed(13)
+    bench.cache.check_integrity()
+    bench.prefetcher.settle({13})
+    assert bench.cache.acquire(13) is not None
 
 
 def test_slots_for_one_layer_are_left() -> None:

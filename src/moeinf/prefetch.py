@@ -1,7 +1,7 @@
 """Experts fetched before they are asked for.
 
-While one MoE layer is computed, a predictor names the experts that the next one may choose. Those that are here are
-held; the others are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
+While one MoE layer is computed, a predictor names the experts that the next one may choose. They are held, and those
+that are not here are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
 become ordinary fetches and wrong ones are given up. Among several predictors, of which one names nothing, the one that
 costs least time is found by trying. A cache that begins empty is filled with what past requests used most. Owns the
 guesses; the cache, the reader and the bytes are others'.
@@ -71,7 +71,8 @@ class Prefetcher:
         """Guesses whose reads have not ended, whatever has become of them."""
         self._on_their_way: set[int] = set()
         self._given_up: set[int] = set()
-        self._held: list[int] = []
+        self._held: set[int] = set()
+        """What was named, in memory or on its way: it stays until its layer has chosen."""
 
     @property
     def way(self) -> str:
@@ -98,7 +99,7 @@ class Prefetcher:
         """A layer has `chosen` its experts: what was guessed right is waited for from now on, the rest is given up."""
         for expert in self._held:
             self._cache.release(expert)
-        self._held = []
+        self._held.clear()
         for expert in self._on_their_way:
             if expert in chosen:
                 self._reader.promote(expert)
@@ -125,20 +126,27 @@ class Prefetcher:
         self._named = experts
         for expert in experts:
             if self._cache.is_resident(expert):
-                self._cache.hold(expert)
-                self._held.append(expert)
+                self._hold(expert)
         for expert in experts:
             if len(self._on_their_way) + len(self._given_up) >= self._most:
                 return
             if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
                 self._on_their_way.add(expert)
                 self._unread.add(expert)
+                self._hold(expert)
                 self._fetch(expert, slot, Urgency.GUESS)
+
+    def _hold(self, expert: int) -> None:
+        self._cache.hold(expert)
+        self._held.add(expert)
 
     def ended(self, arrival: Arrival) -> None:
         """A fetch has ended; it may have been a guess."""
         self._on_their_way.discard(arrival.key)
         self._given_up.discard(arrival.key)
+        if arrival.error is not None and arrival.key in self._held:
+            self._held.remove(arrival.key)
+            self._cache.release(arrival.key)
         if arrival.key in self._unread:
             self._unread.remove(arrival.key)
             self.counters.read_bytes += arrival.read_bytes
