@@ -77,13 +77,13 @@ class ActivationCollection:
         likeness: Floats = cosines.sum(axis=0) / max(int(matrix.any(axis=1).sum()), 1)
         return likeness
 
-    def expected_shares(self, matrix: Floats) -> Floats:
+    def expected_shares(self, matrix: Floats) -> Floats | None:
         """The shares of each layer's choices [layers, experts] that its experts had in the requests most like `matrix`
-        [layers, experts]; where none is much like it, those that they have in `matrix` itself.
+        [layers, experts]; None if no request is much like it.
         """
         likeness = self.likeness(matrix)
         if likeness.max(initial=0) < _GOOD_LIKENESS:
-            return _shares(matrix)
+            return None
         near = np.argsort(-likeness, kind="stable")[:_NEIGHBOURS]
         weights = np.exp(_SHARPNESS * (likeness[near] - likeness[near[0]]))
         shares: Floats = np.einsum("n,lne->le", weights / weights.sum(), self._shares[:, near])
@@ -111,7 +111,7 @@ class RequestCounter:
         self._matrix = np.zeros((PHASES, len(sizes), max(sizes)), np.int32)
         self._tokens = 0
         self._looked_up_at = -1
-        self._expected: Floats = np.zeros(self._matrix.shape[1:], np.float32)
+        self._expected: Floats | None = None
 
     def begin_request(self) -> None:
         """The request that was counted, if there was one, is over, and another begins."""
@@ -138,8 +138,10 @@ class RequestCounter:
         if self._looked_up_at < 0 or self._tokens - self._looked_up_at >= _REFRESH_TOKENS:
             self._expected = self.collection.expected_shares(self._matrix.sum(axis=0, dtype=np.float32))
             self._looked_up_at = self._tokens
-        shares: Floats = self._expected[layer, : self._sizes[layer]]
-        return shares
+        known = (
+            self._matrix[:, layer].sum(axis=0, dtype=np.float32) if self._expected is None else self._expected[layer]
+        )
+        return _shares(known[: self._sizes[layer]])
 
 
 def _unit_rows(matrix: Floats) -> Floats:
