@@ -22,6 +22,7 @@ from torch import nn
 
 import moeinf
 from families import FAMILIES, make_model
+from moeinf import kernels
 from moeinf.dtypes import SAFETENSORS_NAMES
 from moeinf.errors import UnsupportedError
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
@@ -333,23 +334,44 @@ def test_which_families_are_native(family: str) -> None:
         pool.close()
 
 
-def test_what_the_library_cannot_do_is_said() -> None:
+def test_what_the_library_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_is_exact", lambda *_: True)
     module, normed = Experts(), Experts(act=torch.sin)
     halves = make_layout(module, 8, 8, torch.float16)
     layout = make_layout(module, 8, 8, torch.bfloat16)
     with ExitStack() as stack:
-        assert [maths.computed_by for maths in choose_maths([module], halves, "auto", stack)] == [
+        assert [maths.computed_by for maths in choose_maths([module], halves, "auto", {}, stack)] == [
             "torch: it does not compute experts in F16"
         ]
-        both = choose_maths([module, normed], layout, "auto", stack)
+        both = choose_maths([module, normed], layout, "auto", {}, stack)
         assert [maths.computed_by.split(",")[0] for maths in both] == [
             "native",
             "torch: it does not have the activation of Experts",
         ]
         with pytest.raises(UnsupportedError, match="--kernels native: it does not compute experts in F16") as caught:
-            choose_maths([module], halves, "native", stack)
+            choose_maths([module], halves, "native", {}, stack)
         assert caught.value.hint == "leave --kernels out, or give --kernels torch"
-        assert [maths.computed_by for maths in choose_maths([module], layout, "torch", stack)] == ["torch"]
+        assert [maths.computed_by for maths in choose_maths([module], layout, "torch", {}, stack)] == ["torch"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+def test_what_is_not_exact_is_not_chosen_by_itself(dtype: torch.dtype) -> None:
+    """`auto` takes native maths where a trial gives torch's bits, and says why it does not elsewhere."""
+    module = Experts()
+    layout = make_layout(module, 1100, 300, dtype)
+    generator = torch.Generator().manual_seed(1)
+    scratch = make_expert(layout, generator)
+    with ExitStack() as stack:
+        [automatic] = choose_maths([module], layout, "auto", scratch, stack)
+        [explicit] = choose_maths([module], layout, "native", {}, stack)
+        assert isinstance(explicit, NativeMaths)
+        experts, equal = [make_expert(layout, generator)], True
+        for _ in range(20):
+            hidden, weights = torch.randn(1, 1100, generator=generator).to(dtype), torch.ones(1, 1, dtype=dtype)
+            wanted = compute(ExpertMaths(module), hidden, weights, experts)
+            equal = equal and torch.equal(compute(explicit, hidden, weights, experts), wanted)
+        assert isinstance(automatic, NativeMaths) == equal
+        assert equal or "another order than torch on this processor" in automatic.computed_by
 
 
 def test_without_the_library_torch_computes(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,13 +405,13 @@ def test_a_closed_pool_leaves_the_maths_to_torch() -> None:
 
 def test_the_demo_says_the_same_with_either() -> None:
     tokens = {}
-    for kernels in ("torch", "native"):
-        with moeinf.load("demo", kernels=kernels, experts="25%") as engine:
-            assert engine.stats().kernels.startswith(kernels)
+    for kind in ("torch", "native"):
+        with moeinf.load("demo", kernels=kind, experts="25%") as engine:
+            assert engine.stats().kernels.startswith(kind)
             engine.generation_config.eos_token_id = None
             prompt = engine.tokenizer("The capital of France is")["input_ids"]
             sampling = moeinf.Sampling(max_tokens=256, temperature=0)
-            tokens[kernels] = engine.session().generate(prompt, sampling).tokens
+            tokens[kind] = engine.session().generate(prompt, sampling).tokens
     assert len(tokens["torch"]) == 256
     agreed = 256 if torch_adds_in_pairs() else 8  # where the last bits differ, a tie may be broken otherwise
     assert tokens["native"][:agreed] == tokens["torch"][:agreed]

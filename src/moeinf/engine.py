@@ -249,14 +249,15 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     policy = make_policy(options.policy, identity.layer_sizes, collection)
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
     eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
+    pool = SlotPool(manifest.layout, plan.slots)
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
     runtime = ExpertRuntime(
         folder,
         manifest,
-        choose_maths(modules.values(), manifest.layout, options.kernels, stack),
+        choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack),
         cache=ExpertCache(manifest.num_experts, plan.slots, policy),
-        pool=SlotPool(manifest.layout, plan.slots),
+        pool=pool,
         reader=reader,
         counter=counter,
         predictors=_predictors(options.prefetch, plan.regime, eam, lambda: GatePredictor(model, modules)),

@@ -20,34 +20,66 @@ from .torch_maths import ExpertMaths, Tensors, TokenMaths, route
 
 __all__ = ["ExpertMaths", "Tensors", "TokenMaths", "choose_maths", "route"]
 
+_TRIALS = 2
+_TRIAL_NUMBERS = 1 << 20
+_OTHER_ORDER = "native kernels add in another order than torch on this processor; --kernels native takes them anyway"
+
 
 def choose_maths(
-    modules: Iterable[nn.Module], layout: ExpertLayout, kernels: str, on_close: ExitStack
+    modules: Iterable[nn.Module], layout: ExpertLayout, kernels: str, scratch: Tensors, on_close: ExitStack
 ) -> list[ExpertMaths]:
     """What computes each of `modules`, the experts modules of a model whose experts lie as `layout` says.
 
     `kernels` is the engine's option: `torch`; `native`, which raises UnsupportedError where that cannot be had; or
-    `auto`, which takes native maths for the layers that can have it. `on_close` gets what ends the native threads.
+    `auto`, which takes native maths for the layers that can have it, if it then gives torch's results to the last bit.
+    That is tried, on numbers that are written to `scratch`, the tensors of a slot. `on_close` gets what ends the native
+    threads.
     """
+    modules = list(modules)
     if kernels == "torch":
         return [ExpertMaths(module) for module in modules]
     try:
         pool = NativePool(torch.get_num_threads())
     except NotNativeError as error:
-        if kernels == "native":
-            raise _refused(error) from None
-        return [ExpertMaths(module, str(error)) for module in modules]
+        return [_fall_back(module, error, kernels) for module in modules]
     on_close.callback(pool.close)
-    maths: list[ExpertMaths] = []
-    for module in modules:
-        try:
-            maths.append(NativeMaths(module, layout, pool))
-        except NotNativeError as error:
-            if kernels == "native":
-                raise _refused(error) from None
-            maths.append(ExpertMaths(module, str(error)))
+    maths = [_native_maths(module, layout, pool, kernels) for module in modules]
+    native = next((one for one in zip(maths, modules, strict=True) if isinstance(one[0], NativeMaths)), None)
+    if kernels == "auto" and native is not None and not _is_exact(*native, scratch):
+        return [ExpertMaths(module, _OTHER_ORDER) for module in modules]
     return maths
 
 
-def _refused(error: NotNativeError) -> UnsupportedError:
-    return UnsupportedError(f"--kernels native: {error}", hint="leave --kernels out, or give --kernels torch")
+def _native_maths(module: nn.Module, layout: ExpertLayout, pool: NativePool, kernels: str) -> ExpertMaths:
+    try:
+        return NativeMaths(module, layout, pool)
+    except NotNativeError as error:
+        return _fall_back(module, error, kernels)
+
+
+def _fall_back(module: nn.Module, error: NotNativeError, kernels: str) -> ExpertMaths:
+    if kernels == "native":
+        raise UnsupportedError(f"--kernels native: {error}", hint="leave --kernels out, or give --kernels torch")
+    return ExpertMaths(module, str(error))
+
+
+def _is_exact(native: ExpertMaths, module: nn.Module, scratch: Tensors) -> bool:
+    """Whether it gives what torch gives for an expert of random numbers, to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in scratch.values():
+        numbers = torch.randn(min(tensor.numel(), _TRIAL_NUMBERS), generator=generator) * 0.02
+        for piece in torch.split(tensor.view(-1), len(numbers)):
+            piece.copy_(numbers[: len(piece)])
+    down = scratch["down_proj"]
+    width = down.shape[1 if module.is_transposed else 0]
+    weights = torch.ones(1, 1, dtype=down.dtype)
+    for _ in range(_TRIALS):
+        hidden = torch.randn(1, width, generator=generator).to(down.dtype)
+        results = []
+        for maths in (native, ExpertMaths(module)):
+            token = maths.token(hidden, weights)
+            token.compute([0], [scratch])
+            results.append(token.total([0]))
+        if not torch.equal(*results):
+            return False
+    return True
