@@ -32,6 +32,17 @@ def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
     assert run(trials, 3, costs) == ["off", "eam", "gate"]  # from the beginning
 
 
+def test_what_wins_again_stays_longer() -> None:
+    trials = Trials(["off", "gate"])
+    costs = {"off": (0.0, 1.0), "gate": (0.1, 0.8)}
+    for expected in (_SETTLED_TOKENS, 2 * _SETTLED_TOKENS, 4 * _SETTLED_TOKENS):
+        run(trials, 2 * _TRIAL_TOKENS, costs)
+        assert run(trials, expected, costs) == ["gate"] * expected
+    run(trials, 2 * _TRIAL_TOKENS, {"off": (0.0, 1.0), "gate": (0.1, 1.2)})
+    assert run(trials, _SETTLED_TOKENS, costs) == ["off"] * _SETTLED_TOKENS
+    assert not trials.is_settled
+
+
 def test_what_cannot_win_is_out_at_once() -> None:
     """Foreseeing that takes longer than all the waiting without it."""
     trials = Trials(["off", "eam", "gate"])

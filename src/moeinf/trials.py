@@ -14,7 +14,10 @@ __all__ = ["Trials"]
 _TRIAL_TOKENS = 6
 """So many tokens go each way before the best is chosen."""
 _SETTLED_TOKENS = 256
-"""So many go the best way before all are tried again: the text, the cache and the machine have changed by then."""
+_MOST_SETTLED_TOKENS = 4096
+"""So many go the best way before all are tried again, since text, cache and machine may have changed by then; and twice
+as many each time that it is the best again.
+"""
 _GLANCE_TOKENS = 2
 _HOPELESS = 1.5
 """A way that after so many tokens costs so many times what the best one does is tried no longer."""
@@ -49,6 +52,8 @@ class Trials:
         self.way = ways[0]
         """The one to go now."""
         self._ways = ways
+        self._best = ""
+        self._patience = _SETTLED_TOKENS
         self._settled_tokens = 0
         self._begin()
 
@@ -67,8 +72,7 @@ class Trials:
         self._accounts[self.way].tokens += 1
         self._exclude()
         if all(self._accounts[way].tokens >= _TRIAL_TOKENS for way in self._candidates) or len(self._candidates) == 1:
-            self.way = min(self._candidates, key=lambda way: self._accounts[way].layer_s)
-            self._settled_tokens = _SETTLED_TOKENS
+            self._settle(min(self._candidates, key=lambda way: self._accounts[way].layer_s))
         else:
             self.way = min(self._candidates, key=lambda way: self._accounts[way].tokens)
 
@@ -84,6 +88,12 @@ class Trials:
         self._accounts = {way: _Account() for way in self._ways}
         self._candidates = list(self._ways)
         self.way = self._ways[0]
+
+    def _settle(self, best: str) -> None:
+        is_again = best == self._best
+        self._patience = min(2 * self._patience, _MOST_SETTLED_TOKENS) if is_again else _SETTLED_TOKENS
+        self.way = self._best = best
+        self._settled_tokens = self._patience
 
     def _exclude(self) -> None:
         least = self._accounts[self._ways[0]].layer_s
