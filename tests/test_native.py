@@ -31,7 +31,7 @@ from moeinf.kernels.quantized import GROUPS, dequantize, quantize
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.metamodel import is_experts_module
 
-LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else native.library_path()
+LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else native.built_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
 
 VARIANTS = native.variants(LIBRARY) if LIBRARY else []
@@ -169,7 +169,7 @@ def test_activations_are_torch_s_for_every_bfloat16(kind: str) -> None:
     pool = NativePool(1, path=LIBRARY)
     maths = NativeMaths(module, make_layout(module, 8, len(values), torch.bfloat16), pool)
     projected, found = both.float(), torch.empty(1, len(values))
-    pool.library.moe_activate(maths.layer, projected.data_ptr(), found.data_ptr())
+    pool.lib.moe_activate(maths.layer, projected.data_ptr(), found.data_ptr())
     pool.close()
     wanted = (module._apply_gate(both) if module.has_gate else module.act_fn(both)).float()
     assert torch.equal(found.nan_to_num(1e30), wanted.nan_to_num(1e30))
@@ -375,7 +375,7 @@ def test_what_is_not_exact_is_not_chosen_by_itself(dtype: torch.dtype) -> None:
 
 
 def test_without_the_library_torch_computes(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library_path", lambda: None)
+    monkeypatch.setattr(native, "built_library", lambda: None)
     with moeinf.load(tiny) as engine:
         reason = "the native library is not built; install moeinf where there is a C compiler"
         assert engine.stats().kernels == f"torch: {reason}"

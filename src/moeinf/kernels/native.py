@@ -22,7 +22,7 @@ from moeinf.manifest import ExpertLayout
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
 
-__all__ = ["NativeLayer", "NativeMaths", "NativePool", "NotNativeError", "library_path", "variants"]
+__all__ = ["NativeLayer", "NativeMaths", "NativePool", "NotNativeError", "built_library", "variants"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -67,14 +67,14 @@ class NativeLayer(ctypes.Structure):
     )
 
 
-def library_path() -> Path | None:
+def built_library() -> Path | None:
     """Where the library is, if it was built with the package."""
     path = Path(__file__).with_name(f"_moe{sysconfig.get_config_var('EXT_SUFFIX')}")
     return path if path.exists() else None
 
 
 def _load(path: Path | None) -> Any:
-    path = path or library_path()
+    path = path or built_library()
     if path is None:
         raise NotNativeError("the native library is not built; install moeinf where there is a C compiler")
     try:
@@ -118,22 +118,22 @@ class NativePool:
     """
 
     def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
-        self.library = _load(path)
+        self.lib = _load(path)
         known = variants(path)
         self.variant = variant or known[-1]
-        self.handle: int | None = self.library.moe_open(threads, known.index(self.variant))
+        self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
         if self.handle is not None:
-            self.library.moe_close(self.handle)
+            self.lib.moe_close(self.handle)
             self.handle = None
 
     def read(self, memory: torch.Tensor) -> int:
         """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
-        return int(self.library.moe_read(self.handle, memory.data_ptr(), memory.nbytes))
+        return int(self.lib.moe_read(self.handle, memory.data_ptr(), memory.nbytes))
 
 
 class NativeMaths(ExpertMaths):
@@ -220,7 +220,7 @@ class NativeMaths(ExpertMaths):
         trial = NativeLayer.from_buffer_copy(self.layer)
         trial.dtype, trial.inner = _DTYPES[dtype], _PROBE
         output = torch.empty(1, _PROBE)
-        self.pool.library.moe_activate(trial, values.data_ptr(), output.data_ptr())
+        self.pool.lib.moe_activate(trial, values.data_ptr(), output.data_ptr())
         return output
 
 
@@ -239,7 +239,7 @@ class _NativeToken:
 
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
         maths, size = self._maths, len(places)
-        failed = maths.pool.library.moe_experts(
+        failed = maths.pool.lib.moe_experts(
             maths.pool.handle,
             maths.layer,
             size,
@@ -255,7 +255,7 @@ class _NativeToken:
 
     def total(self, places: Sequence[int]) -> torch.Tensor:
         output = torch.empty_like(self._hidden)
-        self._maths.pool.library.moe_sum(
+        self._maths.pool.lib.moe_sum(
             self._maths.layer,
             len(places),
             (c_int32 * len(places))(*places),
