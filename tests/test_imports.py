@@ -15,7 +15,7 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "manifest", "ledger", "prompts"},
+    {"catalog", "demo", "machine", "manifest", "ledger", "prompts"},
     {
         "checkpoint",
         "collection",

@@ -1,0 +1,180 @@
+"""What was measured of a machine: the numbers that plans and bounds are made from. Pure data.
+
+Sizes are in bytes, times in seconds, rates in bytes per second unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import IntegrityError
+
+__all__ = ["Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRate:
+    """Reads of `size` bytes in random order, `depth` of them in flight; `direct` ones go past the page cache."""
+
+    size: int
+    depth: int
+    direct: bool
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The disk that holds the models. `read_ahead`: of its block device, None where that cannot be known."""
+
+    path: str
+    device: str
+    filesystem: str
+    reads_direct: bool
+    read_ahead: int | None
+    free: int
+    rates: tuple[ReadRate, ...]
+
+    def rate(self, size: int, *, depth: int = 8, direct: bool = True) -> float:
+        """Bytes per second of reads of `size` bytes, between the sizes measured at the depth nearest to `depth`.
+
+        Raises ValueError when nothing like it was measured.
+        """
+        alike = [rate for rate in self.rates if rate.direct == direct]
+        if not alike:
+            raise ValueError(f"no {'direct' if direct else 'buffered'} reads were measured")
+        nearest = min((rate.depth for rate in alike), key=lambda each: abs(math.log(each / depth)))
+        points = sorted((rate.size, rate.bytes_per_s) for rate in alike if rate.depth == nearest)
+        return _between(points, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """`features`: the vector instructions that expert maths can use. `kernels`: the native library's best instruction
+    set here, or "" where there is no library.
+    """
+
+    name: str
+    cores: int
+    threads: int
+    features: tuple[str, ...]
+    kernels: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """`limit`: of the cgroup, None where there is none. `bytes_per_s`: reading far more than the caches hold."""
+
+    total: int
+    available: int
+    limit: int | None
+    swap_total: int
+    swap_free: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MathsRate:
+    """Experts of `weights` (bfloat16, float32, int8, int4) computed for `tokens` tokens each by `kernels` (native,
+    torch): `bytes_per_s` of their weights.
+    """
+
+    kernels: str
+    weights: str
+    tokens: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Rates: of its memory, and of its link from pinned and from ordinary host memory, and back to pinned memory."""
+
+    index: int
+    name: str
+    total: int
+    free: int
+    bytes_per_s: float
+    pinned_to_device: float
+    pageable_to_device: float
+    device_to_pinned: float
+    maths: tuple[MathsRate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`dense_bytes_per_s`: weights of the dense part, computed for one token. `layer_s`: what one layer of a forward
+    pass of one token takes beside reading weights. `measured_at`: ISO 8601, UTC.
+    """
+
+    measured_at: str
+    processor: Processor
+    memory: HostMemory
+    disk: Disk
+    maths: tuple[MathsRate, ...]
+    dense_bytes_per_s: float
+    layer_s: float
+    gpus: tuple[Gpu, ...] = ()
+
+    def maths_rate(self, weights: str, tokens: int = 1, *, kernels: str = "native") -> float:
+        """Bytes per second of expert weights of such a kind, between the numbers of tokens measured; by torch where
+        `kernels` were not measured.
+
+        Raises ValueError when the kind of weights was not measured at all.
+        """
+        for name in (kernels, "torch"):
+            points = sorted((r.tokens, r.bytes_per_s) for r in self.maths if (r.kernels, r.weights) == (name, weights))
+            if points:
+                return _between(points, tokens)
+        raise ValueError(f"experts of {weights} were not measured")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, text: str) -> Machine:
+        """What `to_dict` made. Raises IntegrityError for anything else."""
+        try:
+            values = json.loads(text)
+            if values.pop("schema") != SCHEMA:
+                raise ValueError("it is of another version")
+            disk = values.pop("disk")
+            rates = tuple(ReadRate(**rate) for rate in disk.pop("rates"))
+            processor = values.pop("processor")
+            features = tuple(processor.pop("features"))
+            return cls(
+                processor=Processor(**processor, features=features),
+                memory=HostMemory(**values.pop("memory")),
+                disk=Disk(**disk, rates=rates),
+                maths=_maths(values.pop("maths")),
+                gpus=tuple(Gpu(**{**gpu, "maths": _maths(gpu["maths"])}) for gpu in values.pop("gpus")),
+                **values,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"these are no measurements of a machine: {error}") from error
+
+
+def _maths(rates: Sequence[dict[str, Any]]) -> tuple[MathsRate, ...]:
+    return tuple(MathsRate(**rate) for rate in rates)
+
+
+def _between(points: Sequence[tuple[int, float]], at: int) -> float:
+    """The value at `at`, on straight lines between `points` over the logarithm of their first numbers; beyond the ends,
+    that of the end.
+    """
+    (before, low), (after, high) = points[0], points[-1]
+    for size, value in points:
+        if size <= at:
+            before, low = size, value
+    for size, value in reversed(points):
+        if size >= at:
+            after, high = size, value
+    if before >= after:
+        return low if at >= before else high
+    return low + (high - low) * math.log(at / before) / math.log(after / before)
