@@ -29,12 +29,13 @@ class History:
         """Of every layer, for one token after the other."""
         self.runs: list[tuple[int, int]] = []
         """Layers in the order in which they ran, each with the newest token it then ran for."""
-        self.read: dict[int, list[float]] = {}
+        self.outdated = set(range(LAYERS))
+        self.in_use: list[list[float]] = [[] for _ in SIZES]
 
     def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
         self.chosen[layer].extend(choices)
         self.runs.append((layer, len(self.chosen[layer]) - 1))
-        self.read.pop(layer, None)
+        self.outdated.add(layer)
 
     def average(self, expert: int) -> float:
         """b: the mean of the averages of past choices."""
@@ -67,11 +68,15 @@ class History:
         experts = range(FIRST[layer], FIRST[layer] + SIZES[layer])
         return [LAYERS * self.visits_without(expert, near) for expert in experts]
 
-    def ranks_in_use(self, layer: int) -> list[float]:
-        """As of the first time that they were asked for since the layer ran: others may have run since then."""
-        if layer not in self.read:
-            self.read[layer] = self.ranks(layer)
-        return self.read[layer]
+    def ranks_in_use(self) -> list[float]:
+        """Of all experts, when somebody asks for a victim: layers that have run are ranked anew two at a time at
+        least.
+        """
+        if len(self.outdated) >= 2:
+            for layer in self.outdated:
+                self.in_use[layer] = self.ranks(layer)
+            self.outdated.clear()
+        return [rank for ranks in self.in_use for rank in ranks]
 
     def visits_without(self, expert: int, near: list[tuple[int, float]]) -> float:
         average = self.average(expert)
@@ -95,11 +100,10 @@ class History:
 
 def remember(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoutingMemory, "_MEMORY", tokens)
-    monkeypatch.setattr(RoutingMemory, "_ROWS", RoutingMemory._ROWS[:tokens] % tokens)
 
 
 def ranks(policy: Neighbours, layer: int) -> list[float]:
-    return [float(rank) for rank in policy.ranks(layer)[: SIZES[layer]]]
+    return [float(rank) for rank in policy.ranks([layer])[0, : SIZES[layer]]]
 
 
 @pytest.mark.parametrize("memory", [16, 32, 512])
@@ -135,7 +139,7 @@ def test_the_victim_is_the_one_that_the_definition_names(slots: int, monkeypatch
             if len(resident) == slots:
                 victim = policy.victim(chosen.__contains__)
                 assert victim is not None
-                expected = [rank for its in range(LAYERS) for rank in history.ranks_in_use(its)]
+                expected = history.ranks_in_use()
                 free = resident.difference(chosen)
                 scores = {expert: expected[expert] + (LAYER_OF[expert] - layer - 1) % LAYERS + 1 for expert in free}
                 assert scores[victim] == pytest.approx(max(scores.values()), rel=1e-9)

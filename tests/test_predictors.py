@@ -103,7 +103,7 @@ def test_requests_count_a_fifth() -> None:
             following = (layer + 1) % 3
             if not predictor._memory.has_past:
                 continue
-            alike = 0.8 * predictor._memory.followed(following)[0, : SIZES[following]]
+            alike = 0.8 * predictor._memory.followed([following])[0, 0, : SIZES[following]]
             chances = alike + 0.2 * TOP_K[following] * counter.expected_shares(following)
             expected = [place for place in np.argsort(-chances, kind="stable") if chances[place] >= 0.35]
             assert predictor.predict(layer) == expected

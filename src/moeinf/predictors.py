@@ -80,7 +80,7 @@ class EamPredictor:
         if not self._memory.has_past:
             return []
         following = (layer + 1) % len(self._sizes)
-        next_time = self._memory.followed(following)[0, : self._sizes[following]]
+        next_time = self._memory.followed([following])[0, 0, : self._sizes[following]]
         shares = self._counter.expected_shares(following)
         chances = self._MEMORY_SHARE * next_time + (1 - self._MEMORY_SHARE) * self._top_k[following] * shares
         named = np.flatnonzero(chances >= self._LEAST_CHANCE)

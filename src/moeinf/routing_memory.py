@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 AHEAD = 4
 """Visits of a layer that are foreseen. More of them gain nothing (docs/experiments.md)."""
 
+_BITS = 64
+
 
 class RoutingMemory:
     """The choices of the last 512 tokens, and what followed those that were most like the present one.
@@ -36,35 +38,36 @@ class RoutingMemory:
     """
 
     _MEMORY = 512
-    """A power of two: places of tokens are numbers modulo this."""
     _NEIGHBOURS = 16
     _SHARPNESS = 10.0
     _FADE = 0.1
-    _BEFORE, _STEPS = np.array([(before, step) for before in range(AHEAD) for step in range(before, AHEAD)]).T
-    _ROWS = (np.arange(_MEMORY)[:, None] - _BEFORE) % _MEMORY
-    """In whose lists a new token stands, by its place: of each of the last tokens, from its own place among those that
-    followed up to the last one, until others are known.
-    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         layers = len(sizes)
-        self._nobody = max(sizes)
-        """Where there is no expert: fills lists that are too short."""
-        self._bins = self._nobody + 1
-        words = -(-self._nobody // 64)
-        self._chosen = np.zeros((layers, words, self._MEMORY), dtype=np.uint64)
-        """What a token chose, a bit per expert."""
-        self._offsets = (self._bins * np.arange(AHEAD, dtype=np.int32))[:, None]
-        self._following = np.zeros((layers, self._MEMORY, AHEAD, 0), dtype=np.int32)
-        """What a token and the three after it chose: lists, the h-th of them with h · bins added."""
-        self._likeness: Floats = np.zeros(self._MEMORY)
+        words = -(-max(sizes) // _BITS)
+        self.width = words * _BITS
+        """Experts per layer, with room for the largest."""
+        self._past = self._MEMORY - 1
+        """Tokens that the newest one is compared with."""
+        self._chosen = np.zeros((layers, words, 4 * self._MEMORY), dtype="<u8")
+        """What a token chose, a bit per expert, by its place: its number less `_begin`."""
+        self._flat = self._chosen.reshape(-1)
+        self._rows = self._chosen.shape[2] * np.arange(layers * words).reshape(layers, words)
+        self._newest = self._rows.copy()
+        """Where in `_flat` the words of each layer's newest token are."""
+        self._begin = -self._past
+        self._likeness: Floats = np.zeros(self._past)
+        """s, of the oldest token first: a token further on, each place is that of the next token, as it should be."""
         self._most_likeness = 0.0
         self._fade = self._FADE ** (1 / layers)
+        between = np.arange(self._past)[::-1, None]
+        self._before_newest = np.maximum(between - np.arange(AHEAD), 0)
+        """How long before the newest choice of a layer stands what followed, by the neighbour's place in `_likeness`;
+        the newest one where that is not known yet [past, AHEAD].
+        """
         self._now = layers
-        self._step = -1
-        """Tokens are counted from the first ever: this is the last before this step, those are the layers' newest."""
-        self._newest = [-1] * layers
-        self._token = -1
+        self._step = self._token = -1
+        """The last token before this step, and the newest of all. Tokens are counted from the first ever."""
 
     @property
     def has_past(self) -> bool:
@@ -80,63 +83,56 @@ class RoutingMemory:
             return
         if layer <= self._now:  # the layers start over: a new step
             self._step = self._token
-            self._likeness = np.roll(self._likeness, len(tokens))
+            self._make_room()
         self._now = layer
-        self._newest[layer] = self._step
+        place = self._step - self._begin
         for experts in tokens:
-            self._remember(layer, experts)
-        self._token = self._newest[layer]
-        self._compare(layer, len(tokens[-1]))
+            place += 1
+            self._remember(layer, place, experts)
+        self._newest[layer] = self._rows[layer] + place
+        self._token = place + self._begin
+        self._compare(layer, place, len(tokens[-1]))
 
-    def followed(self, layer: int) -> Floats:
-        """The weighted share of the neighbours whose tokens chose each expert, the h-th time that `layer` ran after
-        them [AHEAD, experts]. Needs `has_past`.
+    def followed(self, layers: Sequence[int]) -> Floats:
+        """The weighted share of the neighbours whose tokens chose each expert of `layers`, the h-th time that its layer
+        ran after them [AHEAD, layers, width]. Needs `has_past`.
 
         After neighbour j that is token j + h, or j + h - 1 if the layer has yet to run for t, and the newest one if
         that is not known yet.
         """
-        likeness = self._likeness[: self._token + 1]
-        count = min(self._NEIGHBOURS, len(likeness) - 1)
+        unknown = max(self._past - self._token, 0)
+        likeness = self._likeness[unknown:]
+        count = min(self._NEIGHBOURS, len(likeness))
         near = likeness.argpartition(-count)[-count:]
         weights = np.exp(likeness[near] * (self._SHARPNESS / max(self._most_likeness, 1.0)))
-        weights /= np.add.reduce(weights)
-        has_run = self._newest[layer] == self._token
-        lists = self._following[layer].take(near + has_run, axis=0, mode="wrap")
-        shares = np.bincount(lists.ravel(), weights.repeat(lists[0].size), AHEAD * self._bins)
-        return shares.astype(np.float64, copy=False).reshape(AHEAD, -1)[:, :-1]
+        before = self._before_newest[unknown:].take(near, axis=0)
+        words = self._flat.take(self._newest.take(layers, axis=0) - before[..., None, None], mode="clip")
+        bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, bitorder="little")
+        shares: Floats = (weights / np.add.reduce(weights)) @ bits
+        return shares.reshape(AHEAD, len(layers), self.width)
 
-    def _remember(self, layer: int, experts: Sequence[int]) -> None:
-        self._newest[layer] += 1
-        place = self._newest[layer] % self._MEMORY
-        self._chosen[layer, :, place] = self._to_words(experts)
-        listed = self._to_list(experts)
-        self._following[layer][self._ROWS[place], self._STEPS] = listed + self._offsets[self._STEPS]
+    def _make_room(self) -> None:
+        """Forget tokens that are too old, when a step might not find a place behind the newest."""
+        begin = self._token - self._past
+        if self._token - self._begin + self._MEMORY >= self._chosen.shape[2]:
+            kept = self._chosen[:, :, begin - self._begin : self._token - self._begin + 1].copy()
+            self._chosen[:] = 0
+            self._chosen[:, :, : kept.shape[2]] = kept
+            self._newest -= begin - self._begin
+            self._begin = begin
 
-    def _compare(self, layer: int, num_chosen: int) -> None:
-        """`layer` ran for the newest token too: how like is it now to those remembered?"""
-        place = self._token % self._MEMORY
-        chosen = self._chosen[layer]
-        common = np.bitwise_count(chosen & chosen[:, place : place + 1])
-        self._likeness *= self._fade
-        self._likeness += np.add.reduce(common, axis=0, dtype=np.uint8)
-        self._likeness[place] = -1.0  # itself
-        self._most_likeness = self._most_likeness * self._fade + num_chosen
-
-    def _to_words(self, experts: Sequence[int]) -> NDArray[np.uint64]:
+    def _remember(self, layer: int, place: int, experts: Sequence[int]) -> None:
         bits = 0
         for expert in experts:
             bits |= 1 << expert
-        return np.frombuffer(bits.to_bytes(8 * self._chosen.shape[1], "little"), np.uint64)
+        chosen = self._chosen[layer]
+        for number, word in enumerate(chosen):
+            word[place] = bits >> _BITS * number & (1 << _BITS) - 1
 
-    def _to_list(self, experts: Sequence[int]) -> NDArray[np.int32]:
-        missing = self._following.shape[3] - len(experts)
-        if missing < 0:
-            self._widen(len(experts))
-        return np.array([*experts, *[self._nobody] * missing], np.int32)
-
-    def _widen(self, width: int) -> None:
-        """Make room for lists of so many experts."""
-        old = self._following
-        self._following = np.empty((*old.shape[:3], width), old.dtype)
-        self._following[:] = self._nobody + self._offsets
-        self._following[..., : old.shape[3]] = old
+    def _compare(self, layer: int, place: int, num_chosen: int) -> None:
+        """`layer` ran for the newest token too: how like is it now to those remembered?"""
+        chosen = self._chosen[layer]
+        common = np.bitwise_count(chosen[:, place - self._past : place] & chosen[:, place : place + 1])
+        self._likeness *= self._fade
+        self._likeness += common[0] if len(common) == 1 else np.add.reduce(common, axis=0, dtype=np.uint8)
+        self._most_likeness = self._most_likeness * self._fade + num_chosen

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 from .cache import CacheCounters, ExpertCache, Outcome
 from .errors import UsageError
@@ -24,7 +25,7 @@ BELADY = "belady"
 """The clairvoyant bound, which only a replay can have."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
     """One MoE layer of one step, experts numbered over all layers: what the tokens of the step chose, the last token
     last. `begins`: with it a request begins.
@@ -35,7 +36,7 @@ class Event:
     is_prefill: bool
     begins: bool
 
-    @property
+    @cached_property
     def experts(self) -> list[int]:
         """Every expert that is asked for, once, ascending."""
         return sorted({expert for row in self.choices for expert in row})

@@ -38,8 +38,11 @@ _FAR = 1e6
 class LayeredPolicy(ABC):
     """Ranks per layer, and the first to go of each layer remembered. `sizes`: experts per MoE layer.
 
-    A layer is `_outdated` from when it runs until somebody asks for a victim: then its experts are ranked anew.
+    A layer is `_outdated` from when it runs until somebody asks for a victim: then its experts are ranked anew, as soon
+    as there are `_TOGETHER` such layers.
     """
+
+    _TOGETHER = 1
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._layers = len(sizes)
@@ -52,14 +55,16 @@ class LayeredPolicy(ABC):
         self._passing: dict[int, None] = {}
         self._best = [-1] * self._layers
         self._best_rank = np.full(self._layers, _NEVER)
+        self._score = np.full(self._layers, _NEVER)
+        """The first to go of each layer, its rank, and its score now."""
         self._outdated = set(range(self._layers))
         turn = np.arange(self._layers)
         self._waits = (turn[None, :] - turn[:, None] - 1) % self._layers + 1.0
         self._now = 0
 
     @abstractmethod
-    def ranks(self, layer: int) -> Floats:
-        """Rank of every expert of `layer` [experts], in layers: the higher, the sooner it goes."""
+    def ranks(self, layers: list[int]) -> Floats:
+        """Rank of every expert of `layers` [layers, experts], in layers: the higher, the sooner it goes."""
 
     @abstractmethod
     def learn(self, layer: int, tokens: list[list[int]]) -> None:
@@ -71,6 +76,7 @@ class LayeredPolicy(ABC):
     def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
         first = self._first[layer]
         self._now = layer
+        np.add(self._best_rank, self._waits[layer], out=self._score)
         self.learn(layer, [[expert - first for expert in experts] for experts in choices])
         self._outdated.add(layer)
 
@@ -95,21 +101,24 @@ class LayeredPolicy(ABC):
         for expert in self._passing:
             if not is_leased(expert):
                 return expert
-        for layer in self._outdated:
-            self._rank[layer] = self.ranks(layer)
-            self._resident_rank[layer] = np.where(self._resident[layer], self._rank[layer], _NEVER)
-            self._find_best(layer)
-        self._outdated.clear()
-        scores = self._best_rank + self._waits[self._now]
-        best = self._best
+        if len(self._outdated) >= self._TOGETHER:
+            self._rank_anew(sorted(self._outdated))
+            self._outdated.clear()
+        scores, best = self._score, self._best
         while scores[layer := int(scores.argmax())] > _NEVER:
             if not is_leased(best[layer]):
                 return best[layer]
-            if best is self._best:
-                best = best.copy()
+            if scores is self._score:
+                scores, best = scores.copy(), best.copy()
             best[layer], rank = self._best_free(layer, is_leased)
             scores[layer] = rank + self._waits[self._now, layer]
         return None
+
+    def _rank_anew(self, layers: list[int]) -> None:
+        for layer, ranks in zip(layers, self.ranks(layers), strict=True):
+            self._rank[layer] = ranks
+            self._resident_rank[layer] = np.where(self._resident[layer], ranks, _NEVER)
+            self._find_best(layer)
 
     def _set_resident(self, expert: int, is_resident: bool) -> None:
         layer = self._layer_of[expert]
@@ -121,9 +130,11 @@ class LayeredPolicy(ABC):
             self._find_best(layer)
 
     def _find_best(self, layer: int) -> None:
-        place = int(self._resident_rank[layer].argmax())
+        ranks = self._resident_rank[layer]
+        place = int(ranks.argmax())
         self._best[layer] = self._first[layer] + place
-        self._best_rank[layer] = self._resident_rank[layer, place]
+        self._best_rank[layer] = rank = ranks[place]
+        self._score[layer] = rank + self._waits[self._now, layer]
 
     def _best_free(self, layer: int, is_leased: Callable[[int], bool]) -> tuple[int, float]:
         """The first to go of a layer's residents that are not leased, and its rank; a rank of `_NEVER` if all are."""
@@ -139,7 +150,7 @@ class _Recency(LayeredPolicy):
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
         self._token = 0
-        self._visits = [0] * self._layers
+        self._visits: Floats = np.zeros(self._layers)
         self._last_token = np.zeros(self._shape)
         self._last_visit = np.zeros(self._shape)
 
@@ -158,8 +169,8 @@ class _Recency(LayeredPolicy):
 class LayerLruPolicy(_Recency):
     """LRU by token: the expert that was not used for the most tokens; of those, the one whose layer is due latest."""
 
-    def ranks(self, layer: int) -> Floats:
-        ranks: Floats = -_FAR * self._last_token[layer]
+    def ranks(self, layers: list[int]) -> Floats:
+        ranks: Floats = -_FAR * self._last_token[layers]
         return ranks
 
 
@@ -168,8 +179,8 @@ class LayeredLruPolicy(_Recency):
     the one whose layer is due latest.
     """
 
-    def ranks(self, layer: int) -> Floats:
-        ranks: Floats = _FAR * (self._visits[layer] - self._last_visit[layer])
+    def ranks(self, layers: list[int]) -> Floats:
+        ranks: Floats = _FAR * (self._visits[layers, None] - self._last_visit[layers])
         return ranks
 
 
@@ -184,8 +195,8 @@ class LeastStalePolicy(_Recency):
         if self._token != before:
             self._outdated.update(range(self._layers))
 
-    def ranks(self, layer: int) -> Floats:
-        ranks: Floats = _FAR * (self._last_token[layer] < self._token)
+    def ranks(self, layers: list[int]) -> Floats:
+        ranks: Floats = _FAR * (self._last_token[layers] < self._token)
         return ranks
 
 
@@ -203,8 +214,8 @@ class LfuPolicy(LayeredPolicy):
             self._uses[layer] *= self._KEEP
             self._uses[layer, experts] += 1
 
-    def ranks(self, layer: int) -> Floats:
-        ranks: Floats = -_FAR * self._uses[layer]
+    def ranks(self, layers: list[int]) -> Floats:
+        ranks: Floats = -_FAR * self._uses[layers]
         return ranks
 
 
@@ -220,8 +231,8 @@ class LfruPolicy(_Recency):
         for experts in tokens:
             self._uses[layer, experts] += 1
 
-    def ranks(self, layer: int) -> Floats:
-        ranks: Floats = -_FAR * self._uses[layer] / (self._visits[layer] - self._last_visit[layer] + 1)
+    def ranks(self, layers: list[int]) -> Floats:
+        ranks: Floats = -_FAR * self._uses[layers] / (self._visits[layers, None] - self._last_visit[layers] + 1)
         return ranks
 
 
@@ -244,14 +255,15 @@ class ActivationPolicy(LayeredPolicy):
         for experts in tokens:
             self._matrix[layer, experts] += 1
 
-    def shares(self, layer: int) -> Floats:
-        """p of every expert of `layer` [experts]."""
-        row = self._matrix[layer]
-        shares: Floats = row / max(row.sum(), 1.0)
+    def shares(self, layers: list[int]) -> Floats:
+        """p of every expert of `layers` [layers, experts]."""
+        rows = self._matrix[layers]
+        shares: Floats = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1.0)
         return shares
 
-    def ranks(self, layer: int) -> Floats:
-        ranks: Floats = -_FAR * (self.shares(layer) + self._EPSILON) * (1 - layer / self._layers)
+    def ranks(self, layers: list[int]) -> Floats:
+        depth = np.array(layers)[:, None] / self._layers
+        ranks: Floats = -_FAR * (self.shares(layers) + self._EPSILON) * (1 - depth)
         return ranks
 
 
@@ -277,9 +289,10 @@ class CollectionPolicy(ActivationPolicy):
         experts = [expert for chosen in tokens for expert in chosen]
         self._counter.count(layer, experts, len(tokens), is_prefill=len(tokens) > 1)
 
-    def shares(self, layer: int) -> Floats:
-        shares = np.zeros(self._shape[1])
-        shares[: self._sizes[layer]] = self._counter.expected_shares(layer)
+    def shares(self, layers: list[int]) -> Floats:
+        shares = np.zeros((len(layers), self._shape[1]))
+        for row, layer in zip(shares, layers, strict=True):
+            row[: self._sizes[layer]] = self._counter.expected_shares(layer)
         return shares
 
 
@@ -304,7 +317,7 @@ class ExpectedUsePolicy(LayeredPolicy):
             averages *= self._KEEP
             averages[:, experts] += 1 - self._KEEP
 
-    def ranks(self, layer: int) -> Floats:
-        chance = self._WEIGHTS @ self._averages[layer]
+    def ranks(self, layers: list[int]) -> Floats:
+        chance = self._WEIGHTS @ self._averages[layers]
         ranks: Floats = self._layers / np.maximum(chance, self._LEAST) - self._layers
         return ranks

@@ -22,7 +22,8 @@ class NeighbourUsePolicy(LayeredPolicy):
     `p = 0.6 · b + 0.4 · (q_1 + … + q_4) / 4`.
 
     Rank. The visits that are expected to pass without a use, `S_1 + S_2 + S_3 + S_4 / p` with S_h the product of
-    1 - p_1 … 1 - p_h, each worth as many layers as there are. Were all chances p, that would be `expected-use`.
+    1 - p_1 … 1 - p_h, each worth as many layers as there are. Were all chances p, that would be `expected-use`. Layers
+    that have run are ranked two at a time at least, which is one search for both (docs/experiments.md).
 
     `memory` is there for others to ask too.
     """
@@ -30,7 +31,9 @@ class NeighbourUsePolicy(LayeredPolicy):
     _SHARES = 0.8 * 0.9 ** np.arange(AHEAD)
     _LAST_SHARE = 0.4
     _KEEP = 0.5 ** (1 / np.array([[4.0], [32.0]]))
+    _GAIN = 1 - _KEEP[:, 0]
     _LEAST = 1e-4
+    _TOGETHER = 2
     _OF_SHARES = np.vstack([np.diag(_SHARES), np.full(AHEAD, _LAST_SHARE / AHEAD)])
     _OF_AVERAGES = (1 - np.append(_SHARES, _LAST_SHARE))[:, None] / 2 * np.ones(2)
     _MIXTURE = np.hstack([_OF_SHARES, _OF_AVERAGES])
@@ -39,25 +42,25 @@ class NeighbourUsePolicy(LayeredPolicy):
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
         self.memory = RoutingMemory(sizes)
-        self._chances = np.zeros((self._layers, AHEAD + 2, max(sizes)))
-        """q_1 … q_4, as they were last asked for, and the two averages."""
+        self._averages = np.zeros((len(self._KEEP), self._layers, self.memory.width))
 
     def learn(self, layer: int, tokens: list[list[int]]) -> None:
         self.memory.observe(layer, tokens)
-        averages = self._chances[layer, AHEAD:]
+        averages = self._averages[:, layer]
         for experts in tokens:
             averages *= self._KEEP
-            averages += (1 - self._KEEP) * np.bincount(np.array(experts, np.intp), minlength=len(averages[0]))
+            for expert in experts:
+                averages[:, expert] += self._GAIN
 
-    def ranks(self, layer: int) -> Floats:
-        """Visits of `layer` expected to pass before each of its experts is used, in layers."""
-        chances = self._chances[layer]
+    def ranks(self, layers: list[int]) -> Floats:
+        """Visits of its layer expected to pass before an expert is used, in layers."""
+        averages = self._averages.take(layers, axis=1)
         if not self.memory.has_past:
-            first: Floats = self._layers / np.maximum(chances[AHEAD:].mean(axis=0), self._LEAST) - self._layers
-            return first
-        chances[:AHEAD] = self.memory.followed(layer)
-        mixed = self._MIXTURE @ chances
+            first: Floats = self._layers / np.maximum(averages.mean(axis=0), self._LEAST) - self._layers
+            return first[:, : self._shape[1]]
+        chances = np.concatenate((self.memory.followed(layers), averages))
+        mixed = self._MIXTURE @ chances.reshape(len(chances), -1)
         unused = np.multiply.accumulate(1 - mixed[:-1])
         unused[-1] /= np.maximum(mixed[-1], self._LEAST)
         ranks: Floats = self._layers * np.add.reduce(unused)
-        return ranks
+        return ranks.reshape(len(layers), -1)[:, : self._shape[1]]
