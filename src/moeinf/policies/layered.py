@@ -196,7 +196,7 @@ class LeastStalePolicy(_Recency):
             self._outdated.update(range(self._layers))
 
     def ranks(self, layers: list[int]) -> Floats:
-        ranks: Floats = _FAR * (self._last_token[layers] < self._token)
+        ranks: Floats = np.where(self._last_token[layers] < self._token, _FAR, 0.0)
         return ranks
 
 
