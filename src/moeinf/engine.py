@@ -28,7 +28,7 @@ from .collectionfile import COLLECTION_FILE, read_collection, write_collection
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
-from .kernels import choose_maths
+from .kernels import choose_maths, speed_up_dense
 from .ledger import MemoryPlan, ModelShape, make_plan
 from .manifest import Manifest, expert_path
 from .metamodel import causal_lm_class
@@ -252,10 +252,12 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     pool = SlotPool(manifest.layout, plan.slots)
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
+    maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
+    speed_up_dense(model, maths)
     runtime = ExpertRuntime(
         folder,
         manifest,
-        choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack),
+        maths,
         cache=ExpertCache(manifest.num_experts, plan.slots, policy),
         pool=pool,
         reader=reader,

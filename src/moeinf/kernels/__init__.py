@@ -1,7 +1,8 @@
 """The maths of experts, and what computes it: torch, or the native library where a layer is of a kind that it knows.
 
 `torch_maths` is transformers' own maths and the reference; `native` gives decoding to a library in C (csrc/) that
-reads weights as fast as memory gives them and rounds where torch rounds. Knows nothing of caches.
+reads weights as fast as memory gives them and rounds where torch rounds; `dense` gives it the linear layers between
+them. Knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import nn
 from moeinf.errors import UnsupportedError
 from moeinf.manifest import ExpertLayout
 
+from .dense import speed_up_linears
 from .native import NativeMaths, NativePool, NotNativeError
 from .torch_maths import ExpertMaths, Tensors, TokenMaths, route
 
-__all__ = ["ExpertMaths", "Tensors", "TokenMaths", "choose_maths", "route"]
+__all__ = ["ExpertMaths", "Tensors", "TokenMaths", "choose_maths", "route", "speed_up_dense"]
 
 _TRIALS = 2
 _TRIAL_NUMBERS = 1 << 20
@@ -44,10 +46,19 @@ def choose_maths(
         return [_fall_back(module, error, kernels) for module in modules]
     on_close.callback(pool.close)
     maths = [_native_maths(module, layout, pool, kernels) for module in modules]
-    native = next((one for one in zip(maths, modules, strict=True) if isinstance(one[0], NativeMaths)), None)
-    if kernels == "auto" and native is not None and not _is_exact(*native, scratch):
+    native = [(one, module) for one, module in zip(maths, modules, strict=True) if isinstance(one, NativeMaths)]
+    if kernels == "auto" and native and not _is_exact(*native[0], scratch):
         return [ExpertMaths(module, _OTHER_ORDER) for module in modules]
     return maths
+
+
+def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> None:
+    """Where any of `maths` is native, have the same threads compute the linear layers of `model` whose results are then
+    torch's to the last bit.
+    """
+    pool = next((each.pool for each in maths if isinstance(each, NativeMaths)), None)
+    if pool is not None:
+        speed_up_linears(model, pool)
 
 
 def _native_maths(module: nn.Module, layout: ExpertLayout, pool: NativePool, kernels: str) -> ExpertMaths:
@@ -63,7 +74,7 @@ def _fall_back(module: nn.Module, error: NotNativeError, kernels: str) -> Expert
     return ExpertMaths(module, str(error))
 
 
-def _is_exact(native: ExpertMaths, module: nn.Module, scratch: Tensors) -> bool:
+def _is_exact(native: NativeMaths, module: nn.Module, scratch: Tensors) -> bool:
     """Whether it gives what torch gives for an expert of random numbers, to the last bit."""
     generator = torch.Generator().manual_seed(0)
     for tensor in scratch.values():
@@ -71,6 +82,8 @@ def _is_exact(native: ExpertMaths, module: nn.Module, scratch: Tensors) -> bool:
         for piece in torch.split(tensor.view(-1), len(numbers)):
             piece.copy_(numbers[: len(piece)])
     down = scratch["down_proj"]
+    if down.dtype == torch.bfloat16 and not native.pool.adds_as_torch_does:
+        return False
     width = down.shape[1 if module.is_transposed else 0]
     weights = torch.ones(1, 1, dtype=down.dtype)
     for _ in range(_TRIALS):

@@ -30,7 +30,7 @@ _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
-_INTERFACE = 1
+_INTERFACE = 2
 
 _PROBE = 1024
 """Values that an activation is tried on."""
@@ -95,6 +95,7 @@ def _load(path: Path | None) -> Any:
         ),
         ("moe_sum", None, (layer, c_int, c_void_p, c_void_p, c_int, c_void_p)),
         ("moe_activate", None, (layer, c_void_p, c_void_p)),
+        ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
         ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
     ):
         function = getattr(library, name)
@@ -124,6 +125,13 @@ class NativePool:
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
+
+    @property
+    def adds_as_torch_does(self) -> bool:
+        """Whether products of bfloat16 are added in the order in which torch adds them on such a processor. Where they
+        are not, so few results differ that a trial can miss it.
+        """
+        return self.variant == "avx512bf16"
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""

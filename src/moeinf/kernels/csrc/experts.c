@@ -1,7 +1,6 @@
 #include "moe.h"
 
-#include "kernels.h"
-#include "pool.h"
+#include "library.h"
 
 #include <math.h>
 #include <stdbool.h>
@@ -11,14 +10,7 @@
  * Of weights that are [out, in], PAD outputs, which are then laid out together as the next kernel wants them.
  * Of weights that are [in, out], CHAIN inputs and some RUN outputs, because memory is read best in long runs; the last
  * ticket to end adds up the chains. */
-enum { RUN = 3072, READ_BYTES = 1 << 20 };
-
-struct moe_pool {
-    pool *threads;
-    const kernels *kernels;
-    void *scratch;
-    size_t scratch_bytes;
-};
+enum { RUN = 3072 };
 
 /* One of an expert's two projections. */
 typedef struct {
@@ -47,22 +39,6 @@ typedef struct {
     size_t inner_size; /* bytes of one expert's */
     atomic_int *up_left, *down_left; /* per expert: tickets that are not done, and the adding up */
 } step;
-
-static size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
-}
-
-static size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
-static float rounded(float value, int dtype) {
-    return dtype == MOE_BF16 ? from_bf16(to_bf16(value)) : value;
-}
-
-static float load(const void *from, size_t i, int dtype) {
-    return dtype == MOE_BF16 ? from_bf16(((const uint16_t *)from)[i]) : ((const float *)from)[i];
-}
 
 static void pack_plain(const float *values, size_t count, void *packed) {
     memset(packed, 0, PAD * sizeof *values);
@@ -251,34 +227,6 @@ static void run_ticket(void *job, size_t ticket) {
     }
 }
 
-int moe_interface(void) {
-    return MOE_INTERFACE;
-}
-
-const char *moe_variant(int number) {
-    const kernels *kernels = find_kernels(number);
-    return kernels == NULL ? NULL : kernels->name;
-}
-
-moe_pool *moe_open(int threads, int variant) {
-    moe_pool *pool = calloc(1, sizeof *pool);
-    if (pool == NULL)
-        return NULL;
-    pool->kernels = find_kernels(variant);
-    pool->threads = pool_open(threads);
-    if (pool->threads == NULL) {
-        free(pool);
-        return NULL;
-    }
-    return pool;
-}
-
-void moe_close(moe_pool *pool) {
-    pool_close(pool->threads);
-    free(pool->scratch);
-    free(pool);
-}
-
 /* The next `bytes` of the scratch memory, to a cache line; counts alone while there is none. */
 static void *take(char *scratch, size_t *used, size_t bytes) {
     void *taken = scratch == NULL ? NULL : scratch + *used;
@@ -310,18 +258,6 @@ static size_t lay_out(step *step, char *scratch) {
     up->parts = take(scratch, &used, n * up->chains * up->outputs * sizeof(float));
     down->parts = take(scratch, &used, n * down->chains * down->outputs * sizeof(float));
     return used;
-}
-
-static bool reserve(moe_pool *pool, size_t bytes) {
-    if (bytes <= pool->scratch_bytes)
-        return true;
-    void *larger = aligned_alloc(64, bytes);
-    if (larger == NULL)
-        return false;
-    free(pool->scratch);
-    pool->scratch = larger;
-    pool->scratch_bytes = bytes;
-    return true;
 }
 
 static void begin(step *step, const void *hidden) {
@@ -391,24 +327,4 @@ void moe_sum(const moe_layer *layer, int count, const int32_t *places, const flo
 void moe_activate(const moe_layer *layer, const float *projected, float *inner) {
     const float *ups = projected + (has_gates_first(layer) ? layer->inner : 0);
     gate_all(layer, projected, ups, (size_t)layer->inner, inner);
-}
-
-typedef struct {
-    const moe_pool *pool;
-    const char *memory;
-    size_t bytes;
-    atomic_uint_least64_t sum;
-} reading;
-
-static void run_read(void *job, size_t ticket) {
-    reading *reading = job;
-    size_t first = ticket * READ_BYTES;
-    uint64_t sum = reading->pool->kernels->read(reading->memory + first, smaller(READ_BYTES, reading->bytes - first));
-    atomic_fetch_xor(&reading->sum, sum);
-}
-
-uint64_t moe_read(moe_pool *pool, const void *memory, size_t bytes) {
-    reading reading = {.pool = pool, .memory = memory, .bytes = bytes};
-    pool_run(pool->threads, run_read, &reading, ceil_div(bytes, READ_BYTES));
-    return reading.sum;
 }

@@ -43,7 +43,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 1 };
+enum { MOE_INTERFACE = 2 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -65,6 +65,15 @@ MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, c
 
 /* The activation by itself, on `count` outputs of the up projection, as a layer of that width holds them. */
 MOE_API void moe_activate(const moe_layer *layer, const float *projected, float *inner);
+
+/* A linear layer of the dense part in bfloat16: weight is [outputs, inputs], bias [outputs] or NULL. */
+typedef struct {
+    int64_t inputs, outputs;
+    const void *weight, *bias;
+} moe_linear_layer;
+
+/* The layer's outputs for one x. 0, or -1 when memory is lacking. */
+MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output);
 
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */

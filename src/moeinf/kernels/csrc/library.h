@@ -1,0 +1,37 @@
+/* What the library's calls share: the pool behind them, and small arithmetic. */
+#ifndef LIBRARY_H
+#define LIBRARY_H
+
+#include "kernels.h"
+#include "moe.h"
+#include "pool.h"
+
+#include <stdbool.h>
+
+struct moe_pool {
+    pool *threads;
+    const kernels *kernels;
+    void *scratch;
+    size_t scratch_bytes;
+};
+
+/* Makes the scratch memory at least that large; what was in it is lost. */
+bool reserve(moe_pool *pool, size_t bytes);
+
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+static inline size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static inline float rounded(float value, int dtype) {
+    return dtype == MOE_BF16 ? from_bf16(to_bf16(value)) : value;
+}
+
+static inline float load(const void *from, size_t i, int dtype) {
+    return dtype == MOE_BF16 ? from_bf16(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+}
+
+#endif
