@@ -1,4 +1,4 @@
-"""The native linear layers against torch's, to the last bit where they are taken, and not taken where they differ."""
+"""The native linear layers and norms against torch's: to the last bit where they are taken, and not taken where not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeinf.kernels import dense
-from moeinf.kernels.dense import speed_up_linears
+from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativePool
 from test_native import LIBRARY, VARIANTS
 
@@ -31,11 +31,11 @@ def pool(request: pytest.FixtureRequest) -> Iterator[NativePool]:
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_results_are_torchs_but_for_the_last_bit(inputs: int, outputs: int, has_bias: bool, pool: NativePool) -> None:
     torch.manual_seed(inputs)
-    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(torch.bfloat16)
-    bias = torch.randn(outputs).to(torch.bfloat16) if has_bias else None
-    x = torch.randn(1, 1, inputs).to(torch.bfloat16)
-    result = dense._NativeLinear(weight, bias, pool)(x)
-    expected = F.linear(x, weight, bias)
+    layer = nn.Linear(inputs, outputs, bias=has_bias).bfloat16()
+    x = torch.randn(1, 1, inputs).bfloat16()
+    with torch.inference_mode():
+        expected = layer(x)
+        result = dense._NativeLinear(layer, pool)(x)
     assert result.shape == expected.shape
     torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-8)
 
@@ -47,20 +47,20 @@ def test_only_what_is_exact_is_taken(pool: NativePool, monkeypatch: pytest.Monke
     x = torch.randn(1, 1, 256).to(torch.bfloat16)
     with torch.inference_mode():
         expected = layers(x)
-        taken = speed_up_linears(layers, pool)
+        taken = speed_up(layers, pool)
         assert torch.equal(layers(x), expected)
         assert taken == (3 if pool.adds_as_torch_does else 0)
-        monkeypatch.setattr(dense, "_gives_the_same", lambda _: False)
-        assert speed_up_linears(nn.Sequential(nn.Linear(64, 64).bfloat16()), pool) == 0
+        monkeypatch.setattr(dense._Native, "gives_the_same", lambda _: False)
+        assert speed_up(nn.Sequential(nn.Linear(64, 64).bfloat16()), pool) == 0
 
 
 def test_what_is_not_one_token_of_bfloat16_is_torchs(pool: NativePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "_gives_the_same", lambda _: True)
+    monkeypatch.setattr(dense._Native, "gives_the_same", lambda _: True)
     monkeypatch.setattr(NativePool, "adds_as_torch_does", True)
     torch.manual_seed(2)
     plain, wide, strided = nn.Linear(64, 32).bfloat16(), nn.Linear(64, 32), nn.Linear(64, 32, bias=False).bfloat16()
     strided.weight = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16).T)
-    assert speed_up_linears(nn.ModuleList([plain, wide, strided]), pool) == 1
+    assert speed_up(nn.ModuleList([plain, wide, strided]), pool) == 1
     many = torch.randn(1, 5, 64).bfloat16()
     with torch.inference_mode():
         assert torch.equal(plain(many), F.linear(many, plain.weight, plain.bias))
@@ -70,3 +70,53 @@ def test_what_is_not_one_token_of_bfloat16_is_torchs(pool: NativePool, monkeypat
         )
         pool.close()
         assert torch.equal(plain(many[:, :1]), F.linear(many[:, :1], plain.weight, plain.bias))
+
+
+class Norm(nn.Module):
+    """As most families have it; others multiply by the weight before they round, or add 1 to it, or gate the result."""
+
+    def __init__(self, size: int, kind: str = "rounds first") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + torch.randn(size))
+        self.variance_epsilon = 1e-6
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        if self.kind == "rounds last":
+            return (self.weight * wide).to(x.dtype)
+        weight = 1 + self.weight if self.kind == "adds one" else self.weight
+        return weight * wide.to(x.dtype) if gate is None else weight * wide.to(x.dtype) * gate
+
+
+@pytest.mark.parametrize("kind", ["rounds first", "rounds last"])
+@pytest.mark.parametrize("size", [1, 7, 8, 33, 64, 100, 128, 520, 1024, 2880, 7168])
+@pytest.mark.skipif("avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor")
+def test_norms_are_torchs(size: int, kind: str) -> None:
+    pool = NativePool(1, "avx512bf16", LIBRARY)
+    torch.manual_seed(size)
+    norm = Norm(size, kind).bfloat16()
+    x = torch.randn(1, 1, 4, size).bfloat16() * 30
+    with torch.inference_mode():
+        expected = norm(x)
+        assert speed_up(norm, pool) == 1
+        assert torch.equal(norm(x), expected)
+        assert torch.equal(norm(x[:, :, 1]), expected[:, :, 1])
+    pool.close()
+
+
+def test_what_only_looks_like_a_norm_is_left_alone(pool: NativePool) -> None:
+    torch.manual_seed(3)
+    added = Norm(64, "adds one").bfloat16()
+    assert speed_up(nn.ModuleList([added, nn.LayerNorm(64, bias=False).bfloat16(), nn.PReLU(64).bfloat16()]), pool) == 0
+
+
+def test_a_norm_that_is_given_more_is_torchs(pool: NativePool) -> None:
+    torch.manual_seed(4)
+    norm = Norm(64).bfloat16()
+    x, gate = torch.randn(1, 1, 64).bfloat16(), torch.randn(1, 1, 64).bfloat16()
+    with torch.inference_mode():
+        expected = norm(x, gate)
+        speed_up(norm, pool)
+        assert torch.equal(norm(x, gate=gate), expected)

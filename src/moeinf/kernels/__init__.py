@@ -1,8 +1,8 @@
 """The maths of experts, and what computes it: torch, or the native library where a layer is of a kind that it knows.
 
 `torch_maths` is transformers' own maths and the reference; `native` gives decoding to a library in C (csrc/) that
-reads weights as fast as memory gives them and rounds where torch rounds; `dense` gives it the linear layers between
-them. Knows nothing of caches.
+reads weights as fast as memory gives them and rounds where torch rounds; `dense` gives it linear layers and norms
+between them, too. Knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from moeinf.errors import UnsupportedError
 from moeinf.manifest import ExpertLayout
 
-from .dense import speed_up_linears
+from .dense import speed_up
 from .native import NativeMaths, NativePool, NotNativeError
 from .torch_maths import ExpertMaths, Tensors, TokenMaths, route
 
@@ -53,12 +53,12 @@ def choose_maths(
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> None:
-    """Where any of `maths` is native, have the same threads compute the linear layers of `model` whose results are then
-    torch's to the last bit.
+    """Where any of `maths` is native, have the same threads compute what else of `model` they can with torch's results
+    to the last bit.
     """
     pool = next((each.pool for each in maths if isinstance(each, NativeMaths)), None)
     if pool is not None:
-        speed_up_linears(model, pool)
+        speed_up(model, pool)
 
 
 def _native_maths(module: nn.Module, layout: ExpertLayout, pool: NativePool, kernels: str) -> ExpertMaths:

@@ -1,47 +1,99 @@
-"""The linear layers of the dense part, by the native library where one token goes through them.
+"""The dense part between the experts, by the native library where one token goes through it: linear layers and norms.
 
 While decoding they are read once per token like the experts, and torch reads a matrix for one vector at half the rate
-at which memory gives it. The library adds products in torch's own order where the processor has AVX-512 BF16
-(csrc/dot_pairs.c), which is tried for every shape that a model has, so the model's output does not change.
+at which memory gives it; a norm takes it eight small operations. The library adds in torch's own order where the
+processor has AVX-512 BF16 (csrc/dot_pairs.c, csrc/norm.c), which is tried for every shape that a model has, so the
+model's output does not change.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .native import NativePool
 
-__all__ = ["speed_up_linears"]
+__all__ = ["speed_up"]
 
-_TRIALS = 2
+_TRIALS = 4
+_MOST_NUMBERS = 1 << 15
+"""More than one token brings to a norm, heads and all; torch has threads for more."""
 
 
-def speed_up_linears(model: nn.Module, pool: NativePool) -> int:
-    """Let `pool` compute the linear layers of `model` in bfloat16, in steps of one token, if it gives torch's results
-    to the last bit; other steps are torch's as before. Weights must not be replaced afterwards.
+def speed_up(model: nn.Module, pool: NativePool) -> int:
+    """Let `pool` compute the linear layers and root-mean-square norms of `model` in bfloat16, in steps of one token, if
+    it gives torch's results to the last bit. Other steps are torch's as before. From then on
+    weights have to stay where they are.
 
-    Returns how many layers it computes from now on.
+    Returns how many modules it computes.
     """
-    is_exact: dict[tuple[int, int, bool], bool] = {}
-    replaced = 0
     if not pool.adds_as_torch_does:
-        return replaced
-    for module in model.modules():
-        if type(module) is not nn.Linear or not _is_plain(module.weight, module.bias):
-            continue
-        shape = (*module.weight.shape, module.bias is not None)
-        native = _NativeLinear(module.weight, module.bias, pool)
-        if shape not in is_exact:
-            is_exact[shape] = _gives_the_same(native)
-        if is_exact[shape]:
-            module.forward = native  # type: ignore[method-assign, assignment]  # of this module alone
+        return 0
+    exact_shapes: dict[tuple[int, ...], bool] = {}
+    replaced = 0
+    for module in list(model.modules()):
+        native = _stand_in(module, pool, exact_shapes)
+        if native is not None:
+            module.forward = native  # type: ignore[method-assign, assignment, unused-ignore]  # of this one alone
             replaced += 1
     return replaced
+
+
+def _stand_in(module: nn.Module, pool: NativePool, exact_shapes: dict[tuple[int, ...], bool]) -> _Native | None:
+    """What computes `module` from now on; None for most."""
+    weights = list(module.parameters(recurse=False))
+    if not weights or not all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in weights):
+        return None
+    if type(module) is nn.Linear:
+        linear = _NativeLinear(module, pool)
+        shape = (*module.weight.shape, len(weights))
+        if shape not in exact_shapes:
+            exact_shapes[shape] = linear.gives_the_same()
+        return linear if exact_shapes[shape] else None
+    if len(weights) == 1 and weights[0].dim() == 1 and _epsilon(module) and not list(module.children()):
+        norms = (_NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
+        return next((norm for norm in norms if norm.gives_the_same()), None)
+    return None
+
+
+class _Native(ABC):
+    """The forward of a module of one input, which the library computes or leaves to the module."""
+
+    def __init__(self, module: nn.Module, pool: NativePool) -> None:
+        self._forward: Callable[..., torch.Tensor] = module.forward
+        self._pool = pool
+
+    def __call__(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        if more or named or x.dtype != torch.bfloat16 or self._pool.handle is None or not self.takes(x):
+            return self._forward(x, *more, **named)
+        return self.compute(x.contiguous())
+
+    @abstractmethod
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether x is what one token brings."""
+
+    @abstractmethod
+    def compute(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def trial(self, generator: torch.Generator) -> torch.Tensor:
+        """An input to be tried."""
+
+    def gives_the_same(self) -> bool:
+        """Whether the library gives what the module gives, to the last bit; not if the module asks for more than x."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = [self.trial(generator).to(torch.bfloat16) for _ in range(_TRIALS)]
+        with torch.inference_mode():
+            try:
+                return all(torch.equal(self(x), self._forward(x)) for x in inputs)
+            except (TypeError, RuntimeError):
+                return False
 
 
 class _LinearLayer(ctypes.Structure):
@@ -50,38 +102,57 @@ class _LinearLayer(ctypes.Structure):
     _fields_ = (("inputs", c_int64), ("outputs", c_int64), ("weight", c_void_p), ("bias", c_void_p))
 
 
-class _NativeLinear:
-    """What `nn.Linear.forward` computes."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, pool: NativePool) -> None:
-        self.weight, self.bias = weight, bias
-        self._pool = pool
-        self._outputs, self._inputs = weight.shape
-        self._layer = _LinearLayer(
-            self._inputs, self._outputs, weight.data_ptr(), None if bias is None else bias.data_ptr()
-        )
+class _NativeLinear(_Native):
+    def __init__(self, module: nn.Linear, pool: NativePool) -> None:
+        super().__init__(module, pool)
+        self._outputs, self._inputs = module.weight.shape
+        bias = None if module.bias is None else module.bias.data_ptr()
+        self._layer = _LinearLayer(self._inputs, self._outputs, module.weight.data_ptr(), bias)
         self._address = ctypes.addressof(self._layer)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() != self._inputs or x.dtype != torch.bfloat16 or self._pool.handle is None:
-            return F.linear(x, self.weight, self.bias)
-        x = x.contiguous()
-        output = torch.empty(*x.shape[:-1], self._outputs, dtype=torch.bfloat16)
+    def takes(self, x: torch.Tensor) -> bool:
+        return x.numel() == self._inputs
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        output = x.new_empty(*x.shape[:-1], self._outputs)
         if self._pool.lib.moe_linear(self._pool.handle, self._address, x.data_ptr(), output.data_ptr()):
             raise MemoryError("no memory for the input of a linear layer")
         return output
 
-
-def _is_plain(*tensors: torch.Tensor | None) -> bool:
-    present = [tensor for tensor in tensors if tensor is not None]
-    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in present)
+    def trial(self, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(1, self._inputs, generator=generator)
 
 
-def _gives_the_same(native: _NativeLinear) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        for _ in range(_TRIALS):
-            x = torch.randn(1, native.weight.shape[1], generator=generator).to(torch.bfloat16)
-            if not torch.equal(native(x), F.linear(x, native.weight, native.bias)):
-                return False
-    return True
+class _NormLayer(ctypes.Structure):
+    """`moe_norm_layer` of moe.h."""
+
+    _fields_ = (("size", c_int64), ("epsilon", c_float), ("rounds_first", c_int32), ("weight", c_void_p))
+
+
+class _NativeNorm(_Native):
+    """Families differ in whether they round before they multiply by the weight."""
+
+    def __init__(self, module: nn.Module, pool: NativePool, weight: torch.Tensor, *, rounds_first: bool) -> None:
+        super().__init__(module, pool)
+        self._size = weight.numel()
+        self._layer = _NormLayer(self._size, _epsilon(module), rounds_first, weight.data_ptr())
+        self._address = ctypes.addressof(self._layer)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        return x.numel() <= _MOST_NUMBERS and x.shape[-1] == self._size
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(x)
+        rows = x.numel() // self._size
+        if self._pool.lib.moe_norm(self._pool.handle, self._address, rows, x.data_ptr(), output.data_ptr()):
+            raise MemoryError("no memory for the input of a norm")
+        return output
+
+    def trial(self, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(1, 3, self._size, generator=generator) * 10 ** torch.randn(1, generator=generator)
+
+
+def _epsilon(module: nn.Module) -> float:
+    """What a norm adds to the mean of squares; 0 for what is no norm."""
+    values = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
+    return next((value for value in values if isinstance(value, float)), 0.0)

@@ -75,6 +75,18 @@ typedef struct {
 /* The layer's outputs for one x. 0, or -1 when memory is lacking. */
 MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output);
 
+/* A root-mean-square norm of the dense part in bfloat16, weight being [size]: x / sqrt(mean(x²) + epsilon), rounded or
+ * not, times weight. */
+typedef struct {
+    int64_t size;
+    float epsilon;
+    int32_t rounds_first;
+    const void *weight;
+} moe_norm_layer;
+
+/* The norm of `count` rows of x, one after the other. 0, or -1 when memory is lacking. */
+MOE_API int moe_norm(moe_pool *pool, const moe_norm_layer *layer, int count, const void *x, void *output);
+
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */
 MOE_API uint64_t moe_read(moe_pool *pool, const void *memory, size_t bytes);
