@@ -1,7 +1,7 @@
 """What moeinf uses of transformers beyond its public interface.
 
 When one of these fails, a new version has moved something: look at the file that the message names, and bring
-src/moeinf/conversion.py and metamodel.py after it.
+src/moeinf/conversion.py, metamodel.py or hooks.py after it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ USED = [
     ("transformers.initialization", "no_tie_weights", set()),
     ("transformers.integrations.finegrained_fp8", "Fp8Dequantize", {"hf_quantizer"}),
     ("transformers.integrations.mxfp4", "Mxfp4Dequantize", {"hf_quantizer"}),
+    (
+        "transformers.integrations.sdpa_attention",
+        "sdpa_attention_forward",
+        {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias", "cache"},
+    ),
     ("transformers.modeling_utils", "PreTrainedModel._get_dtype_plan", {"dtype"}),
     ("transformers.models.auto.auto_factory", "_get_model_class", {"config", "model_mapping"}),
     ("transformers.models.auto.configuration_auto", "CONFIG_MAPPING", None),
@@ -50,7 +55,7 @@ USED = [
 
 @pytest.mark.parametrize(("module", "name", "parameters"), USED, ids=lambda value: str(value).rpartition(".")[2])
 def test_what_is_used_is_there(module: str, name: str, parameters: set[str] | None) -> None:
-    moved = f"transformers has moved {name} of {module}: src/moeinf/conversion.py or metamodel.py must follow"
+    moved = f"transformers has moved {name} of {module}: src/moeinf/conversion.py, metamodel.py or hooks.py must follow"
     found: object = importlib.import_module(module)
     for part in name.split("."):
         assert hasattr(found, part), moved

@@ -253,7 +253,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     reader = Reader(threads=READERS, direct=direct)
     stack.callback(reader.close)
     maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
-    speed_up_dense(model, maths)
+    hooks.attend(model, speed_up_dense(model, maths))
     runtime = ExpertRuntime(
         folder,
         manifest,

@@ -1,9 +1,10 @@
-"""The two places where moeinf enters transformers: it loads models without their experts, and computes experts itself.
+"""The places where moeinf enters transformers: it loads models without their experts, and computes experts itself.
 
 Loading: a "quantizer" that empties every experts module before the weights are loaded, so that `from_pretrained`
 builds the dense part, for any family, and experts never occupy memory outside the slots. Compute: an experts
-implementation that transformers calls in place of its own. Both are public extension points
-(transformers/quantizers/auto.py, transformers/integrations/moe.py), registered when this module is imported. A family
+implementation that transformers calls in place of its own. Attention: of a single token, where that is native, in front
+of transformers' own function. All are public extension points (transformers/quantizers/auto.py,
+transformers/integrations/moe.py, AttentionInterface), registered when this module is imported. A family
 is supported when its experts module is made by `use_experts_implementation`; no family is named here.
 """
 
@@ -19,15 +20,17 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .kernels import NativeAttention
 from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
 
-__all__ = ["attach", "load_dense_model", "quiet"]
+__all__ = ["attach", "attend", "load_dense_model", "quiet"]
 
 _NAME = "moeinf"
 
@@ -111,6 +114,40 @@ def _experts_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
+
+
+def attend(model: nn.Module, attention: NativeAttention | None) -> None:
+    """Let `attention` do what it can of the attention of `model`; None leaves all of it to transformers."""
+    if attention is not None:
+        for module in model.modules():
+            module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
+
+
+_sdpa_forward: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa`, and what it comes to for one token of a model that `attend` was told of."""
+    native: NativeAttention | None = getattr(module, "moeinf_attention", None)
+    is_plain = attention_mask is None and not any(more.get(name) for name in ("dropout", "softcap"))
+    is_plain = is_plain and more.get("position_bias") is None and more.get("cache") is None
+    if native is not None and is_plain and native.takes(query, key, value):
+        return native.compute(query, key, value, scaling or query.shape[3] ** -0.5), None
+    output: tuple[torch.Tensor, None] = _sdpa_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **more
+    )
+    return output
+
+
+ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention_forward)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The maths of experts, and what computes it: torch, or the native library where a layer is of a kind that it knows.
 
 `torch_maths` is transformers' own maths and the reference; `native` gives decoding to a library in C (csrc/) that
-reads weights as fast as memory gives them and rounds where torch rounds; `dense` gives it linear layers and norms
-between them, too. Knows nothing of caches.
+reads weights as fast as memory gives them and rounds where torch rounds; `dense` and `attention` give it what
+lies between them, too. Knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import nn
 from moeinf.errors import UnsupportedError
 from moeinf.manifest import ExpertLayout
 
+from .attention import NativeAttention
 from .dense import speed_up
 from .native import NativeMaths, NativePool, NotNativeError
 from .torch_maths import ExpertMaths, Tensors, TokenMaths, route
 
-__all__ = ["ExpertMaths", "Tensors", "TokenMaths", "choose_maths", "route", "speed_up_dense"]
+__all__ = ["ExpertMaths", "NativeAttention", "Tensors", "TokenMaths", "choose_maths", "route", "speed_up_dense"]
 
 _TRIALS = 2
 _TRIAL_NUMBERS = 1 << 20
@@ -52,13 +53,15 @@ def choose_maths(
     return maths
 
 
-def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> None:
+def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:
     """Where any of `maths` is native, have the same threads compute what else of `model` they can with torch's results
-    to the last bit.
+    to the last bit: linear layers and norms, from now on, and attention, by what is returned.
     """
     pool = next((each.pool for each in maths if isinstance(each, NativeMaths)), None)
-    if pool is not None:
-        speed_up(model, pool)
+    if pool is None:
+        return None
+    speed_up(model, pool)
+    return NativeAttention(pool)
 
 
 def _native_maths(module: nn.Module, layout: ExpertLayout, pool: NativePool, kernels: str) -> ExpertMaths:

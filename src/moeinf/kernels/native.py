@@ -97,6 +97,7 @@ def _load(path: Path | None) -> Any:
         ("moe_activate", None, (layer, c_void_p, c_void_p)),
         ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
         ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
+        ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
         ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
     ):
         function = getattr(library, name)

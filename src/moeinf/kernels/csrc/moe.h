@@ -87,6 +87,19 @@ typedef struct {
 /* The norm of `count` rows of x, one after the other. 0, or -1 when memory is lacking. */
 MOE_API int moe_norm(moe_pool *pool, const moe_norm_layer *layer, int count, const void *x, void *output);
 
+/* Attention of one token in bfloat16: query and output are [heads, size], keys and values are `tokens` rows of `size`
+ * for each of kv_heads, so many numbers apart; heads that follow each other share a KV head. `size` is a multiple of 16. */
+typedef struct {
+    int64_t heads, kv_heads, size, tokens;
+    int64_t key_head, key_token, value_head, value_token;
+    const void *query, *keys, *values;
+    float scale;
+} moe_attention;
+
+/* The sum of values, weighed by softmax(scale * query * key). 0, -1 when memory is lacking, -2 where it is not compiled
+ * in. */
+MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
+
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */
 MOE_API uint64_t moe_read(moe_pool *pool, const void *memory, size_t bytes);

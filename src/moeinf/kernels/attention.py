@@ -1,0 +1,86 @@
+"""Attention of one token over its KV cache by the native library, in torch's order of adding up.
+
+torch's kernel for processors spends 10 times as long on a single token (csrc/attention.c). Knows the tensors that
+transformers hands to an attention function, and nothing of models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+
+from .native import NativePool
+
+__all__ = ["NativeAttention"]
+
+_LANES = 16
+_MOST_SIZE = 256
+"""Heads that are larger take another way through transformers."""
+_TRIALS = (1, 7, 40, 100, 530)
+"""Tokens in the caches that are tried: a few, whole vectors, more than a block."""
+
+
+class _Attention(ctypes.Structure):
+    """`moe_attention` of moe.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("heads", "kv_heads", "size", "tokens")),
+        *((name, c_int64) for name in ("key_head", "key_token", "value_head", "value_token")),
+        *((name, c_void_p) for name in ("query", "keys", "values")),
+        ("scale", c_float),
+    )
+
+
+class NativeAttention:
+    """`scaled_dot_product_attention` for one query, without a mask, where the library gives its results to the last
+    bit. That is tried once for each number and size of heads, when they are first met.
+    """
+
+    def __init__(self, pool: NativePool) -> None:
+        self._pool = pool
+        self._is_exact: dict[tuple[int, int, int], bool] = {}
+
+    def takes(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether `compute` can do it: query [1, heads, 1, size], key and value [1, KV heads, tokens, size]."""
+        batch, heads, queries, size = query.shape
+        kv_heads = key.shape[1]
+        if batch * queries > 1 or self._pool.handle is None or size % _LANES or size > _MOST_SIZE or heads % kv_heads:
+            return False
+        if key.shape != value.shape or {query.dtype, key.dtype, value.dtype} != {torch.bfloat16}:
+            return False
+        if key.stride(3) != 1 or value.stride(3) != 1 or heads == 1:  # torch cuts a single head among its threads
+            return False
+        if (heads, kv_heads, size) not in self._is_exact:
+            self._is_exact[heads, kv_heads, size] = self._try(heads, kv_heads, size)
+        return self._is_exact[heads, kv_heads, size]
+
+    def compute(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """What weighs the values [1, 1, heads, size]."""
+        heads, size = query.shape[1], query.shape[3]
+        query = query.contiguous()
+        output = query.new_empty(1, 1, heads, size)
+        what = _Attention(
+            heads, key.shape[1], size, key.shape[2],
+            key.stride(1), key.stride(2), value.stride(1), value.stride(2),
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), scale,
+        )  # fmt: skip
+        if self._pool.lib.moe_attend(self._pool.handle, ctypes.addressof(what), output.data_ptr()):
+            raise MemoryError("no memory for the scores of attention")
+        return output
+
+    def _try(self, heads: int, kv_heads: int, size: int) -> bool:
+        if not self._pool.adds_as_torch_does:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        for tokens in _TRIALS:
+            query, key, value = (
+                torch.randn(1, number, length, size, generator=generator).to(torch.bfloat16)
+                for number, length in ((heads, 1), (kv_heads, tokens), (kv_heads, tokens))
+            )
+            expected = F.scaled_dot_product_attention(query, key, value, scale=0.2, enable_gqa=True)
+            if not torch.equal(self.compute(query, key, value, 0.2), expected.transpose(1, 2)):
+                return False
+        return True

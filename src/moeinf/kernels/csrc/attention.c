@@ -1,0 +1,201 @@
+/* Attention of one token over a KV cache, added up in the order in which torch's kernel for processors does it
+ * (ATen/native/cpu/FlashAttentionKernel.cpp; orders found by trying):
+ *
+ *   Tokens are taken BLOCK at a time, with a running maximum and sum. A score is four interleaved sums of products,
+ *   (0 + 2) + (1 + 3), times the scale. Whole vectors of 16 go through an exponential of its own (`exponential`), the
+ *   rest through exp, rounded; their sum is one of 16 interleaved ones. Chances are rounded to bfloat16 before they weigh the
+ *   values, which are four interleaved sums again.
+ *
+ * torch computes these with scalar loops, one head after the other. Here heads that share keys share the reading. */
+#include "library.h"
+
+#ifdef HAS_DOT_PAIRS
+
+#include <immintrin.h>
+#include <math.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,fma")))
+
+enum { BLOCK = 512, WAYS = 4, LANES = 16, AT_A_TIME = 4, ALONE = 1 << 16 /* products that are not worth a wake-up */ };
+
+/* One head over the blocks so far. */
+typedef struct {
+    float most, sum;
+    float *chances; /* of the block */
+    float *total;   /* [size] */
+} head;
+
+typedef struct {
+    const moe_attention *what;
+    uint16_t *output;
+    char *scratch; /* per KV head */
+    size_t scratch_bytes;
+    size_t per_ticket;
+} attending;
+
+/* 2^x by a polynomial on the bits of a float, after Malossi et al. (2015): good to 20 units in the last place. */
+TARGET static inline __m512 exponential(__m512 x) {
+    __mmask16 is_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-0x1.5d58a0p+6f), _CMP_LT_OS);
+    __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f));
+    __m512 rest = _mm512_sub_ps(power, _mm512_roundscale_ps(power, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    __m512 y = _mm512_fmadd_ps(rest, _mm512_set1_ps(-0.079204240219773236f), _mm512_set1_ps(-0.22433836478672356f));
+    y = _mm512_fmadd_ps(rest, y, _mm512_set1_ps(0.30354260500649682f));
+    y = _mm512_fmadd_ps(rest, y, _mm512_set1_ps(0.00010703434948458272f));
+    __m512 bits = _mm512_fmadd_ps(_mm512_set1_ps(0x1p23f), _mm512_sub_ps(power, y), _mm512_set1_ps(127 * 0x1p23f));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_cvttps_epi32(bits), is_zero, _mm512_setzero_si512()));
+}
+
+TARGET static inline __m512 widen(const uint16_t *values) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* Scores of AT_A_TIME keys for each of `heads` queries [heads, size], in the four lanes of a vector's quarters alike. */
+TARGET static void score(const uint16_t *const *keys, size_t size, size_t heads, const float *queries, __m512 *sums) {
+    for (size_t h = 0; h < heads; h++)
+        sums[h] = _mm512_setzero_ps();
+    for (size_t i = 0; i < size; i += LANES) {
+        __m512 k0 = widen(keys[0] + i), k1 = widen(keys[1] + i), k2 = widen(keys[2] + i), k3 = widen(keys[3] + i);
+        /* Quarter q of part p: four inputs from 4 p of key q. */
+        __m512 low01 = _mm512_shuffle_f32x4(k0, k1, 0x44), high01 = _mm512_shuffle_f32x4(k0, k1, 0xee);
+        __m512 low23 = _mm512_shuffle_f32x4(k2, k3, 0x44), high23 = _mm512_shuffle_f32x4(k2, k3, 0xee);
+        __m512 parts[WAYS] = {_mm512_shuffle_f32x4(low01, low23, 0x88), _mm512_shuffle_f32x4(low01, low23, 0xdd),
+                              _mm512_shuffle_f32x4(high01, high23, 0x88), _mm512_shuffle_f32x4(high01, high23, 0xdd)};
+        for (size_t h = 0; h < heads; h++)
+            for (int p = 0; p < WAYS; p++) {
+                __m128 query = _mm_loadu_ps(queries + h * size + i + (size_t)(4 * p));
+                sums[h] = _mm512_fmadd_ps(parts[p], _mm512_broadcast_f32x4(query), sums[h]);
+            }
+    }
+    for (size_t h = 0; h < heads; h++) {
+        __m512 pairs = _mm512_add_ps(sums[h], _mm512_permute_ps(sums[h], 0x4e));
+        sums[h] = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+    }
+}
+
+/* Scores of a block become chances, rounded, and the head's maximum and sum take them in; what earlier blocks gave shrinks
+ * as the maximum grows. */
+TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
+    float *scores = head->chances, most = -INFINITY;
+    for (size_t t = 0; t < count; t++) {
+        scores[t] *= scale;
+        most = scores[t] > most ? scores[t] : most;
+    }
+    most = head->most > most ? head->most : most;
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    size_t t = 0;
+    for (; t + LANES <= count; t += LANES) {
+        __m512 chances = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(most)));
+        __m512 *sums = t / LANES % 2 == 0 ? &even : &odd;
+        *sums = _mm512_add_ps(*sums, chances);
+        _mm512_storeu_ps(scores + t, chances);
+    }
+    __m512 sums = _mm512_add_ps(even, odd);
+    sums = _mm512_add_ps(sums, _mm512_shuffle_f32x4(sums, sums, 0x4e));
+    sums = _mm512_add_ps(sums, _mm512_shuffle_f32x4(sums, sums, 0xb1));
+    sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
+    sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
+    float sum = _mm512_cvtss_f32(sums);
+    for (; t < count; t++) {
+        scores[t] = (float)exp(scores[t] - most);
+        sum += scores[t];
+    }
+    for (t = 0; t < count; t++)
+        scores[t] = rounded(scores[t], MOE_BF16);
+    float shrink = (float)exp(head->most - most);
+    head->sum = fmaf(shrink, head->sum, sum);
+    head->most = most;
+    for (size_t i = 0; i < size; i++)
+        head->total[i] *= shrink;
+}
+
+/* Adds the values of a block, weighed, to a head's total. */
+TARGET static void weigh(const head *head, const uint16_t *values, size_t apart, size_t size, size_t count) {
+    const float *chances = head->chances;
+    for (size_t i = 0; i < size; i += LANES) {
+        const uint16_t *value = values + i;
+        __m512 total = _mm512_loadu_ps(head->total + i);
+        size_t t = 0;
+        for (; t + AT_A_TIME <= count; t += AT_A_TIME, value += AT_A_TIME * apart) {
+            __m512 even = _mm512_mul_ps(widen(value), _mm512_set1_ps(chances[t]));
+            __m512 odd = _mm512_mul_ps(widen(value + apart), _mm512_set1_ps(chances[t + 1]));
+            even = _mm512_fmadd_ps(widen(value + 2 * apart), _mm512_set1_ps(chances[t + 2]), even);
+            odd = _mm512_fmadd_ps(widen(value + 3 * apart), _mm512_set1_ps(chances[t + 3]), odd);
+            total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+        }
+        for (size_t left = count; left > t; left--)
+            total = _mm512_fmadd_ps(widen(values + (left - 1) * apart + i), _mm512_set1_ps(chances[left - 1]), total);
+        _mm512_storeu_ps(head->total + i, total);
+    }
+}
+
+/* The heads that share one KV head. */
+TARGET static void attend(const attending *job, size_t shared) {
+    const moe_attention *what = job->what;
+    size_t size = (size_t)what->size, tokens = (size_t)what->tokens, heads = (size_t)(what->heads / what->kv_heads);
+    const uint16_t *keys = (const uint16_t *)what->keys + shared * (size_t)what->key_head;
+    const uint16_t *values = (const uint16_t *)what->values + shared * (size_t)what->value_head;
+    size_t key_token = (size_t)what->key_token, value_token = (size_t)what->value_token;
+    float *numbers = (float *)(job->scratch + shared * job->scratch_bytes);
+    float *queries = numbers, *totals = queries + heads * size, *chances = totals + heads * size;
+    __m512 *sums = (__m512 *)(chances + heads * BLOCK);
+    head *each = (head *)(sums + heads);
+    memset(totals, 0, heads * size * sizeof *totals);
+    for (size_t i = 0; i < heads * size; i++)
+        queries[i] = from_bf16(((const uint16_t *)what->query)[shared * heads * size + i]);
+    for (size_t h = 0; h < heads; h++)
+        each[h] = (head){-INFINITY, 0, chances + h * BLOCK, totals + h * size};
+    for (size_t start = 0; start < tokens; start += BLOCK) {
+        size_t count = smaller(BLOCK, tokens - start);
+        for (size_t t = 0; t < count; t += AT_A_TIME) {
+            const uint16_t *four[AT_A_TIME];
+            for (size_t n = 0; n < AT_A_TIME; n++)
+                four[n] = keys + (start + smaller(t + n, count - 1)) * key_token;
+            score(four, size, heads, queries, sums);
+            for (size_t h = 0; h < heads; h++) {
+                float quarters[LANES];
+                _mm512_storeu_ps(quarters, sums[h]);
+                for (size_t n = 0; n < AT_A_TIME && t + n < count; n++)
+                    each[h].chances[t + n] = quarters[4 * n];
+            }
+        }
+        for (size_t h = 0; h < heads; h++) {
+            take_in(&each[h], what->scale, count, size);
+            weigh(&each[h], values + start * value_token, value_token, size, count);
+        }
+    }
+    for (size_t h = 0; h < heads; h++) {
+        float share = 1 / each[h].sum;
+        for (size_t i = 0; i < size; i++)
+            job->output[(shared * heads + h) * size + i] = to_bf16(each[h].total[i] * share);
+    }
+}
+
+static void run_ticket(void *job, size_t ticket) {
+    const attending *attending = job;
+    size_t first = ticket * attending->per_ticket, all = (size_t)attending->what->kv_heads;
+    for (size_t shared = first; shared < all && shared < first + attending->per_ticket; shared++)
+        attend(attending, shared);
+}
+
+int moe_attend(moe_pool *pool, const moe_attention *what, void *output) {
+    size_t size = (size_t)what->size, all = (size_t)what->kv_heads, heads = (size_t)what->heads / all;
+    size_t numbers = heads * (2 * size + BLOCK + LANES) * sizeof(float) + heads * sizeof(head);
+    attending job = {.what = what, .output = output, .scratch_bytes = ceil_div(numbers, 64) * 64};
+    if (!reserve(pool, all * job.scratch_bytes))
+        return -1;
+    job.scratch = pool->scratch;
+    bool is_little = (size_t)(what->heads * what->tokens) * size < ALONE;
+    job.per_ticket = is_little ? all : 1;
+    pool_run(pool->threads, run_ticket, &job, is_little ? 1 : all);
+    return 0;
+}
+
+#else
+
+int moe_attend(moe_pool *pool, const moe_attention *what, void *output) {
+    (void)pool, (void)what, (void)output;
+    return -2;
+}
+
+#endif

@@ -1,0 +1,118 @@
+"""Native attention of one token against torch's, to the last bit, and left to torch where it is not known to be so."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moeinf import hooks
+from moeinf.kernels.attention import NativeAttention
+from moeinf.kernels.native import NativePool
+from test_native import LIBRARY, VARIANTS
+
+pytestmark = pytest.mark.skipif(
+    "avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor"
+)
+
+
+@pytest.fixture
+def attention() -> Iterator[NativeAttention]:
+    pool = NativePool(2, "avx512bf16", LIBRARY)
+    yield NativeAttention(pool)
+    pool.close()
+
+
+def tensors(heads: int, kv_heads: int, size: int, tokens: int, spread: float = 1.0) -> tuple[torch.Tensor, ...]:
+    shapes = (1, heads, 1, size), (1, kv_heads, tokens, size), (1, kv_heads, tokens, size)
+    query, key, value = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
+    return query * spread, key, value
+
+
+def expected(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    result = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+    return result.transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 15, 16, 17, 33, 48, 63, 255, 511, 512, 513, 700, 1024, 1100, 2051])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 4, 16), (8, 2, 64), (12, 4, 80), (32, 4, 128), (2, 1, 256)]
+)
+def test_it_is_torchs(heads: int, kv_heads: int, size: int, tokens: int, attention: NativeAttention) -> None:
+    torch.manual_seed(tokens)
+    query, key, value = tensors(heads, kv_heads, size, tokens, random.Random(tokens).choice([0.3, 1, 4]))
+    scale = size**-0.5
+    assert attention.takes(query, key, value)
+    assert torch.equal(attention.compute(query, key, value, scale), expected(query, key, value, scale))
+
+
+def test_caches_need_not_be_contiguous(attention: NativeAttention) -> None:
+    torch.manual_seed(0)
+    query, key, value = tensors(8, 4, 32, 600)
+    key, value = key[:, :, 77:500], value.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 77:500]
+    assert attention.takes(query, key, value)
+    assert torch.equal(attention.compute(query, key, value, 0.25), expected(query, key, value, 0.25))
+
+
+def test_far_scores_weigh_nothing(attention: NativeAttention) -> None:
+    torch.manual_seed(1)
+    query, key, value = tensors(4, 4, 64, 530, spread=100.0)
+    assert torch.equal(attention.compute(query, key, value, 1.0), expected(query, key, value, 1.0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (torch.cat([q, q], 2), k, v),
+        lambda q, k, v: (torch.cat([q, q]), torch.cat([k, k]), torch.cat([v, v])),
+        lambda q, k, v: (q.float(), k.float(), v.float()),
+        lambda q, k, v: (q[..., :24], k[..., :24], v[..., :24]),
+        lambda q, k, v: (q, k, v[..., :16]),
+        lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v),
+        lambda q, k, v: (q[:, :1], k[:, :1], v[:, :1]),
+        lambda q, k, v: (q[:, :3], k, v),
+    ],
+)
+def test_what_it_does_not_take(change: Any, attention: NativeAttention) -> None:
+    query, key, value = tensors(4, 2, 32, 40)
+    assert attention.takes(query, key, value)
+    assert not attention.takes(*change(query, key, value))
+
+
+def test_what_fails_its_trial_is_not_taken(attention: NativeAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.compute
+    monkeypatch.setattr(attention, "compute", lambda *args: right(*args) + 1)
+    assert not attention.takes(*tensors(4, 2, 32, 40))
+
+
+def test_transformers_asks_it_for_plain_attention_only(attention: NativeAttention) -> None:
+    torch.manual_seed(2)
+    query, key, value = tensors(4, 4, 32, 20)
+    asked = []
+
+    class Watching(NativeAttention):
+        def compute(self, *args: Any) -> torch.Tensor:
+            asked.append(len(args))
+            return super().compute(*args)
+
+    module, other = nn.Identity(), nn.Identity()
+    hooks.attend(module, Watching(attention._pool))
+    sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    wanted, _ = sdpa(other, query, key, value, None, scaling=0.3)
+    assert not asked
+    assert torch.equal(sdpa(module, query, key, value, None, scaling=0.3, dropout=0.0)[0], wanted)
+    trials = len(asked)
+    assert trials > 1
+    mask = torch.ones(1, 1, 1, 20, dtype=torch.bool)
+    assert torch.equal(
+        sdpa(module, query, key, value, mask, scaling=0.3)[0], sdpa(other, query, key, value, mask, scaling=0.3)[0]
+    )
+    bias = torch.randn(1, 4, 1, 20).to(torch.bfloat16)
+    sdpa(module, query, key, value, None, scaling=0.3, position_bias=bias)
+    assert len(asked) == trials
