@@ -87,7 +87,7 @@ def _disk(disk: Disk) -> Iterator[Finding]:
 
 
 def _cost_of_read_ahead(disk: Disk) -> str:
-    others = f"programs that map weights into memory run 5 to 8 times slower than at {format_bytes(_GOOD_READ_AHEAD)}"
+    others = f"mapped weights come 5 to 8 times slower than at {format_bytes(_GOOD_READ_AHEAD)}"
     if disk.reads_direct:
         return f"nothing to moeinf, which reads past it; {others}"
     return f"{others}; moeinf's reads of small experts bring more than was asked for"

@@ -109,7 +109,7 @@ def load_or_measure(
 def _read(path: Path, notify: Callable[[str], None]) -> Machine | None:
     try:
         return Machine.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError, IntegrityError) as error:
         notify(f"{path.name} cannot be used ({error}): measuring again")

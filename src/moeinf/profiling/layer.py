@@ -34,7 +34,7 @@ __all__ = ["measure_layer"]
 
 _EXPERTS, _TOP_K = 128, 8
 _LAYERS = (4, 12)
-_LEAST_TOKENS = 4
+_LEAST_TOKENS = 2
 
 
 def measure_layer(seconds: float) -> float:

@@ -98,20 +98,21 @@ def best_s(calls: Sequence[Call], seconds: float) -> float:
 
 def best_of_each(works: Sequence[Sequence[Call]], seconds: float) -> list[float]:
     """Seconds of a call of each of `works`, undisturbed. Each gets so many `seconds`, a part of them at a time, so that
-    what else the machine does in between meets all of them. The first call of each only warms up.
+    what else the machine does in between meets all of them. The first call of each only warms up, if there is time for
+    another.
     """
     times: list[list[float]] = [[] for _ in works]
     calls = [cycle(work) for work in works]
     for _ in range(_TURNS):
         for of_one, work in zip(times, calls, strict=True):
             end = time.perf_counter() + seconds / _TURNS
-            while True:
+            while sum(of_one) <= seconds:
                 begin = time.perf_counter()
                 next(work)()
                 of_one.append(time.perf_counter() - begin)
                 if time.perf_counter() > end:
                     break
-    return [undisturbed(of_one[1:]) for of_one in times]
+    return [undisturbed(of_one[1:] or of_one) for of_one in times]
 
 
 def undisturbed(times: list[float]) -> float:
