@@ -27,7 +27,7 @@ def test_a_good_machine_has_none() -> None:
 
 
 CASES = {
-    "busy": (dataclasses.replace(make_machine(), load=6.0), "6.0 wanted one of 8 cores", "quiet", "profile --refresh"),
+    "busy": (dataclasses.replace(make_machine(), load=6.0), "took 6.0 of 8 cores", "quiet", "profile --refresh"),
     "read-ahead": (
         change("disk", read_ahead=8 * MIB),
         "read-ahead is 8.00 MiB",
@@ -97,7 +97,7 @@ def test_no_command_mends_a_processor() -> None:
         change("memory", huge_pages=None),
         change("memory", limit=60 * GIB),
         change("memory", swap_total=8 * GIB, swap_free=8 * GIB),
-        dataclasses.replace(make_machine(), load=2.0),
+        dataclasses.replace(make_machine(), load=1.0),
     ],
 )
 def test_what_is_no_evidence_is_no_finding(machine: Machine) -> None:

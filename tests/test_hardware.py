@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,11 @@ def test_this_machine_has_a_processor_and_a_disk(tmp_path: Path) -> None:
     assert hardware.processor_name()
     assert 1 <= hardware.usable_cores() <= (os.cpu_count() or 1)
     assert hardware.find_mount(tmp_path.resolve()).filesystem
+
+
+def test_work_is_counted_and_waiting_is_not() -> None:
+    before, begin = hardware.worked_s(), time.perf_counter()
+    while time.perf_counter() < begin + 0.3:
+        pass
+    worked_s, passed_s = hardware.worked_s() - before, time.perf_counter() - begin
+    assert 0 < worked_s <= (passed_s + 0.1) * (os.cpu_count() or 1)

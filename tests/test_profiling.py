@@ -7,10 +7,10 @@ import errno
 import json
 import os
 import stat
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ from moeinf.profiling import MACHINE_NAME, Effort, load_or_measure, measure_mach
 from moeinf.profiling import disk as disk_module
 from moeinf.profiling.disk import SCRATCH_NAME, DiskRates, measure_disk
 from moeinf.profiling.gpu import measure_gpus
-from moeinf.profiling.maths import best_of_each, measure_memory, undisturbed
+from moeinf.profiling.maths import best_of_each, measure_maths, measure_memory, undisturbed
 from moeinf.progress import NO_PROGRESS
 from moeinf.transfer import Reader
 from moeinf.units import GIB, MIB
@@ -238,23 +238,38 @@ def test_disturbed_times_do_not_count() -> None:
     assert undisturbed([2.0, 9.0, 1.0, 2.0, 7.0, 2.0, 8.0, 2.0]) == 2.0
 
 
-def take_time(order: list[str], name: str) -> None:
-    order.append(name)
-    time.sleep(5e-4)
+class Work:
+    """Calls that note their names and take a second each, on a clock of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.order = ""
+        clock = SimpleNamespace(perf_counter=lambda: float(len(self.order)))
+        monkeypatch.setattr("moeinf.profiling.maths.time", clock)
+
+    def calls(self, names: str) -> list[Callable[[], object]]:
+        return [partial(self._note, name) for name in names]
+
+    def _note(self, name: str) -> None:
+        self.order += name
 
 
-def test_what_is_timed_takes_turns() -> None:
-    order: list[str] = []
-    works = [[partial(take_time, order, "a"), partial(take_time, order, "b")], [partial(take_time, order, "c")]]
-    assert all(time_s > 0 for time_s in best_of_each(works, 3e-3))
-    assert "".join(order).count("c") >= 2
-    assert order.index("c") < len(order) - order[::-1].index("a") - 1
+def test_what_is_timed_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(monkeypatch)
+    assert best_of_each([work.calls("ab"), work.calls("c")], 6.0) == [1.0, 1.0]
+    assert work.order == "aba" + "ccc" + "bab" + "ccc" + "a" + "c"
 
 
-def test_what_takes_longer_than_its_time_is_done_once() -> None:
-    order: list[str] = []
-    assert all(time_s > 0 for time_s in best_of_each([[partial(take_time, order, name)] for name in "ab"], 1e-6))
-    assert order == ["a", "b"]
+def test_what_takes_longer_than_its_time_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(monkeypatch)
+    assert best_of_each([work.calls("a"), work.calls("b")], 0.1) == [1.0, 1.0]
+    assert work.order == "ab"
+
+
+def test_a_busy_machine_leaves_precisions_out_and_never_bfloat16() -> None:
+    effort = dataclasses.replace(SMALL, experts_s=0.0)
+    rates, left_out = measure_maths(None, MIB, effort, NO_PROGRESS.task("maths", 6, "rates").__enter__())
+    assert [(rate.weights, rate.tokens) for rate in rates] == [("bfloat16", tokens) for tokens in (1, 16, 256)]
+    assert left_out == ("experts in float32: there was no time for them",)
 
 
 def test_memory_is_read_by_the_library_and_by_torch() -> None:

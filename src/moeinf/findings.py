@@ -24,7 +24,7 @@ _LITTLE_SWAP = 64 * MIB
 _SHORT_OF_MEMORY = 0.7
 """Experts computed at less than this share of the rate at which memory is read are held up by the maths."""
 _WIDE = {"avx512_bf16", "amx_bf16", "bf16"}
-_BUSY = 0.5
+_BUSY = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ def find(machine: Machine) -> list[Finding]:
 def _busy(machine: Machine) -> Iterator[Finding]:
     if machine.load > _BUSY * machine.processor.cores:
         yield Finding(
-            f"other programs were running: {machine.load:.1f} wanted one of {machine.processor.cores} cores",
-            "the figures are what they left, and a quiet machine is faster",
+            f"other programs took {machine.load:.1f} of {machine.processor.cores} cores meanwhile",
+            "the figures are what they left; a quiet machine is faster",
             "moeinf profile --refresh",
         )
 

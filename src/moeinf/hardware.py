@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -32,6 +33,7 @@ __all__ = [
     "read_ahead_bytes",
     "read_ahead_file",
     "usable_cores",
+    "worked_s",
 ]
 
 FEATURES = (
@@ -99,6 +101,13 @@ def usable_cores(root: Path = _ROOT, processors: Iterable[int] | None = None) ->
     return max(1, int(min([len(siblings), *_shares(root)])))
 
 
+def worked_s() -> float:
+    """Seconds that the processors which this process may use have worked so far, for whomever."""
+    times = psutil.cpu_times(percpu=True)
+    allowed = [times[number] for number in _affinity() if number < len(times)]
+    return float(sum(sum(each) - each.idle - _waiting_s(each) for each in allowed))
+
+
 def clock_governor(root: Path = _ROOT) -> str | None:
     """What sets the first core's clock ("performance", "powersave", ...)."""
     return _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -145,6 +154,13 @@ def _queue_file(folder: Path, name: str, root: Path) -> Path | None:
     base = root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}"
     places = (base / "queue" / name, base.resolve().parent / "queue" / name)
     return next((place for place in places if place.exists()), None)
+
+
+def _waiting_s(times: Any) -> float:
+    """Of a processor's seconds, as psutil has them: idle ones that wait for a disk, and those that Linux counts twice,
+    as a guest's and as a user's.
+    """
+    return sum(getattr(times, name, 0.0) for name in ("iowait", "guest", "guest_nice"))
 
 
 def _affinity() -> list[int]:

@@ -142,7 +142,7 @@ class Gpu:
 class Machine:
     """`dense_bytes_per_s`: weights of the dense part, computed for one token. `layer_s`: what one layer of a forward
     pass of one token takes beside reading weights. `measured_at`: ISO 8601, UTC. `left_out`: what was not measured,
-    and why, in sentences. `load`: processes that wanted a core in the minute before, on average.
+    and why, in sentences. `load`: cores that other programs took meanwhile, on average.
     """
 
     measured_at: str

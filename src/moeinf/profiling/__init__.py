@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -46,7 +46,7 @@ def measure_machine(
 
     Raises CapacityError or UsageError when nothing can be written there, MoeinfError when another process is measuring.
     """
-    home, load = home.absolute(), os.getloadavg()[0]
+    home, load = home.absolute(), _Load()
     with ExitStack() as stack:
         with explained(home):
             FileSystem().make_folder(home)
@@ -59,7 +59,7 @@ def measure_machine(
         with progress.task("memory and maths", count, "rates") as task:
             memory_rate = measure_memory(pool, min(effort.memory, available // _MEMORY_SHARE), effort.maths_s)
             task.advance(1)
-            maths = measure_maths(pool, working_set, effort.maths_s, task)
+            maths, late = measure_maths(pool, working_set, effort, task)
             dense = measure_dense(working_set, effort.maths_s)
             task.advance(1)
             layer_s = measure_layer(effort.layer_s)
@@ -74,8 +74,8 @@ def measure_machine(
         dense_bytes_per_s=dense,
         layer_s=layer_s,
         gpus=gpus,
-        left_out=(*reads.left_out, *failed),
-        load=load,
+        left_out=(*reads.left_out, *late, *failed),
+        load=load.of_others(),
     )
 
 
@@ -104,6 +104,21 @@ def load_or_measure(
     machine = measure(home, progress)
     publish(path, [f"{json.dumps(machine.to_dict())}\n".encode()])
     return machine
+
+
+class _Load:
+    """Cores that other programs take from now on."""
+
+    def __init__(self) -> None:
+        self._begin = self._clocks()
+
+    def of_others(self) -> float:
+        """How many, on average."""
+        worked_s, own_s, passed_s = (after - before for before, after in zip(self._begin, self._clocks(), strict=True))
+        return max(0.0, worked_s - own_s) / passed_s
+
+    def _clocks(self) -> tuple[float, float, float]:
+        return hardware.worked_s(), time.process_time(), time.perf_counter()
 
 
 def _read(path: Path, notify: Callable[[str], None]) -> Machine | None:

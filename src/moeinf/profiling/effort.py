@@ -23,6 +23,7 @@ class Effort:
         disk_s: for everything that is done to the disk, writing the file included.
         read_s: for reading at one size and depth; one that would take more than four times that is left out.
         maths_s: for each rate of maths.
+        experts_s: for all rates of experts; a precision that is not begun by then is left out, bfloat16 excepted.
         layer_s: for what a layer costs beside its weights.
         link: bytes that are copied to a GPU and back.
     """
@@ -35,5 +36,6 @@ class Effort:
     disk_s: float = 35.0
     read_s: float = 0.35
     maths_s: float = 0.3
+    experts_s: float = 15.0
     layer_s: float = 3.0
     link: int = 256 * MIB

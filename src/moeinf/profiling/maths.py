@@ -22,6 +22,8 @@ from moeinf.machine import MathsRate
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.progress import Task
 
+from .effort import Effort
+
 __all__ = [
     "MATHS",
     "TOKENS",
@@ -62,21 +64,29 @@ def measure_memory(pool: NativePool | None, memory_bytes: int, seconds: float) -
     return memory.nbytes / best_s([read], seconds)
 
 
-def measure_maths(pool: NativePool | None, working_set: int, seconds: float, task: Task) -> tuple[MathsRate, ...]:
-    """The rates of MATHS, those of native kernels where there is a `pool`, `seconds` for each."""
-    rates = []
+def measure_maths(
+    pool: NativePool | None, working_set: int, effort: Effort, task: Task
+) -> tuple[tuple[MathsRate, ...], tuple[str, ...]]:
+    """The rates of MATHS, those of native kernels where there is a `pool`, and in sentences those left out."""
+    end = time.perf_counter() + effort.experts_s
+    rates: list[MathsRate] = []
+    late = []
     with torch.inference_mode():
         for weights in ("bfloat16", "float32", *_BITS):
             wanted = [(kernels, tokens) for kernels, kind, tokens in MATHS if kind == weights]
             wanted = [each for each in wanted if pool is not None or each[0] == "torch"]
             if not wanted:
                 continue
+            if rates and time.perf_counter() > end:
+                late.append(f"experts in {weights}: there was no time for them")
+                continue
             experts = Experts(weights, working_set)
             works = [experts.calls(experts.maths(pool if kernels == "native" else None), n) for kernels, n in wanted]
-            for (kernels, tokens), work, taken_s in zip(wanted, works, best_of_each(works, seconds), strict=True):
+            times = best_of_each(works, effort.maths_s)
+            for (kernels, tokens), work, taken_s in zip(wanted, works, times, strict=True):
                 rates.append(MathsRate(kernels, weights, tokens, experts.nbytes / len(work) / taken_s))
             task.advance(len(wanted))
-    return tuple(rates)
+    return tuple(rates), tuple(late)
 
 
 def measure_dense(working_set: int, seconds: float) -> float:
