@@ -110,7 +110,7 @@ def _memory(memory: HostMemory) -> Iterator[Finding]:
     if memory.huge_pages == "never":
         yield Finding(
             "huge pages are off",
-            "slots lie in pages of 4 KiB: the processor looks up an address every 4 KiB of weights that it reads",
+            "weights lie in pages of 4 KiB: on one machine memory then gave 24 GB/s, and 31 with huge pages",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         )
 

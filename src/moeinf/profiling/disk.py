@@ -2,7 +2,7 @@
 
 Owns a scratch file of random bytes beside the models, for as long as it reads it. The engine's own reader reads it, so
 what is measured is what the engine will get. The page cache is emptied of the file before every buffered point, and no
-byte is read twice in one. The engine's depth is measured at the beginning and again at the end, and the better one
+byte is read twice in one. The engine's depth is measured twice, some seconds apart, and the better figure
 counts: what else the disk does only ever makes reads slower.
 """
 
@@ -129,8 +129,10 @@ class _Disk:
         if too_large := [each for each in self._effort.sizes if each not in self._sizes]:
             left_out.append(f"reads of {_sizes(too_large)}: no room for them")
         ways = [way for way in (True, False) if (direct if way else cold or not direct)]
-        points = list(itertools.product(self._effort.depths, ways, self._sizes))
-        points += [point for point in points if point[:2] == (self._effort.depths[0], ways[0])]
+        first, *others = self._effort.depths
+        again = itertools.product((first,), ways[:1], self._sizes)
+        points = [*itertools.product((first,), ways, self._sizes), *again]
+        points += itertools.product(others, ways, self._sizes)
         rates: dict[tuple[int, bool, int], ReadRate] = {}
         with progress.task("read it", len(points), "rates") as task:
             for depth, is_direct, size in points:

@@ -1,6 +1,7 @@
 """How fast this machine reads memory and computes experts and dense layers.
 
-Weights come from a working set far beyond the caches, as they do in a model, and the engine's own kernels compute.
+Weights come from a working set far beyond the caches, in huge pages where there are any, as they do in a model, and the
+engine's own kernels compute.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moeinf.kernels.quantized import quantize
 from moeinf.machine import MathsRate
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.progress import Task
+from moeinf.transfer import allocate_buffer
 
 from .effort import Effort
 
@@ -59,7 +61,7 @@ MATHS = (
 
 def measure_memory(pool: NativePool | None, memory_bytes: int, seconds: float) -> float:
     """Bytes per second of reading `memory_bytes` with all threads, by the native library, or by torch without it."""
-    memory = torch.ones(memory_bytes // 8, dtype=torch.int64)
+    memory = _allocate(memory_bytes // 8 * 8).view(torch.int64).fill_(1)
     read: Call = partial(pool.read, memory) if pool is not None else memory.sum
     return memory.nbytes / best_s([read], seconds)
 
@@ -94,8 +96,9 @@ def measure_dense(working_set: int, seconds: float) -> float:
     wide, narrow = 2 * HIDDEN, HIDDEN
     pairs = max(1, working_set // (2 * 2 * wide * narrow))
     with torch.inference_mode():
-        up = _noise((wide, narrow)).expand(pairs, -1, -1).clone()
-        down = _noise((narrow, wide)).expand(pairs, -1, -1).clone()
+        weights = _allocate(pairs * 2 * 2 * wide * narrow).view(torch.bfloat16).view(2, pairs, -1)
+        up = weights[0].view(pairs, wide, narrow).copy_(_noise((wide, narrow)))
+        down = weights[1].view(pairs, narrow, wide).copy_(_noise((narrow, wide)))
         hidden = _noise((1, narrow))
         calls = [partial(_two_layers, hidden, *each) for each in zip(up, down, strict=True)]
         return 2 * up[0].nbytes / best_s(calls, seconds)
@@ -165,7 +168,7 @@ class Experts:
         self._layout = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
         images = [self._image(number).to(device) for number in range(_DISTINCT)]
         count = max(2, working_set // (images[0].nbytes * TOP_K)) * TOP_K
-        memory = torch.empty(count, images[0].nbytes, dtype=torch.uint8, device=device)
+        memory = _allocate(count * images[0].nbytes, device).view(count, -1)
         for number, place in enumerate(memory):
             place.copy_(images[number % _DISTINCT])
         self._experts = [self._tensors(place) for place in memory]
@@ -216,6 +219,13 @@ def _one_token(maths: ExpertMaths, hidden: torch.Tensor, shares: torch.Tensor, e
 
 def _two_layers(hidden: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return F.linear(F.linear(hidden, up), down)
+
+
+def _allocate(nbytes: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Bytes on `device`; on the processor in huge pages, as the engine has its slots and dense weights."""
+    if torch.device(device).type == "cpu":
+        return torch.frombuffer(allocate_buffer(nbytes), dtype=torch.uint8, count=nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
