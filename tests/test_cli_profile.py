@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from cli_transcripts import CommandLine
-from machines import FakeGpus, make_gpu, make_machine
+from machine_fakes import FakeGpus, make_gpu, make_machine
 from moeinf import profiling
 from moeinf.machine import Machine, MathsRate, ReadRate
 from moeinf.profiling import Effort, measure_machine

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from machines import make_machine
+from machine_fakes import make_machine
 from moeinf.findings import find
 from moeinf.machine import Machine, MathsRate, ReadRate
 from moeinf.units import GIB, MIB

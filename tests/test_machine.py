@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from machines import make_gpu, make_machine
+from machine_fakes import make_gpu, make_machine
 from moeinf.errors import IntegrityError
 from moeinf.machine import Machine, MathsRate, ReadRate
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from faults import FailingDisk
-from machines import FakeGpus, make_gpu, make_machine
+from machine_fakes import FakeGpus, make_gpu, make_machine
 from moeinf import profiling
 from moeinf.errors import CapacityError, MoeinfError, UsageError
 from moeinf.files import FileSystem
