@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from cgroups import memory_limit, run_in
+from moeinf.hardware import read_ahead_file
 from moeinf.settings import DEFAULT_POLICY
 from shapes import SHAPES, write_checkpoint
 
@@ -276,16 +277,6 @@ def report(results: list[tuple[float, Run | str]], systems: list[str]) -> None:
             ratio = statistics.median(others) / statistics.median(run.tpot_s for _, run in ours)
             print(f"{system} / moeinf: {ratio:.2f} times the time per token")
     print(f"all produced the same tokens: {len({tuple(run.tokens) for _, run in runs}) == 1}")
-
-
-def read_ahead_file(folder: Path) -> Path | None:
-    """The setting of the block device that holds `folder`, which decides how fast mapped weights are read."""
-    device = folder.stat().st_dev
-    base = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    for place in (base / "queue/read_ahead_kb", base.resolve().parent / "queue/read_ahead_kb"):
-        if place.exists():
-            return place
-    return None
 
 
 def main() -> None:

@@ -1120,7 +1120,10 @@ def test_a_locale_that_cannot_show_the_answer(stored: CommandLine) -> None:
 
 
 def test_help_begins_with_two_examples(cli: CommandLine) -> None:
-    commands = [[], *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat", "trace", "simulate"))]
+    commands = [
+        [],
+        *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat", "profile", "trace", "simulate")),
+    ]
     for command in commands:
         stdout, stderr, code = cli.run(*command, "--help")
         lines = stdout.splitlines()

@@ -23,6 +23,7 @@ from .chat import chat
 from .models import list_models, pull, remove, show, verify
 from .options import with_groups
 from .output import Output
+from .profile import profile
 from .run import INTERRUPTED, run
 from .simulate import simulate
 from .trace import trace
@@ -46,6 +47,7 @@ app.command("rm", short_help="Remove models.")(with_groups(remove))
 app.command("verify", short_help="Check every byte of a model.")(with_groups(verify))
 app.command("run", short_help="Print one answer.")(with_groups(run))
 app.command("chat", short_help="Talk to a model.")(with_groups(chat))
+app.command("profile", short_help="Measure this machine; with a model, say how it would run.")(with_groups(profile))
 app.command("trace", short_help="Record which experts a model asks for.")(with_groups(trace))
 app.command("simulate", short_help="Replay traces through cache policies.")(with_groups(simulate))
 

@@ -32,6 +32,7 @@ __all__ = [
     "SamplingFlags",
     "SourceModel",
     "Stats",
+    "source_or_stored_names",
     "with_groups",
 ]
 
@@ -52,6 +53,11 @@ def source_names(incomplete: str) -> list[tuple[str, str]]:
     from moeinf.catalog import entries
 
     return [(entry.alias, entry.description) for entry in entries() if entry.alias.startswith(incomplete)]
+
+
+def source_or_stored_names(incomplete: str) -> list[str]:
+    """What `stored_names` and `source_names` know, for commands that need not have the model here."""
+    return sorted({*stored_names(incomplete), *(alias for alias, _ in source_names(incomplete))})
 
 
 _MODEL_HELP = "`demo`, or a pulled model: its name, alias, hub id (org/name) or the folder it came from."

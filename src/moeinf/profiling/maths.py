@@ -1,0 +1,232 @@
+"""How fast this machine reads memory and computes experts and dense layers.
+
+Weights come from a working set far beyond the caches, in huge pages where there are any, as they do in a model, and the
+engine's own kernels compute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moeinf.dtypes import SAFETENSORS_NAMES
+from moeinf.kernels import ExpertMaths, Tensors
+from moeinf.kernels.native import NativeMaths, NativePool
+from moeinf.kernels.quantized import quantize
+from moeinf.machine import MathsRate
+from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.progress import Task
+from moeinf.transfer import allocate_buffer
+
+from .effort import Effort
+
+__all__ = [
+    "MATHS",
+    "TOKENS",
+    "Experts",
+    "best_of_each",
+    "best_s",
+    "measure_dense",
+    "measure_maths",
+    "measure_memory",
+    "undisturbed",
+]
+
+HIDDEN, INNER, TOP_K = 2048, 768, 8
+"""The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
+TOKENS = (1, 16, 256)
+_GROUP = 64
+_BITS = {"int8": 8, "int4": 4}
+_WHOLE = {"int8": 1, "int4": 2}
+"""The numbers of moe.h."""
+_DISTINCT = 2
+"""Experts of a working set that differ; the others are copies of them, each with memory of its own."""
+_TURNS = 3
+
+Call = Callable[[], object]
+
+MATHS = (
+    *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
+    *(("native", weights, 1) for weights in _BITS),
+    *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
+)
+"""(kernels, weights, tokens) that are measured. Whole numbers: one token, which is what the library has for them."""
+
+
+def measure_memory(pool: NativePool | None, memory_bytes: int, seconds: float) -> float:
+    """Bytes per second of reading `memory_bytes` with all threads, by the native library, or by torch without it."""
+    memory = _allocate(memory_bytes // 8 * 8).view(torch.int64).fill_(1)
+    read: Call = partial(pool.read, memory) if pool is not None else memory.sum
+    return memory.nbytes / best_s([read], seconds)
+
+
+def measure_maths(
+    pool: NativePool | None, working_set: int, effort: Effort, task: Task
+) -> tuple[tuple[MathsRate, ...], tuple[str, ...]]:
+    """The rates of MATHS, those of native kernels where there is a `pool`, and in sentences those left out."""
+    end = time.perf_counter() + effort.experts_s
+    rates: list[MathsRate] = []
+    late = []
+    with torch.inference_mode():
+        for weights in ("bfloat16", "float32", *_BITS):
+            wanted = [(kernels, tokens) for kernels, kind, tokens in MATHS if kind == weights]
+            wanted = [each for each in wanted if pool is not None or each[0] == "torch"]
+            if not wanted:
+                continue
+            if rates and time.perf_counter() > end:
+                late.append(f"experts in {weights}: there was no time for them")
+                continue
+            experts = Experts(weights, working_set)
+            works = [experts.calls(experts.maths(pool if kernels == "native" else None), n) for kernels, n in wanted]
+            times = best_of_each(works, effort.maths_s)
+            for (kernels, tokens), work, taken_s in zip(wanted, works, times, strict=True):
+                rates.append(MathsRate(kernels, weights, tokens, experts.nbytes / len(work) / taken_s))
+            task.advance(len(wanted))
+    return tuple(rates), tuple(late)
+
+
+def measure_dense(working_set: int, seconds: float) -> float:
+    """Bytes per second of bfloat16 weights of linear layers, computed for one token by torch."""
+    wide, narrow = 2 * HIDDEN, HIDDEN
+    pairs = max(1, working_set // (2 * 2 * wide * narrow))
+    with torch.inference_mode():
+        weights = _allocate(pairs * 2 * 2 * wide * narrow).view(torch.bfloat16).view(2, pairs, -1)
+        up = weights[0].view(pairs, wide, narrow).copy_(_noise((wide, narrow)))
+        down = weights[1].view(pairs, narrow, wide).copy_(_noise((narrow, wide)))
+        hidden = _noise((1, narrow))
+        calls = [partial(_two_layers, hidden, *each) for each in zip(up, down, strict=True)]
+        return 2 * up[0].nbytes / best_s(calls, seconds)
+
+
+def best_s(calls: Sequence[Call], seconds: float) -> float:
+    """Seconds of one of `calls`, which take turns, undisturbed: what `best_of_each` finds of them alone."""
+    return best_of_each([calls], seconds)[0]
+
+
+def best_of_each(works: Sequence[Sequence[Call]], seconds: float) -> list[float]:
+    """Seconds of a call of each of `works`, undisturbed. Each gets so many `seconds`, a part of them at a time, so that
+    what else the machine does in between meets all of them. The first call of each only warms up, if there is time for
+    another.
+    """
+    times: list[list[float]] = [[] for _ in works]
+    calls = [cycle(work) for work in works]
+    for _ in range(_TURNS):
+        for of_one, work in zip(times, calls, strict=True):
+            end = time.perf_counter() + seconds / _TURNS
+            while sum(of_one) <= seconds:
+                begin = time.perf_counter()
+                next(work)()
+                of_one.append(time.perf_counter() - begin)
+                if time.perf_counter() > end:
+                    break
+    return [undisturbed(of_one[1:] or of_one) for of_one in times]
+
+
+def undisturbed(times: list[float]) -> float:
+    """The time that a quarter of `times` do not reach: what else the machine does only ever makes them longer."""
+    return sorted(times)[len(times) // 4]
+
+
+class _Module(nn.Module):
+    """An experts module as transformers has them, without weights."""
+
+    has_gate, has_bias, has_post_expert_norm = True, False, False
+    is_transposed, is_concatenated = False, True
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class _WholeMaths(NativeMaths):
+    """Native experts in whole numbers, each of them one tensor of bytes."""
+
+    def __init__(self, layout: ExpertLayout, weights: str, pool: NativePool) -> None:
+        super().__init__(_Module(), layout, pool)
+        up, down = 2 * INNER * HIDDEN, HIDDEN * INNER
+        sizes = (up * _BITS[weights] // 8, up // _GROUP * 2, down * _BITS[weights] // 8, down // _GROUP * 2)
+        layer = self.layer
+        layer.weights, layer.group = _WHOLE[weights], _GROUP
+        layer.up, layer.up_scales, layer.down, layer.down_scales = (sum(sizes[:number]) for number in range(4))
+        self._anchor, self._offset = "all", 0
+
+
+class Experts:
+    """A working set of experts of random `weights`, all of one kind, on a `device`. `nbytes`: of all of them."""
+
+    def __init__(self, weights: str, working_set: int, device: torch.device | str = "cpu") -> None:
+        self._weights = weights
+        self._dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        up, down = (2 * INNER, HIDDEN), (HIDDEN, INNER)
+        first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
+        self._layout = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
+        images = [self._image(number).to(device) for number in range(_DISTINCT)]
+        count = max(2, working_set // (images[0].nbytes * TOP_K)) * TOP_K
+        memory = _allocate(count * images[0].nbytes, device).view(count, -1)
+        for number, place in enumerate(memory):
+            place.copy_(images[number % _DISTINCT])
+        self._experts = [self._tensors(place) for place in memory]
+        self._device = device
+        self.nbytes = memory.nbytes
+
+    def maths(self, pool: NativePool | None) -> ExpertMaths:
+        """What computes them: the library, or torch without `pool`."""
+        if pool is None:
+            return ExpertMaths(_Module())
+        if self._weights in _BITS:
+            return _WholeMaths(self._layout, self._weights, pool)
+        return NativeMaths(_Module(), self._layout, pool)
+
+    def calls(self, maths: ExpertMaths, tokens: int) -> list[Call]:
+        """What computes all of them once, each for `tokens` tokens: a call for the experts of one token, or for one
+        expert of many.
+        """
+        hidden = _noise((tokens, HIDDEN), self._dtype).to(self._device)
+        shares = torch.full((tokens, TOP_K if tokens == 1 else 1), 1 / TOP_K, dtype=self._dtype, device=self._device)
+        if tokens > 1:
+            return [partial(maths.expert, hidden, expert, shares) for expert in self._experts]
+        groups = [self._experts[at : at + TOP_K] for at in range(0, len(self._experts), TOP_K)]
+        return [partial(_one_token, maths, hidden, shares, group) for group in groups]
+
+    def _image(self, seed: int) -> torch.Tensor:
+        """One expert's bytes."""
+        parts = [_noise(spec.shape, self._dtype, seed) for spec in self._layout.tensors]
+        if self._weights in _BITS:
+            parts = [part for tensor in parts for part in quantize(tensor, _BITS[self._weights], _GROUP)]
+        return torch.cat([part.flatten().view(torch.uint8) for part in parts])
+
+    def _tensors(self, place: torch.Tensor) -> Tensors:
+        if self._weights in _BITS:
+            return {"all": place}
+        return {
+            spec.name: place[spec.offset : spec.offset + spec.nbytes].view(self._dtype).view(spec.shape)
+            for spec in self._layout.tensors
+        }
+
+
+def _one_token(maths: ExpertMaths, hidden: torch.Tensor, shares: torch.Tensor, experts: list[Tensors]) -> torch.Tensor:
+    places = range(len(experts))
+    step = maths.token(hidden, shares)
+    step.compute(places, experts)
+    return step.total(places)
+
+
+def _two_layers(hidden: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.linear(hidden, up), down)
+
+
+def _allocate(nbytes: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Bytes on `device`; on the processor in huge pages, as the engine has its slots and dense weights."""
+    if torch.device(device).type == "cpu":
+        return torch.frombuffer(allocate_buffer(nbytes), dtype=torch.uint8, count=nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
