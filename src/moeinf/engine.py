@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from . import hooks, memory
@@ -29,9 +29,9 @@ from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
 from .kernels import choose_maths
-from .ledger import MemoryPlan, ModelShape, make_plan
+from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path
-from .metamodel import causal_lm_class
+from .metamodel import model_shape
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
 from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
@@ -226,17 +226,10 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         torch.set_num_threads(options.threads)
     with hooks.quiet():
         config = _load_part(AutoConfig, folder, "configuration")
-        model_class = causal_lm_class(config)  # imports the family's code, before memory is counted
+        shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
         tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
     libraries_bytes = memory.rss_bytes()
-    plan = make_plan(
-        manifest,
-        _shape(manifest, config, model_class),
-        available_bytes=memory.available_bytes(),
-        host_memory=options.host_memory,
-        experts=options.experts,
-        context=options.context,
-    )
+    plan = memory.plan_memory(manifest, shape, options)
     direct = _reads_direct(folder, manifest, plan)
     model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
     if (folder / GENERATION_CONFIG_NAME).exists():
@@ -333,25 +326,13 @@ def _load_part(auto: Any, folder: Path, what: str) -> Any:
         ) from error
 
 
-def _shape(manifest: Manifest, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelShape:
-    text = config.get_text_config(decoder=True)
-    holds_scores = not model_class._supports_sdpa
-    widest = max(max(tensor.shape) for tensor in manifest.layout.tensors)
-    return ModelShape(
-        hidden=text.hidden_size,
-        widest=max(widest, getattr(text, "intermediate_size", None) or 0),
-        vocabulary=text.vocab_size,
-        score_heads=max(layer.num_attention_heads for layer in text.per_layer_config) if holds_scores else 0,
-    )
-
-
 def _reads_direct(folder: Path, manifest: Manifest, plan: MemoryPlan) -> bool:
     """Whether to go past the page cache: not where it is refused, nor where memory is left to cache every expert
     beside the slots.
     """
     if not can_read_direct(folder / expert_path(0, 0)):
         return False
-    return memory.available_bytes() < plan.total + manifest.experts_bytes
+    return not can_cache_files(plan, manifest, memory.available_bytes())
 
 
 def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, torch.Tensor]:

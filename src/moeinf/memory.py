@@ -1,4 +1,6 @@
-"""How much memory there is, and how much this process holds. The only module that asks the operating system."""
+"""How much memory there is, how much this process holds, and how it will be divided. The only module that asks the
+operating system.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,12 @@ from pathlib import Path
 
 import psutil
 
+from .ledger import MemoryPlan, ModelShape, make_plan
+from .manifest import Manifest
+from .settings import EngineOptions
 from .units import KIB
 
-__all__ = ["available_bytes", "cgroup_headrooms", "peak_rss_bytes", "return_free_memory", "rss_bytes"]
+__all__ = ["available_bytes", "cgroup_headrooms", "peak_rss_bytes", "plan_memory", "return_free_memory", "rss_bytes"]
 
 _GROUPS = Path("/proc/self/cgroup")
 
@@ -23,6 +28,18 @@ def available_bytes() -> int:
     if _GROUPS.exists():
         rooms += cgroup_headrooms(_GROUPS.read_text(encoding="utf-8"))
     return max(0, min(rooms))
+
+
+def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> MemoryPlan:
+    """The plan for this machine as it is now; the engine keeps to it, and `profile` shows it. Raises as `make_plan`."""
+    return make_plan(
+        manifest,
+        shape,
+        available_bytes=available_bytes(),
+        host_memory=options.host_memory,
+        experts=options.experts,
+        context=options.context,
+    )
 
 
 def rss_bytes() -> int:
