@@ -15,7 +15,7 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "machine", "manifest", "ledger", "prompts"},
+    {"catalog", "demo", "forecast", "machine", "manifest", "ledger", "prompts"},
     {
         "checkpoint",
         "collection",
@@ -23,6 +23,7 @@ LAYERS = [
         "conversion",
         "datasets",
         "dtypes",
+        "evidence",
         "files",
         "hub",
         "incoming",
@@ -38,8 +39,8 @@ LAYERS = [
         "tracefile",
     },
     {"cache", "kernels", "memory", "policies", "predictors", "routing_memory", "steps", "transfer", "trials"},
-    {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
-    {"analysis", "calibration", "chat", "figures", "page", "report", "sizing"},
+    {"engine", "generation", "hooks", "prefetch", "recorder", "runlog", "runtime", "simulate", "stats"},
+    {"analysis", "calibration", "chat", "figures", "page", "planning", "report", "sizing"},
     {"cli"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .ledger import MemoryPlan, ModelShape, Regime, can_cache_files
+from .ledger import MemoryPlan, ModelShape, Regime
 from .machine import Machine
 from .manifest import DTYPE_BYTES, Manifest
 
@@ -55,7 +55,7 @@ _LIKE_RUNS = 5
 @dataclass(frozen=True, slots=True)
 class HitCurve:
     """Which share of the experts asked for is found in memory that holds a share of all experts: `points` (share, hit
-    rate), ascending in both, on straight lines between and to (0, 0) and (1, 1). `source` says where it is from.
+    rate), ascending shares, on straight lines between and to (0, 0) and (1, 1); more memory never finds less. `source` says where it is from.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -65,9 +65,10 @@ class HitCurve:
         """The hit rate when memory holds `share` of all experts."""
         before, low = 0.0, 0.0
         for after, high in (*self.points, (1.0, 1.0)):
+            high = max(low, high)
             if share < after:
                 return low + (high - low) * (share - before) / (after - before)
-            before, low = after, max(low, high)
+            before, low = after, high
         return 1.0
 
 
@@ -79,17 +80,17 @@ PUBLISHED = HitCurve(
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that a forecast depends on beside the plan. `kernels` and `prefetch` are the engine's options;
-    `available_bytes` is the memory that this process may take.
+    """All that a forecast depends on beside the plan. `kernels` and `prefetch` are the engine's options. With
+    `reads_files` the experts that are not in slots come from the page cache, which has room for all of them.
     """
 
     machine: Machine
     manifest: Manifest
     shape: ModelShape
     curve: HitCurve
-    available_bytes: int
     kernels: str = "auto"
     prefetch: str = "auto"
+    reads_files: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,7 @@ class Forecast:
 
     `dense_s`, `layers_s`, `experts_s` and `bookkeeping_s` add up with `stall_s`, the part of `read_s` that nothing
     hides, to `tpot_s` before `factor`, the correction by past runs. `bound_s` is what no program can beat at this
-    `hit_rate`, by the resource named `by`. With `reads_files` the experts that are not in slots come from the page
-    cache.
+    `hit_rate`, by the resource named `by`.
     """
 
     regime: Regime
@@ -111,7 +111,6 @@ class Forecast:
     read_s: float
     stall_s: float
     missed_bytes: float
-    reads_files: bool
     bound_s: float
     by: Bound
     tpot_s: float
@@ -130,8 +129,8 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class PastRun:
-    """An answer of a model that is long enough to be measured. `hit_rate` leaves out what was foreseen; `direct`: reads
-    went past the page cache. `predicted_s` is what was expected, None where the machine had not been measured.
+    """An answer of a model that is long enough to be measured. `hit_rate` leaves out what was foreseen.
+    `predicted_s` is what was expected, None where the machine had not been measured.
     """
 
     date: str
@@ -139,7 +138,7 @@ class PastRun:
     budget: int
     tokens: int
     hit_rate: float
-    direct: bool
+    reads_files: bool
     policy: str
     prefetch: str
     kernels: str
@@ -165,7 +164,7 @@ def foretell(
     missed_bytes = (1 - hits) * costs.token_bytes
     read_s = missed_bytes / costs.fetch_rate
     busy_s = costs.dense_s + costs.layers_s + costs.experts_s + costs.bookkeeping_s(hits)
-    stall_s = read_s if costs.reads_files else costs.stall_s(hits, read_s, situation.prefetch)
+    stall_s = costs.stall_s(hits, read_s)
     compute_s = (costs.dense_bytes + hits * costs.token_bytes) / situation.machine.memory.bytes_per_s
     bound_s = max(compute_s, read_s)
     return Forecast(
@@ -178,9 +177,8 @@ def foretell(
         read_s=read_s,
         stall_s=stall_s,
         missed_bytes=missed_bytes,
-        reads_files=costs.reads_files,
         bound_s=bound_s,
-        by="disk" if read_s > compute_s and not costs.reads_files else "host",
+        by="disk" if read_s > compute_s and not situation.reads_files else "host",
         tpot_s=max(bound_s, busy_s + stall_s),
         ttft_s=costs.prompt_s(min(prompt_tokens, plan.context)),
         prompt_tokens=min(prompt_tokens, plan.context),
@@ -192,13 +190,14 @@ def correction(situation: Situation, plan: MemoryPlan, runs: Sequence[PastRun], 
     rate that they had. Like are those with the same options, in the same regime and off the same place; of these, the
     nearest in slots, the later first.
     """
-    reads_files = can_cache_files(plan, situation.manifest, situation.available_bytes)
+    options = (situation.prefetch, situation.kernels, threads)
+    is_resident = plan.regime == "resident"
     like = [
         run
         for run in reversed(runs)
-        if (run.prefetch, run.kernels, run.threads) == (situation.prefetch, situation.kernels, threads)
-        and (run.slots >= plan.all_experts) == (plan.regime == "resident")
-        and (plan.regime == "resident" or run.direct != reads_files)
+        if (run.prefetch, run.kernels, run.threads) == options
+        and (run.slots >= plan.all_experts) == is_resident
+        and (is_resident or run.reads_files == situation.reads_files)
     ]
     like.sort(key=lambda run: abs(run.slots - plan.slots))
     ratios = [
@@ -220,10 +219,10 @@ class _Costs:
         self.expert_bytes = manifest.layout.nbytes
         self.token_bytes = manifest.token_experts * self.expert_bytes
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
-        self.reads_files = can_cache_files(plan, manifest, situation.available_bytes)
+        self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
         self.disk_rate = _disk_rate(machine, self.expert_bytes)
         self.fetch_rate = self.disk_rate
-        if self.reads_files:
+        if situation.reads_files:
             self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
         self._kind = _kind_of(manifest)
         self._head_s = min(self.dense_bytes, shape.head_bytes) / machine.dense_bytes_per_s + TOKEN_S
@@ -234,13 +233,15 @@ class _Costs:
     def bookkeeping_s(self, hits: float) -> float:
         return self._manifest.token_experts * (REQUEST_S + (1 - hits) * FETCH_S)
 
-    def stall_s(self, hits: float, read_s: float, prefetch: str) -> float:
-        """Waiting for `read_s` of reads per token that go on beside the maths."""
+    def stall_s(self, hits: float, read_s: float) -> float:
+        """Waiting for `read_s` of reads per token. A disk works beside the maths; copies from the page cache take the
+        cores from it.
+        """
+        if self._reads_files:
+            return read_s
         plain = self._stall_s(hits, read_s, 0.0)
-        if prefetch == "off" or self._plan.regime == "resident":
-            return plain
-        foreseeing = self._stall_s(hits, read_s, _FORESEEN[prefetch])
-        return min(plain, foreseeing) if prefetch == "auto" else foreseeing
+        foreseeing = self._stall_s(hits, read_s, _FORESEEN[self._prefetch])
+        return min(plain, foreseeing) if self._prefetch == "auto" else foreseeing
 
     def _stall_s(self, hits: float, read_s: float, foreseen: float) -> float:
         """Waiting, and asking, when this share of a layer's choice is `foreseen` while the layer before is computed.
