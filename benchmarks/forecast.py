@@ -5,9 +5,9 @@
     python benchmarks/forecast.py --settings small:25%:bfloat16 qwen3-30b-a3b:50%:bfloat16 --layers 4
 
 For each setting (shape, share of the experts, dtype) it takes a random checkpoint of the shape, or the demo model,
-records a trace of it once, and runs one process in a memory cgroup that holds the plan and little more. The process makes
-the forecast from the traced hit curve, without corrections, then loads the engine with the same options, puts a prompt
-through it, and decodes. Prints times per token and to the first one, and the peak of memory beside the plan.
+records a trace of it once, and runs one process in a memory cgroup that holds the plan and little more. The process
+makes the forecast from the traced hit curve, without corrections, then loads the engine with the same options, puts a
+prompt through it, and decodes. Prints times per token and to the first one, and the peak of memory beside the plan.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def predict_and_run(setting: Setting, prompt_tokens: int, new_tokens: int, threa
     store = Store()
     machine = evidence.read_machine(store.home)
     if machine is None:
-        sys.exit(f"{store.home / evidence.MACHINE_FILE} is not there: run `moeinf profile` with MOEINF_HOME={store.home}")
+        sys.exit(
+            f"{store.home / evidence.MACHINE_FILE} is not there: run `moeinf profile` with MOEINF_HOME={store.home}"
+        )
     options = EngineOptions(experts=setting.share, context=CONTEXT, threads=threads)
     subject = find_subject(setting.model, store)
     curve = find_curve(subject, options.policy)
@@ -162,9 +164,7 @@ def limit_bytes(setting: Setting) -> int:
     from moeinf.store import Store
 
     subject = find_subject(setting.model, Store())
-    plan = make_plan(
-        subject.manifest, subject.shape, available_bytes=1 << 40, experts=setting.share, context=CONTEXT
-    )
+    plan = make_plan(subject.manifest, subject.shape, available_bytes=1 << 40, experts=setting.share, context=CONTEXT)
     return plan.total + LIBRARIES_BYTES + (plan.total + LIBRARIES_BYTES) // 20
 
 
@@ -189,7 +189,7 @@ def row(setting: Setting, result: Result | str) -> str:
         "{:.1f} / {:.1f} ms: {:.2f}".format(*(s * 1e3 for s in result.tpot_s), result.tpot_s[1] / result.tpot_s[0]),
         "{:.2f} / {:.2f} s: {:.2f}".format(*result.ttft_s, result.ttft_s[1] / result.ttft_s[0]),
         f"{result.bound_s * 1e3:.1f} ms ({result.by})",
-        f"{result.held_bytes / MIB:.0f} of {result.plan_bytes / MIB:.0f} MiB: {result.held_bytes / result.plan_bytes:.0%}",
+        f"{result.held_bytes / result.plan_bytes:.0%} of {result.plan_bytes / MIB:.0f} MiB",
     ]
     return f"{head}| {result.verdict} | {' | '.join(pairs)} |"
 

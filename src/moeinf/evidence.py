@@ -20,7 +20,16 @@ from .files import publish
 from .forecast import HitCurve, PastRun
 from .machine import Machine
 
-__all__ = ["CURVE_FILE", "MACHINE_FILE", "RUNS_FILE", "add_runs", "read_curve", "read_machine", "read_runs", "write_curve"]
+__all__ = [
+    "CURVE_FILE",
+    "MACHINE_FILE",
+    "RUNS_FILE",
+    "add_runs",
+    "read_curve",
+    "read_machine",
+    "read_runs",
+    "write_curve",
+]
 
 CURVE_FILE = "hit-curve.json"
 MACHINE_FILE = "machine.json"

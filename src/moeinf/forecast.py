@@ -34,7 +34,7 @@ Bound = Literal["disk", "host"]
 REQUEST_S = 15e-6
 """Bookkeeping of an expert that is asked for (benchmarks/overhead.py)."""
 FETCH_S = 60e-6
-"""What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing that it is there."""
+"""What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing its arrival."""
 FORESEE_S = 200e-6
 """Asking the next layer's router (docs/experiments.md)."""
 TOKEN_S = 2e-3
@@ -54,8 +54,10 @@ _LIKE_RUNS = 5
 
 @dataclass(frozen=True, slots=True)
 class HitCurve:
-    """Which share of the experts asked for is found in memory that holds a share of all experts: `points` (share, hit
-    rate), ascending shares, on straight lines between and to (0, 0) and (1, 1); more memory never finds less. `source` says where it is from.
+    """Which share of the experts asked for is found in memory that holds a share of all experts.
+
+    `points` are (share, hit rate) with ascending shares, on straight lines between and to (0, 0) and (1, 1); more memory
+    never finds less. `source` says where it is from.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -211,7 +213,7 @@ def correction(situation: Situation, plan: MemoryPlan, runs: Sequence[PastRun], 
 
 
 class _Costs:
-    """What the parts of a token cost in one situation, in seconds."""
+    """What the parts of a token cost in one situation, in seconds. Weights are computed no faster than memory is read."""
 
     def __init__(self, situation: Situation, plan: MemoryPlan) -> None:
         machine, manifest, shape = situation.machine, situation.manifest, situation.shape
@@ -225,10 +227,12 @@ class _Costs:
         if situation.reads_files:
             self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
         self._kind = _kind_of(manifest)
-        self._head_s = min(self.dense_bytes, shape.head_bytes) / machine.dense_bytes_per_s + TOKEN_S
-        self.dense_s = self.dense_bytes / machine.dense_bytes_per_s
+        self._dense_rate = min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
+        self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
+        self.dense_s = self.dense_bytes / self._dense_rate
         self.layers_s = shape.layers * machine.layer_s + TOKEN_S
-        self.experts_s = self.token_bytes / _token_rate(machine, self._kind, situation.kernels)
+        expert_rate = _token_rate(machine, self._kind, situation.kernels)
+        self.experts_s = self.token_bytes / min(expert_rate, machine.memory.bytes_per_s)
 
     def bookkeeping_s(self, hits: float) -> float:
         return self._manifest.token_experts * (REQUEST_S + (1 - hits) * FETCH_S)
@@ -269,9 +273,7 @@ class _Costs:
 
     def _step_s(self, tokens: int, held: float) -> float:
         """Many tokens at once, which ask for different experts as if each chose by chance."""
-        dense_s = self.dense_bytes / min(
-            self._machine.dense_bytes_per_s, _step_rate(self._machine, self._kind, tokens)
-        )
+        dense_s = self.dense_bytes / min(self._dense_rate, _step_rate(self._machine, self._kind, tokens))
         total = dense_s + self.layers_s + len(self._manifest.layers) * TRIM_S
         for layer in self._manifest.layers:
             asked = layer.num_experts * (1 - (1 - min(1.0, layer.top_k / layer.num_experts)) ** tokens)

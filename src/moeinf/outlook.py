@@ -84,9 +84,8 @@ def at_budgets(situation: Situation, plan: MemoryPlan, factor: float = 1.0) -> t
     """Forecasts for the context of `plan`, from the least memory that will do to what holds every expert."""
     fixed = plan.total - plan.experts
     fewest = max(layer.top_k for layer in situation.manifest.layers)
-    least, most = (fixed + slots * plan.slot_bytes for slots in (fewest, plan.all_experts))
-    sizes = sorted({least + (most - least) * step // (_BUDGETS - 1) for step in range(_BUDGETS)})
-    return tuple(_at_budget(situation, plan.context, size, factor) for size in sizes)
+    steps = sorted({fewest + (plan.all_experts - fewest) * step // (_BUDGETS - 1) for step in range(_BUDGETS)})
+    return tuple(_at_budget(situation, plan.context, fixed + slots * plan.slot_bytes, factor) for slots in steps)
 
 
 def _at_budget(situation: Situation, context: int, budget: int, factor: float) -> AtBudget:

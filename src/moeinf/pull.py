@@ -69,7 +69,7 @@ class PullPlan:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What the store would hold after a pull: the manifest, but for its records of files, and the text of config.json."""
+    """What a pull would store: the manifest, but for its records of files, and the text of config.json."""
 
     name: str
     manifest: Manifest

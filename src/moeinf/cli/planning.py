@@ -157,21 +157,32 @@ def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, s
     missed = f"{(1 - expected.hit_rate) * asked:.0f} experts, {format_bytes(round(expected.missed_bytes))}"
     rate = expected.missed_bytes / expected.read_s if expected.read_s else 0.0
     dense = max(0, manifest.dense_bytes - situation.shape.lookup_bytes)
-    rows = [
+    return [
         ("A TOKEN", _ms(expected.tpot_s), f"hit rate {expected.hit_rate:.1%}"),
         ("  dense weights", _ms(expected.dense_s), f"{format_bytes(dense)} at {_gb(machine.dense_bytes_per_s)}"),
-        ("  layers", _ms(expected.layers_s), f"{situation.shape.layers} of {_ms(machine.layer_s)}, and the rest of a step"),
-        ("  experts", _ms(expected.experts_s), f"{asked:,} of {format_bytes(expert)}{_at_rate(expected, asked * expert)}"),
+        (
+            "  layers",
+            _ms(expected.layers_s),
+            f"{situation.shape.layers} of {_ms(machine.layer_s)}, and the rest of a step",
+        ),
+        (
+            "  experts",
+            _ms(expected.experts_s),
+            f"{asked:,} of {format_bytes(expert)}{_at_rate(expected, asked * expert)}",
+        ),
         ("  bookkeeping", _ms(expected.bookkeeping_s), ""),
         ("  waiting", _ms(expected.stall_s), f"for {missed} at {_gb(rate)}: {_ms(expected.read_s)}" if rate else ""),
-        ("  bound", _ms(expected.bound_s), f"by the {_RESOURCES[expected.by]}: no program can be faster at this hit rate"),
+        (
+            "  bound",
+            _ms(expected.bound_s),
+            f"by the {_RESOURCES[expected.by]}: no program can be faster at this hit rate",
+        ),
         (
             "FIRST TOKEN",
             format_seconds(expected.ttft_s),
             f"for a prompt of {expected.prompt_tokens:,} tokens, with no expert in memory yet",
         ),
     ]
-    return rows
 
 
 _RESOURCES = {"disk": "disk", "host": "memory"}
