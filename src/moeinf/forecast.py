@@ -31,9 +31,9 @@ __all__ = [
 
 Bound = Literal["disk", "host"]
 
-REQUEST_S = 15e-6
-"""Bookkeeping of an expert that is asked for (benchmarks/overhead.py)."""
-FETCH_S = 60e-6
+PASS_S = 100e-6
+"""Taking the tokens of a step to one of their experts and their rows back."""
+FETCH_S = 75e-6
 """What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing its arrival."""
 FORESEE_S = 200e-6
 """Asking the next layer's router (docs/experiments.md)."""
@@ -56,8 +56,8 @@ _LIKE_RUNS = 5
 class HitCurve:
     """Which share of the experts asked for is found in memory that holds a share of all experts.
 
-    `points` are (share, hit rate) with ascending shares, on straight lines between and to (0, 0) and (1, 1); more memory
-    never finds less. `source` says where it is from.
+    `points` are (share, hit rate) with ascending shares, on straight lines between and to (0, 0) and (1, 1); more
+    memory never finds less. `source` says where it is from.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -99,9 +99,9 @@ class Situation:
 class Forecast:
     """What to expect. Times in seconds, `prompt_tokens` for `ttft_s`, everything else per token.
 
-    `dense_s`, `layers_s`, `experts_s` and `bookkeeping_s` add up with `stall_s`, the part of `read_s` that nothing
-    hides, to `tpot_s` before `factor`, the correction by past runs. `bound_s` is what no program can beat at this
-    `hit_rate`, by the resource named `by`.
+    `dense_s`, `layers_s`, `experts_s` and `bookkeeping_s` (of misses) add up with `stall_s`, the part of `read_s` that
+    nothing hides, to `tpot_s` before `factor`, the correction by past runs. `bound_s` is what no program can beat at
+    this `hit_rate`, by the resource named `by`.
     """
 
     regime: Regime
@@ -213,7 +213,7 @@ def correction(situation: Situation, plan: MemoryPlan, runs: Sequence[PastRun], 
 
 
 class _Costs:
-    """What the parts of a token cost in one situation, in seconds. Weights are computed no faster than memory is read."""
+    """Seconds that the parts of a token take in one situation. Weights are computed no faster than memory is read."""
 
     def __init__(self, situation: Situation, plan: MemoryPlan) -> None:
         machine, manifest, shape = situation.machine, situation.manifest, situation.shape
@@ -235,7 +235,8 @@ class _Costs:
         self.experts_s = self.token_bytes / min(expert_rate, machine.memory.bytes_per_s)
 
     def bookkeeping_s(self, hits: float) -> float:
-        return self._manifest.token_experts * (REQUEST_S + (1 - hits) * FETCH_S)
+        """Of the misses; what a hit takes is in the measured time of a layer."""
+        return self._manifest.token_experts * (1 - hits) * FETCH_S
 
     def stall_s(self, hits: float, read_s: float) -> float:
         """Waiting for `read_s` of reads per token. A disk works beside the maths; copies from the page cache take the
@@ -280,7 +281,7 @@ class _Costs:
             each = tokens * layer.top_k / asked
             maths_s = asked * self.expert_bytes / _step_rate(self._machine, self._kind, each)
             read_s = asked * (1 - held) * self.expert_bytes / self.disk_rate
-            total += max(maths_s + asked * REQUEST_S, read_s)
+            total += max(maths_s + asked * PASS_S, read_s)
         return total
 
 

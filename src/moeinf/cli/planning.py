@@ -170,7 +170,7 @@ def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, s
             _ms(expected.experts_s),
             f"{asked:,} of {format_bytes(expert)}{_at_rate(expected, asked * expert)}",
         ),
-        ("  bookkeeping", _ms(expected.bookkeeping_s), ""),
+        ("  misses", _ms(expected.bookkeeping_s), "room made, reads handed out"),
         ("  waiting", _ms(expected.stall_s), f"for {missed} at {_gb(rate)}: {_ms(expected.read_s)}" if rate else ""),
         (
             "  bound",
