@@ -49,6 +49,7 @@ _FORESEEN = {"gate": 0.8, "auto": 0.8, "eam": 0.4, "off": 0.0}
 router, and what tokens alike told of misses on the demo model (docs/experiments.md). As much of what is named is
 right."""
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+_WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _LIKE_RUNS = 5
 
 
@@ -217,7 +218,7 @@ class _Costs:
 
     def __init__(self, situation: Situation, plan: MemoryPlan) -> None:
         machine, manifest, shape = situation.machine, situation.manifest, situation.shape
-        self._machine, self._manifest, self._plan = machine, manifest, plan
+        self._machine, self._manifest, self._shape, self._plan = machine, manifest, shape, plan
         self.expert_bytes = manifest.layout.nbytes
         self.token_bytes = manifest.token_experts * self.expert_bytes
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
@@ -267,15 +268,15 @@ class _Costs:
     def prompt_s(self, tokens: int) -> float:
         """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
         piece = self._plan.prefill_tokens(self._plan.slots)
-        whole, rest = divmod(tokens, piece)
-        held = min(1.0, self._plan.slots / self._plan.all_experts)
-        steps = [piece] * whole + [rest] * bool(rest)
-        return sum(self._step_s(step, held if number else 0.0) for number, step in enumerate(steps))
+        return sum(self._step_s(min(piece, tokens - begin), begin) for begin in range(0, tokens, piece))
 
-    def _step_s(self, tokens: int, held: float) -> float:
-        """Many tokens at once, which ask for different experts as if each chose by chance."""
+    def _step_s(self, tokens: int, before: int) -> float:
+        """Many tokens at once, with so many `before` them, that ask for experts as if each chose by chance."""
+        held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
         dense_s = self.dense_bytes / min(self._dense_rate, _step_rate(self._machine, self._kind, tokens))
-        total = dense_s + self.layers_s + len(self._manifest.layers) * TRIM_S
+        scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
+        attention_s = 4 * scores / _operations_rate(self._machine, self._kind)
+        total = dense_s + attention_s + self.layers_s + len(self._manifest.layers) * TRIM_S
         for layer in self._manifest.layers:
             asked = layer.num_experts * (1 - (1 - min(1.0, layer.top_k / layer.num_experts)) ** tokens)
             each = tokens * layer.top_k / asked
@@ -305,8 +306,18 @@ def _token_rate(machine: Machine, kind: str, kernels: str) -> float:
 
 def _step_rate(machine: Machine, kind: str, tokens: float) -> float:
     """Bytes of weights per second for many tokens; beyond the most that was measured, arithmetic is the limit."""
-    most = max((rate.tokens for rate in machine.maths if rate.kernels == "torch"), default=1)
+    most = _most_tokens(machine)
     return _rate(machine, kind, max(1, min(round(tokens), most)), "torch") * min(1.0, most / tokens)
+
+
+def _operations_rate(machine: Machine, kind: str) -> float:
+    """Additions and multiplications per second in large products: two per weight and token."""
+    most = _most_tokens(machine)
+    return _rate(machine, kind, most, "torch") * most * 2 / _WEIGHT_BYTES.get(kind, 1)
+
+
+def _most_tokens(machine: Machine) -> int:
+    return max((rate.tokens for rate in machine.maths if rate.kernels == "torch"), default=1)
 
 
 def _rate(machine: Machine, kind: str, tokens: int, kernels: str) -> float:
