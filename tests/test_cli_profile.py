@@ -13,7 +13,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,19 +170,14 @@ def test_options_of_the_engine_need_a_model(cli: CommandLine, measured: Measured
         """)
 
 
-def test_a_model_is_planned_with_the_figures(
-    cli: CommandLine, measured: Measured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-
-    def show_plan(model: str, machine: Machine, flags: Any, output: Any) -> int:
-        asked.append((model, machine.disk.path, flags.host_memory))
-        return 5
-
-    monkeypatch.setitem(sys.modules, "moeinf.cli.planning", SimpleNamespace(show_plan=show_plan))
+def test_a_model_is_planned_with_the_figures(cli: CommandLine, measured: Measured) -> None:
     measured(typical())
-    stdout, _, code = cli.run("profile", "mixtral", "--host-memory", "4GiB", "--json")
-    assert (stdout, code, asked) == ("", 5, [("mixtral", "/models", "4GiB")])
+    stdout, _, code = cli.run("profile", "demo", "--host-memory", "200MiB", "--json")
+    data = json.loads(stdout)
+    assert (code, data["model"], data["plan"]["budget"]) == (0, "demo", 200 * MIB)
+    measured(dataclasses.replace(typical(), layer_s=1.0))
+    slower = json.loads(cli.run("profile", "demo", "--host-memory", "200MiB", "--json")[0])
+    assert slower["expected"]["layers_s"] > 1 > data["expected"]["layers_s"]
 
 
 def test_a_home_that_cannot_be(cli: CommandLine) -> None:

@@ -15,7 +15,7 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "machine", "manifest", "ledger", "prompts"},
+    {"catalog", "demo", "forecast", "machine", "manifest", "ledger", "outlook", "prompts"},
     {
         "checkpoint",
         "collection",
@@ -23,6 +23,7 @@ LAYERS = [
         "conversion",
         "datasets",
         "dtypes",
+        "evidence",
         "files",
         "hub",
         "incoming",
@@ -49,8 +50,8 @@ LAYERS = [
         "transfer",
         "trials",
     },
-    {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
-    {"analysis", "calibration", "chat", "figures", "findings", "page", "profiling", "report", "sizing"},
+    {"engine", "generation", "hooks", "prefetch", "recorder", "runlog", "runtime", "simulate", "stats"},
+    {"analysis", "calibration", "chat", "figures", "findings", "page", "planning", "profiling", "report", "sizing"},
     {"cli"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -20,11 +20,12 @@ from faults import FailingDisk
 from machine_fakes import FakeGpus, make_gpu, make_machine
 from moeinf import profiling
 from moeinf.errors import CapacityError, MoeinfError, UsageError
+from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem
 from moeinf.kernels.native import NativePool, NotNativeError, built_library
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Machine
-from moeinf.profiling import MACHINE_NAME, Effort, load_or_measure, measure_machine
+from moeinf.profiling import Effort, load_or_measure, measure_machine
 from moeinf.profiling import disk as disk_module
 from moeinf.profiling.disk import SCRATCH_NAME, DiskRates, measure_disk
 from moeinf.profiling.gpu import measure_gpus
@@ -332,7 +333,7 @@ def test_figures_are_kept_and_live_values_are_not(home: Path) -> None:
     assert again.measured_at == first.measured_at
     assert first.disk.free == 1
     assert again.disk.free > 1
-    assert files(home) == {MACHINE_NAME}
+    assert files(home) == {MACHINE_FILE}
 
 
 def test_refresh_measures_again(home: Path) -> None:
@@ -344,7 +345,7 @@ def test_refresh_measures_again(home: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 99}', "\udc80"])
 def test_figures_that_cannot_be_read_are_measured_again(home: Path, text: str) -> None:
-    (home / MACHINE_NAME).write_bytes(text.encode(errors="surrogateescape"))
+    (home / MACHINE_FILE).write_bytes(text.encode(errors="surrogateescape"))
     measure = Measure(home)
     _, said = load(home, measure)
     assert measure.count == 1
@@ -391,6 +392,6 @@ def test_a_gpu_that_came_or_went_is_noticed(home: Path) -> None:
 
 
 def test_a_result_that_cannot_be_kept_says_so(home: Path) -> None:
-    (home / MACHINE_NAME).mkdir()
+    (home / MACHINE_FILE).mkdir()
     with pytest.raises(UsageError, match="is a folder"):
         load(home, Measure(home))

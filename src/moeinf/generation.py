@@ -126,7 +126,7 @@ class Session:
             raise
         finally:
             self._engine.runtime.should_stop = None
-        stats = self._engine.stats(clock.timing(len(ids) - clock.reused))
+        stats = self._engine.finished(clock.timing(len(ids) - clock.reused))
         return Completion(len(ids), tuple(new), self._finish_reason(new, max_tokens, clock), stats)
 
     def _generate(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int]:

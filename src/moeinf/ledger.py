@@ -14,7 +14,7 @@ from .errors import CapacityError, UsageError
 from .manifest import Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
-__all__ = ["MemoryPlan", "ModelShape", "Regime", "make_plan", "parse_slots"]
+__all__ = ["MemoryPlan", "ModelShape", "Regime", "can_cache_files", "make_plan", "parse_slots"]
 
 Regime = Literal["resident", "streaming"]
 
@@ -32,14 +32,18 @@ may have to read every expert, so a quarter of the pieces is a quarter of the ti
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the workspace depends on, from the model's config. `score_heads` is 0 where attention never holds a whole
-    score matrix.
+    """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
+    never holds a whole score matrix. `layers` are all layers, MoE or not. Of the dense weights, `head_bytes` are the
+    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only.
     """
 
     hidden: int
     widest: int
     vocabulary: int
     score_heads: int
+    layers: int
+    head_bytes: int
+    lookup_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,11 @@ def make_plan(
         token_experts=manifest.token_experts,
         context=tokens,
     )
+
+
+def can_cache_files(plan: MemoryPlan, manifest: Manifest, available_bytes: int) -> bool:
+    """Whether memory is left for the system to keep the files of all experts in its page cache beside the slots."""
+    return available_bytes >= plan.total + manifest.experts_bytes
 
 
 def parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | None:

@@ -1,4 +1,6 @@
-"""How much memory there is, and how much this process holds. No other module asks the operating system about that."""
+"""How much memory there is, how much this process holds, and how it will be divided. No other module asks the operating
+system about that.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from .ledger import MemoryPlan, ModelShape, make_plan
+from .manifest import Manifest
+from .settings import EngineOptions
 from .units import KIB
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "cgroup_limit",
     "limit_bytes",
     "peak_rss_bytes",
+    "plan_memory",
     "return_free_memory",
     "rss_bytes",
     "swap_bytes",
@@ -54,6 +60,18 @@ def swap_bytes() -> tuple[int, int]:
     """(total, free) bytes of swap."""
     swap = psutil.swap_memory()
     return int(swap.total), int(swap.free)
+
+
+def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> MemoryPlan:
+    """The plan for this machine as it is now; the engine keeps to it, and `profile` shows it. Raises as `make_plan`."""
+    return make_plan(
+        manifest,
+        shape,
+        available_bytes=available_bytes(),
+        host_memory=options.host_memory,
+        experts=options.experts,
+        context=options.context,
+    )
 
 
 def rss_bytes() -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import catalog, demo
 from .checkpoint import CONFIG_NAME, Checkpoint
-from .errors import CapacityError, IntegrityError, ModelNotFoundError, UsageError
+from .errors import CapacityError, IntegrityError, ModelNotFoundError, UnsupportedError, UsageError
 from .files import Bytes, explained
 from .incoming import DenseWriter, Incoming
 from .manifest import SCHEMA, Manifest, Source, expert_path
@@ -32,7 +32,7 @@ from .units import MIB, format_bytes
 if TYPE_CHECKING:
     from .conversion import Plan
 
-__all__ = ["PullPlan", "plan_pull", "pull", "resolve"]
+__all__ = ["Preview", "PullPlan", "plan_pull", "preview", "pull", "resolve"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COPY_BYTES = 4 * MIB
@@ -65,6 +65,15 @@ class PullPlan:
     @property
     def has_room(self) -> bool:
         return self.needed_bytes <= self.free_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a pull would store: the manifest, but for its records of files, and the text of config.json."""
+
+    name: str
+    manifest: Manifest
+    config: str
 
 
 def pull(
@@ -146,6 +155,24 @@ def plan_pull(
         dtype=plan.dtype if plan else None,
         precision=plan.precision if plan else None,
     )
+
+
+def preview(source: str, *, store: Store) -> Preview:
+    """What `pull` would write, known without weights: from the hub, configuration and index are fetched, no more.
+
+    Raises UnsupportedError for a repo whose tensors only its weights tell, and what `plan_pull` raises.
+    """
+    request = _read_request(source, store, None, None, "auto")
+    origin = find_origin(request.reference, store.disk)
+    with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
+        checkpoint = origin.peek(Path(folder))
+        if checkpoint is None:
+            raise UnsupportedError(
+                f"{source} has its weights in one file without an index: nothing can be said of it before it is pulled",
+                hint=f"moeinf pull {source}",
+            )
+        plan = _plan(checkpoint, request.dtype)
+    return Preview(request.name, _manifest(origin.source, plan), plan.config)
 
 
 def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> StoredModel:

@@ -46,7 +46,8 @@ def profile(
     the command that mends it. The figures are kept. With a model: the plan for it and the speed to expect, from those
     figures. The engine's options belong to that plan.
     """
-    from moeinf.profiling import MACHINE_NAME, load_or_measure
+    from moeinf.evidence import MACHINE_FILE
+    from moeinf.profiling import load_or_measure
 
     output = output_flags.output()
     if model is None and (given := [name for name, value in asdict(engine_flags).items() if value is not None]):
@@ -58,7 +59,7 @@ def profile(
         from .planning import show_plan
 
         return show_plan(model, machine, engine_flags, output)
-    _show(machine, str(home_path() / MACHINE_NAME), output)
+    _show(machine, str(home_path() / MACHINE_FILE), output)
     return 0
 
 

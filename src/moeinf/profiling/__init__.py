@@ -19,6 +19,7 @@ import torch
 
 from moeinf import hardware, memory
 from moeinf.errors import IntegrityError
+from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem, explained, publish
 from moeinf.kernels.native import NativePool, NotNativeError, variants
 from moeinf.locks import exclusive_lock
@@ -31,9 +32,8 @@ from .gpu import GPU_RATES, Accelerator, Cuda, measure_gpus
 from .layer import measure_layer
 from .maths import MATHS, measure_dense, measure_maths, measure_memory
 
-__all__ = ["MACHINE_NAME", "Effort", "load_or_measure", "measure_machine"]
+__all__ = ["Effort", "load_or_measure", "measure_machine"]
 
-MACHINE_NAME = "machine.json"
 _LOCK_NAME = "profile.lock"
 _MEMORY_SHARE, _WORKING_SET_SHARE = 4, 8
 """Of the memory that is available, at most a fourth is read into or read at once, and an eighth computed with."""
@@ -93,7 +93,7 @@ def load_or_measure(
 
     Raises what `measure_machine` raises, and CapacityError or UsageError when the result cannot be kept.
     """
-    path = home.absolute() / MACHINE_NAME
+    path = home.absolute() / MACHINE_FILE
     kept = None if refresh else _read(path, notify)
     if kept is not None:
         now = _refreshed(kept, home.absolute(), accelerator)
