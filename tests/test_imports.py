@@ -37,9 +37,20 @@ LAYERS = [
         "trace",
         "tracefile",
     },
-    {"cache", "kernels", "memory", "policies", "predictors", "routing_memory", "steps", "transfer", "trials"},
+    {
+        "cache",
+        "cgroups",
+        "kernels",
+        "memory",
+        "policies",
+        "predictors",
+        "routing_memory",
+        "steps",
+        "transfer",
+        "trials",
+    },
     {"engine", "generation", "hooks", "prefetch", "recorder", "runtime", "simulate", "stats"},
-    {"analysis", "calibration", "chat", "figures", "page", "report", "sizing"},
+    {"analysis", "bench", "calibration", "chat", "figures", "page", "report", "scores", "sizing", "systems", "worker"},
     {"cli"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

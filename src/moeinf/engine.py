@@ -61,7 +61,7 @@ class Engine:
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
     says what memory goes where; `manifest` what is in the store; `notes` what a person should know about how it was
-    loaded, in sentences.
+    loaded, in sentences. While `learns` is true, what requests asked for is kept for the next start.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Engine:
         self.generation_config = generation_config
         self.runtime = runtime
         self.notes = notes
+        self.learns = True
         self._identity = identity
         self._collection_path = collection_path
         untyped: Any = model
@@ -165,7 +166,7 @@ class Engine:
         """
         counter = self.runtime.counter
         counter.begin_request()
-        if counter.has_grown:
+        if counter.has_grown and self.learns:
             counter.has_grown = False
             write_collection(counter.collection, self._identity, self._collection_path)
 
