@@ -44,17 +44,14 @@ def memory_limit(limit_bytes: int, root: Path = _ROOT) -> Iterator[Path]:
         _remove(folder)
 
 
-def run_in(
-    folder: Path | None, command: Sequence[str], given: str = "", environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run `command` inside the cgroup, or outside any if None, with `given` on its standard input and `environment`
-    added to this process's own; returns what it printed.
+def run_in(folder: Path | None, command: Sequence[str], given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `command` inside the cgroup, or outside any if None, with `given` on its standard input; returns what it
+    printed.
     """
     enter = "" if folder is None else f"echo $$ > '{folder}/cgroup.procs' && "
     return subprocess.run(
         ["/bin/sh", "-c", f'{enter}exec "$@"', "sh", *command],
         input=given,
-        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         check=False,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from .scores import Bound, Spread
+    from .scores import Spread
 
 __all__ = [
     "DOTS_PER_INCH",
@@ -198,10 +198,10 @@ def hit_rates(
 
 
 def speeds(
-    groups: Sequence[tuple[str, Sequence[tuple[str, Spread | None, Bound | None]]]], title: str, kind: str = "png"
+    groups: Sequence[tuple[str, Sequence[tuple[str, Spread, float | None]]]], title: str, kind: str = "png"
 ) -> bytes:
-    """Tokens per second as bars, a group for each budget; a bar's whisker is its spread, and a line across it what the
-    bound allows. A group is its name and, for each system, its label, speed and bound.
+    """Tokens per second as bars with whiskers, a group for each budget. A group is its name and, for each system, its
+    label, its speed, and the share of what the machine allows, where that is known.
     """
     labels = list(dict.fromkeys(label for _, bars in groups for label, _, _ in bars))
     width = 0.8 / max(len(labels), 1)
@@ -210,28 +210,32 @@ def speeds(
         axes = figure.subplots()
         for number, label in enumerate(labels):
             found = [(place, *bar[1:]) for place, (_, bars) in enumerate(groups) for bar in bars if bar[0] == label]
-            at = [place + (number - (len(labels) - 1) / 2) * width for place, _, _ in found]
-            middle = [speed.median if speed else 0.0 for _, speed, _ in found]
-            below = [speed.median - speed.min if speed else 0.0 for _, speed, _ in found]
-            above = [speed.max - speed.median if speed else 0.0 for _, speed, _ in found]
-            colour = _MEASURED if label.startswith("moeinf") else _YARDSTICK
-            shade = _COLOURS[number % len(_COLOURS)] if number and colour == _MEASURED else colour
             bars = axes.bar(
-                at, middle, 0.9 * width, yerr=(below, above), label=_label(label, 48), color=shade,
-                hatch=_HATCHES[number % len(_HATCHES)], edgecolor="white", error_kw={"elinewidth": 1, "ecolor": _INK},
-            )  # fmt: skip
-            axes.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=8)
-            for place, (_, _, bound) in zip(at, found, strict=True):
-                if bound is not None and bound.tpot_s:
-                    axes.hlines(1 / bound.tpot_s, place - width / 2, place + width / 2, color=_INK, linestyle=":")
+                [place + (number - (len(labels) - 1) / 2) * width for place, _, _ in found],
+                [speed.median for _, speed, _ in found],
+                0.92 * width,
+                yerr=[
+                    [speed.median - speed.min for _, speed, _ in found],
+                    [speed.max - speed.median for _, speed, _ in found],
+                ],
+                label=_label(label, 48),
+                color=_MEASURED if label.startswith("moeinf") else _YARDSTICK,
+                hatch=_HATCHES[number % len(_HATCHES)],
+                edgecolor="white",
+                error_kw={"elinewidth": 1, "ecolor": _INK},
+            )
+            shares = ["" if share is None else f"\nη {share:.2f}" for _, _, share in found]
+            texts = [f"{speed.median:.3g}{share}" for (_, speed, _), share in zip(found, shares, strict=True)]
+            axes.bar_label(bars, texts, padding=2, fontsize=8)
+        axes.margins(y=0.15)
         axes.set_xticks(range(len(groups)), [name for name, _ in groups])
         axes.set_ylabel("tokens per second while decoding")
-        axes.set_title(_label(title, 110))
+        axes.set_title(textwrap.fill(_label(title, 200), 100))
         axes.grid(visible=False, axis="x")
         axes.tick_params(axis="x", length=0)
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside lower center", ncols=4)
 
-    return _drawn(draw, 4.4, kind=kind)
+    return _drawn(draw, 4.6, kind=kind)
 
 
 def _drawn(draw: Callable[[Figure], None], height: float, *, width: float = _WIDTH_INCHES, kind: str = "png") -> bytes:

@@ -18,6 +18,7 @@ from moeinf.errors import UsageError
 from moeinf.policies import POLICIES
 from moeinf.pull import resolve
 from moeinf.store import Store
+from moeinf.systems import RIVALS, installed
 from moeinf.units import format_bytes, format_seconds
 
 from .options import EngineFlags, Model, OutputFlags
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-_RIVALS = ("transformers", "accelerate", "mmap", "llama.cpp")
-
 
 def bench(
     model: Model,
@@ -40,7 +39,7 @@ def bench(
         str,
         typer.Option(
             metavar="NAME,...",
-            help=f"What to compare with, of: {', '.join(_RIVALS)}. Each is a process of its own, in turn with moeinf, "
+            help=f"What to compare with, of: {', '.join(RIVALS)}. Each is a process of its own, in turn with moeinf, "
             "on the same weights, and where the system allows it in the same memory limit.",
         ),
     ] = "",
@@ -117,13 +116,11 @@ def bench(
         lines=[*_lines(report), *map(str, written.values())],
         names=[str(path) for path in written.values()],
     )
-    return 0
+    return 0 if any(score.runs for score in report.scores if score.system == "moeinf") else 1
 
 
 def _rivals(against: str, gguf: Path | None, output: Output) -> list[str]:
     """The rivals that can be run. Raises UsageError when none of those that were asked for can."""
-    from moeinf.systems import RIVALS, installed
-
     names = list(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
     for name in names:
         if name not in RIVALS:
@@ -294,5 +291,5 @@ def _picture(report: Report, path: Path) -> bytes:
     for experts in budgets:
         scores = [score for score in report.scores if score.experts == experts and score.runs]
         name = f"{experts or 'all that fits'}\n{format_bytes(scores[0].limit)}" if scores else f"{experts}"
-        groups.append((name, [(s.label, s.decode_tokens_per_s, s.bound) for s in scores]))
+        groups.append((name, [(s.label, speed, s.eta) for s in scores if (speed := s.decode_tokens_per_s)]))
     return speeds(groups, _title(report), kind=path.suffix[1:])
