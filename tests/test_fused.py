@@ -40,7 +40,7 @@ def test_it_is_the_same_model(family: str, home: Path, tmp_path: Path) -> None:
 
 def test_no_room(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=4096))
-    with pytest.raises(CapacityError, match="has 4.00 KiB left"):
+    with pytest.raises(CapacityError, match=r"has 4\.00 KiB left"):
         write_fused(Store().open(tiny), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -233,7 +233,8 @@ def speeds(
         axes.set_title(textwrap.fill(_label(title, 200), 100))
         axes.grid(visible=False, axis="x")
         axes.tick_params(axis="x", length=0)
-        figure.legend(loc="outside lower center", ncols=4)
+        if labels:
+            figure.legend(loc="outside lower center", ncols=4)
 
     return _drawn(draw, 4.6, kind=kind)
 

@@ -51,7 +51,7 @@ def measure_rates(stored: StoredModel, threads: int | None, *, with_disk: bool) 
     return Rates(disk_rate(stored) if with_disk else None, memory_rate(threads))
 
 
-def disk_rate(stored: StoredModel, seconds: float = _DISK_S) -> float:
+def disk_rate(stored: StoredModel, seconds: float | None = None) -> float:
     """Bytes per second of reads of whole experts in random order, as many in flight as the engine has, in one request
     each; past the page cache where the file system lets them.
     """
@@ -64,7 +64,7 @@ def disk_rate(stored: StoredModel, seconds: float = _DISK_S) -> float:
         begin, done = time.perf_counter(), 0
         for slot in range(READERS):
             reader.fetch(slot, paths[slot % len(paths)], layout.data_offset, layout.file_bytes, pool.memory(slot))
-        while time.perf_counter() - begin < seconds:
+        while time.perf_counter() - begin < (seconds or _DISK_S):
             arrival = reader.wait()
             if arrival.error is not None:
                 raise arrival.error

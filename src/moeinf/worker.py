@@ -204,8 +204,8 @@ class _Streamer(BaseStreamer):
 
 
 def _transformers(job: Job) -> Answer:
-    """transformers alone, with mapped weights, or with accelerate's offload; in all of them eager experts, which round as
-    moeinf's do. Its default rounds otherwise, and was as fast here.
+    """transformers alone, with mapped weights, or with accelerate's offload. All compute experts one by one ("eager"),
+    which rounds as moeinf does; transformers' default rounds otherwise, and is as fast (docs/bench.md).
     """
     with quiet():
         auto: Any = AutoModelForCausalLM
