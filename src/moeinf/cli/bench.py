@@ -199,17 +199,16 @@ def _rows(scores: list[Score]) -> list[tuple[str, ...]]:
 
 
 def _row(score: Score) -> tuple[str, ...]:
-    tpot, ttft, prefill = score.tpot_s, score.ttft_s, score.prefill_tokens_per_s
-    assert tpot is not None
-    assert ttft is not None
-    assert prefill is not None
+    """The cells of a system that has run."""
+    spreads = (score.tpot_s, score.decode_tokens_per_s, score.ttft_s, score.prefill_tokens_per_s)
+    tpot, speed, ttft, prefill = (spread for spread in spreads if spread is not None)
     bound = score.bound
     return (
         score.label,
         _ms(tpot.median),
         f"{_ms(tpot.min)}-{_ms(tpot.max)}",
         _ms(score.token_s(0.95)),
-        f"{1 / tpot.median:.2f}",
+        f"{speed.median:.2f}",
         format_seconds(ttft.median),
         f"{prefill.median:.1f}",
         "-" if score.hit_rate is None else f"{score.hit_rate:.1%}",
