@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cgroups import memory_limit, run_in
-from shapes import SHAPES, write_checkpoint
+from moeinf.cgroups import memory_limit, run_in
+from moeinf.units import MIB
 
-MIB = 1 << 20
 LIBRARIES_BYTES = 700 * MIB
 """What Python, torch and transformers take in the cgroup beside the plan, with some page cache."""
 SETTINGS = (
@@ -66,13 +65,13 @@ def prepare(setting: Setting, folder: Path, layers: int | None) -> None:
     """Pull the model and record a trace of it, unless that was done before."""
     from moeinf.pull import pull
     from moeinf.store import Store
+    from moeinf.testing import SHAPES, write_checkpoint
 
     if setting.model not in Store().names():
         if setting.shape == "demo":
             pull("demo", store=Store())
         else:
-            make = SHAPES[setting.shape]
-            write_checkpoint(make(layers) if layers else make(), folder / setting.shape)
+            write_checkpoint(SHAPES[setting.shape].config(layers), folder / setting.shape, setting.shape)
             pull(str(folder / setting.shape), store=Store(), name=setting.model, dtype=setting.dtype)
     subprocess.run([sys.executable, __file__, "--worker", "record", *_words(setting)], check=True)
 

@@ -7,10 +7,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,18 +16,18 @@ import torch
 
 from faults import FailingDisk
 from machine_fakes import FakeGpus, make_gpu, make_machine
-from moeinf import profiling
+from moeinf import profiling, timing
 from moeinf.errors import CapacityError, MoeinfError, UsageError
 from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem
-from moeinf.kernels.native import NativePool, NotNativeError, built_library
+from moeinf.kernels.native import NotNativeError, built_library
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Machine
 from moeinf.profiling import Effort, load_or_measure, measure_machine
 from moeinf.profiling import disk as disk_module
 from moeinf.profiling.disk import SCRATCH_NAME, DiskRates, measure_disk
 from moeinf.profiling.gpu import measure_gpus
-from moeinf.profiling.maths import best_of_each, measure_maths, measure_memory, undisturbed
+from moeinf.profiling.maths import measure_maths
 from moeinf.progress import NO_PROGRESS
 from moeinf.transfer import Reader
 from moeinf.units import GIB, MIB
@@ -87,8 +85,8 @@ def test_without_the_library_torch_does_everything(tmp_path: Path, monkeypatch: 
     def missing(*_: object, **__: object) -> Any:
         raise NotNativeError("the native library is not built")
 
-    for name in ("NativePool", "variants"):
-        monkeypatch.setattr(profiling, name, missing)
+    monkeypatch.setattr(timing, "NativePool", missing)
+    monkeypatch.setattr(profiling, "variants", missing)
     machine = measure_machine(tmp_path, effort=SMALL, accelerator=NO_GPUS)
     assert (machine.processor.kernels, machine.processor.no_kernels) == ("", "the native library is not built")
     assert {rate.kernels for rate in machine.maths} == {"torch"}
@@ -235,50 +233,11 @@ def test_a_home_below_a_file(tmp_path: Path) -> None:
 # Maths.
 
 
-def test_disturbed_times_do_not_count() -> None:
-    assert undisturbed([2.0, 9.0, 1.0, 2.0, 7.0, 2.0, 8.0, 2.0]) == 2.0
-
-
-class Work:
-    """Calls that note their names and take a second each, on a clock of their own."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.order = ""
-        clock = SimpleNamespace(perf_counter=lambda: float(len(self.order)))
-        monkeypatch.setattr("moeinf.profiling.maths.time", clock)
-
-    def calls(self, names: str) -> list[Callable[[], object]]:
-        return [partial(self._note, name) for name in names]
-
-    def _note(self, name: str) -> None:
-        self.order += name
-
-
-def test_what_is_timed_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work(monkeypatch)
-    assert best_of_each([work.calls("ab"), work.calls("c")], 6.0) == [1.0, 1.0]
-    assert work.order == "aba" + "ccc" + "bab" + "ccc" + "a" + "c"
-
-
-def test_what_takes_longer_than_its_time_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work(monkeypatch)
-    assert best_of_each([work.calls("a"), work.calls("b")], 0.1) == [1.0, 1.0]
-    assert work.order == "ab"
-
-
 def test_a_busy_machine_leaves_precisions_out_and_never_bfloat16() -> None:
     effort = dataclasses.replace(SMALL, experts_s=0.0)
     rates, left_out = measure_maths(None, MIB, effort, NO_PROGRESS.task("maths", 6, "rates").__enter__())
     assert [(rate.weights, rate.tokens) for rate in rates] == [("bfloat16", tokens) for tokens in (1, 16, 256)]
     assert left_out == ("experts in float32: there was no time for them",)
-
-
-def test_memory_is_read_by_the_library_and_by_torch() -> None:
-    assert measure_memory(None, MIB, 0.01) > 0
-    if built_library():
-        pool = NativePool(1)
-        assert measure_memory(pool, MIB, 0.01) > 0
-        pool.close()
 
 
 # GPUs.

@@ -62,7 +62,7 @@ class Engine:
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
     says what memory goes where; `manifest` what is in the store; `notes` what a person should know about how it was
-    loaded, in sentences.
+    loaded, in sentences. While `learns` is true, what requests asked for, and took, is kept for later.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Engine:
         self.generation_config = generation_config
         self.runtime = runtime
         self.notes = notes
+        self.learns = True
         self._identity = identity
         self._collection_path = collection_path
         self._run_log = run_log
@@ -160,7 +161,8 @@ class Engine:
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
         self._last = timing
-        self._run_log.add(timing.tpot_s, self.runtime.decode)
+        if self.learns:
+            self._run_log.add(timing.tpot_s, self.runtime.decode)
         return self.stats()
 
     def save_collection(self) -> None:
@@ -170,7 +172,7 @@ class Engine:
         """
         counter = self.runtime.counter
         counter.begin_request()
-        if counter.has_grown:
+        if counter.has_grown and self.learns:
             counter.has_grown = False
             write_collection(counter.collection, self._identity, self._collection_path)
 

@@ -19,6 +19,7 @@ import typer
 from moeinf.errors import MoeinfError, UsageError
 from moeinf.settings import is_debug
 
+from .bench import bench
 from .chat import chat
 from .models import list_models, pull, remove, show, verify
 from .options import with_groups
@@ -50,6 +51,7 @@ app.command("chat", short_help="Talk to a model.")(with_groups(chat))
 app.command("profile", short_help="Measure this machine; with a model, say how it would run.")(with_groups(profile))
 app.command("trace", short_help="Record which experts a model asks for.")(with_groups(trace))
 app.command("simulate", short_help="Replay traces through cache policies.")(with_groups(simulate))
+app.command("bench", short_help="Measure a model, beside what else could run it.")(with_groups(bench))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -21,16 +21,17 @@ from moeinf import hardware, memory
 from moeinf.errors import IntegrityError
 from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem, explained, publish
-from moeinf.kernels.native import NativePool, NotNativeError, variants
+from moeinf.kernels.native import NotNativeError, variants
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Disk, Gpu, HostMemory, Machine, Processor, ReadRate
 from moeinf.progress import NO_PROGRESS, Progress
+from moeinf.timing import measure_memory, open_pool
 
 from .disk import measure_disk
 from .effort import Effort
 from .gpu import GPU_RATES, Accelerator, Cuda, measure_gpus
 from .layer import measure_layer
-from .maths import MATHS, measure_dense, measure_maths, measure_memory
+from .maths import MATHS, measure_dense, measure_maths
 
 __all__ = ["Effort", "load_or_measure", "measure_machine"]
 
@@ -53,7 +54,7 @@ def measure_machine(
             stack.enter_context(exclusive_lock(home / _LOCK_NAME, "measuring"))
         available = memory.available_bytes()
         reads = measure_disk(home, shutil.disk_usage(home).free, available // _MEMORY_SHARE, effort, progress)
-        pool = _open_pool(stack)
+        pool = open_pool(torch.get_num_threads(), stack)
         working_set = min(effort.working_set, available // _WORKING_SET_SHARE)
         count = sum(pool is not None or kernels == "torch" for kernels, _, _ in MATHS) + 3
         with progress.task("memory and maths", count, "rates") as task:
@@ -198,15 +199,6 @@ def _disk(home: Path, reads_direct: bool, rates: tuple[ReadRate, ...]) -> Disk:
         rates=rates,
         rotates=hardware.is_rotating(home),
     )
-
-
-def _open_pool(stack: ExitStack) -> NativePool | None:
-    try:
-        pool = NativePool(torch.get_num_threads())
-    except NotNativeError:
-        return None
-    stack.callback(pool.close)
-    return pool
 
 
 def _measure_gpus(

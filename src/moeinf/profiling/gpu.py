@@ -14,9 +14,10 @@ import torch
 
 from moeinf.machine import Gpu, MathsRate
 from moeinf.progress import Task
+from moeinf.timing import Call, best_s
 
 from .effort import Effort
-from .maths import TOKENS, Call, Experts, best_s
+from .maths import TOKENS, Experts
 
 __all__ = ["GPU_RATES", "Accelerator", "Cuda", "measure_gpus"]
 

@@ -26,9 +26,8 @@ from moeinf.policies import make_policy
 from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.steps import Arrival
+from moeinf.timing import undisturbed
 from moeinf.transfer import Reader, SlotPool, Urgency
-
-from .maths import undisturbed
 
 __all__ = ["measure_layer"]
 

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory and computes experts and dense layers.
+"""How fast this machine computes experts and dense layers.
 
 Weights come from a working set far beyond the caches, in huge pages where there are any, as they do in a model, and the
 engine's own kernels compute.
@@ -7,9 +7,7 @@ engine's own kernels compute.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +20,7 @@ from moeinf.kernels.quantized import quantize
 from moeinf.machine import MathsRate
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.progress import Task
+from moeinf.timing import Call, best_of_each, best_s
 from moeinf.transfer import allocate_buffer
 
 from .effort import Effort
@@ -30,12 +29,8 @@ __all__ = [
     "MATHS",
     "TOKENS",
     "Experts",
-    "best_of_each",
-    "best_s",
     "measure_dense",
     "measure_maths",
-    "measure_memory",
-    "undisturbed",
 ]
 
 HIDDEN, INNER, TOP_K = 2048, 768, 8
@@ -47,9 +42,6 @@ _WHOLE = {"int8": 1, "int4": 2}
 """The numbers of moe.h."""
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
-_TURNS = 3
-
-Call = Callable[[], object]
 
 MATHS = (
     *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
@@ -57,13 +49,6 @@ MATHS = (
     *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
 )
 """(kernels, weights, tokens) that are measured. Whole numbers: one token, which is what the library has for them."""
-
-
-def measure_memory(pool: NativePool | None, memory_bytes: int, seconds: float) -> float:
-    """Bytes per second of reading `memory_bytes` with all threads, by the native library, or by torch without it."""
-    memory = _allocate(memory_bytes // 8 * 8).view(torch.int64).fill_(1)
-    read: Call = partial(pool.read, memory) if pool is not None else memory.sum
-    return memory.nbytes / best_s([read], seconds)
 
 
 def measure_maths(
@@ -102,35 +87,6 @@ def measure_dense(working_set: int, seconds: float) -> float:
         hidden = _noise((1, narrow))
         calls = [partial(_two_layers, hidden, *each) for each in zip(up, down, strict=True)]
         return 2 * up[0].nbytes / best_s(calls, seconds)
-
-
-def best_s(calls: Sequence[Call], seconds: float) -> float:
-    """Seconds of one of `calls`, which take turns, undisturbed: what `best_of_each` finds of them alone."""
-    return best_of_each([calls], seconds)[0]
-
-
-def best_of_each(works: Sequence[Sequence[Call]], seconds: float) -> list[float]:
-    """Seconds of a call of each of `works`, undisturbed. Each gets so many `seconds`, a part of them at a time, so that
-    what else the machine does in between meets all of them. The first call of each only warms up, if there is time for
-    another.
-    """
-    times: list[list[float]] = [[] for _ in works]
-    calls = [cycle(work) for work in works]
-    for _ in range(_TURNS):
-        for of_one, work in zip(times, calls, strict=True):
-            end = time.perf_counter() + seconds / _TURNS
-            while sum(of_one) <= seconds:
-                begin = time.perf_counter()
-                next(work)()
-                of_one.append(time.perf_counter() - begin)
-                if time.perf_counter() > end:
-                    break
-    return [undisturbed(of_one[1:] or of_one) for of_one in times]
-
-
-def undisturbed(times: list[float]) -> float:
-    """The time that a quarter of `times` do not reach: what else the machine does only ever makes them longer."""
-    return sorted(times)[len(times) // 4]
 
 
 class _Module(nn.Module):
