@@ -36,6 +36,7 @@ from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
 from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
 from .pull import resolve
+from .qualityfile import QUALITY_FILE, Quality, read_quality
 from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
@@ -60,8 +61,8 @@ class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
-    says what memory goes where; `manifest` what is in the store; `notes` what a person should know about how it was
-    loaded, in sentences.
+    says what memory goes where; `manifest` what is in the store; `quality` what its quantised experts cost, if that was
+    measured; `notes` what a person should know about how it was loaded, in sentences.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         *,
         identity: ModelIdentity,
         collection_path: Path,
+        quality: Quality | None,
         notes: tuple[str, ...],
         libraries_bytes: int,
         load_s: float,
@@ -87,6 +89,7 @@ class Engine:
         self.generation_config = generation_config
         self.runtime = runtime
         self.notes = notes
+        self.quality = quality
         self._identity = identity
         self._collection_path = collection_path
         untyped: Any = model
@@ -156,6 +159,8 @@ class Engine:
                 peak_rss=memory.peak_rss_bytes(),
             ),
             kernels=self.runtime.kernels,
+            quantization=self.manifest.layout.quantization.text if self.manifest.layout.quantization else "",
+            quality=self.quality,
         )
 
     def save_collection(self) -> None:
@@ -245,6 +250,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     identity = ModelIdentity.of(stored.name, manifest)
     collection_path = folder / TRACES_FOLDER / COLLECTION_FILE
     collection, notes = _read_collection(collection_path, identity)
+    quality, more_notes = _read_quality(folder / TRACES_FOLDER / QUALITY_FILE, manifest)
     counter = RequestCounter(identity.layer_sizes, collection)
     policy = make_policy(options.policy, identity.layer_sizes, collection)
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
@@ -274,7 +280,8 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         runtime,
         identity=identity,
         collection_path=collection_path,
-        notes=notes,
+        quality=quality,
+        notes=notes + more_notes,
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
@@ -301,6 +308,14 @@ def _read_collection(path: Path, identity: ModelIdentity) -> tuple[ActivationCol
         return read_collection(path, identity), ()
     except MoeinfError as error:
         return ActivationCollection(identity.layer_sizes), (f"{error}; what is learned now will replace it",)
+
+
+def _read_quality(path: Path, manifest: Manifest) -> tuple[Quality | None, tuple[str, ...]]:
+    """What was measured of the model, and what to say about a file that cannot be used."""
+    try:
+        return read_quality(path, manifest), ()
+    except MoeinfError as error:
+        return None, (str(error),)
 
 
 def _most_popular(collection: ActivationCollection, sizes: Sequence[int]) -> list[int]:

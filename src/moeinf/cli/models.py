@@ -10,13 +10,15 @@ import typer
 
 from moeinf import demo
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError
+from moeinf.forms import ExpertForm
 from moeinf.manifest import Manifest
 from moeinf.pull import PullPlan, plan_pull, resolve
 from moeinf.pull import pull as pull_model
-from moeinf.store import Store, StoredModel, is_valid_name
+from moeinf.qualityfile import QUALITY_FILE, Quality, read_quality
+from moeinf.store import TRACES_FOLDER, Store, StoredModel, is_valid_name
 from moeinf.units import format_bytes
 
-from .options import Model, Models, OutputFlags, SourceModel
+from .options import Group, Model, Models, OutputFlags, SourceModel
 from .output import Output, columns
 
 __all__ = ["list_models", "pull", "remove", "show", "verify"]
@@ -29,6 +31,11 @@ def pull(
     dtype: Annotated[
         str, typer.Option(metavar="auto|bfloat16|float16|float32", help="What to compute in; auto is the model's own.")
     ] = "auto",
+    experts: Annotated[
+        str | None,
+        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as they are."),
+    ] = None,
+    group: Group = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be downloaded and written.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Pull again what is here, in place of it.")] = False,
     output_flags: OutputFlags = OutputFlags(),
@@ -44,7 +51,17 @@ def pull(
     store = Store()
     if dry_run:
         return _show_plan(
-            plan_pull(source, store=store, name=name, revision=revision, dtype=dtype, force=force), output
+            plan_pull(
+                source,
+                store=store,
+                name=name,
+                revision=revision,
+                dtype=dtype,
+                experts=experts,
+                group=group,
+                force=force,
+            ),
+            output,
         )
     stored = pull_model(
         source,
@@ -52,6 +69,8 @@ def pull(
         name=name,
         revision=revision,
         dtype=dtype,
+        experts=experts,
+        group=group,
         force=force,
         progress=output,
         notify=output.note,
@@ -122,7 +141,9 @@ def show(model: Model, output_flags: OutputFlags) -> None:
     """
     output = output_flags.output()
     stored = resolve(model, Store(), output)
-    output.result(_details(stored), lines=_show_lines(stored), names=[stored.name])
+    quality = _read_quality(stored, output)
+    data = {**_details(stored), "quality": asdict(quality) if quality else None}
+    output.result(data, lines=_show_lines(stored, quality), names=[stored.name])
 
 
 def remove(
@@ -168,7 +189,9 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
     )
     if problems:
         files = "1 file is" if len(problems) == 1 else f"{len(problems)} files are"
-        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, "--force"])
+        form = ExpertForm.of(manifest.layout.quantization)
+        options = ["--experts", form.kind, "--group", str(form.group)] if form else []
+        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, *options, "--force"])
         raise IntegrityError(f"{name}: {files} not as written", hint=hint)
 
 
@@ -224,7 +247,23 @@ def _details(stored: StoredModel) -> dict[str, object]:
     }
 
 
-def _show_lines(stored: StoredModel) -> list[str]:
+def _read_quality(stored: StoredModel, output: Output) -> Quality | None:
+    try:
+        return read_quality(stored.path / TRACES_FOLDER / QUALITY_FILE, stored.manifest)
+    except MoeinfError as error:
+        output.warn(str(error))
+        return None
+
+
+def _quality_rows(stored: StoredModel, quality: Quality | None) -> list[tuple[str, str]]:
+    if quality is not None:
+        return [("quality", quality.text)]
+    if stored.manifest.layout.quantization is None:
+        return []
+    return [("quality", f"not measured: moeinf quality {stored.name} --against MODEL")]
+
+
+def _show_lines(stored: StoredModel, quality: Quality | None) -> list[str]:
     manifest = stored.manifest
     experts, expert = format_bytes(manifest.experts_bytes), format_bytes(manifest.layout.nbytes)
     commit = f", commit {manifest.source.commit}" if manifest.source.commit else ""
@@ -240,6 +279,7 @@ def _show_lines(stored: StoredModel) -> list[str]:
         ("source", manifest.source.repo + commit),
         ("architecture", f"{manifest.architecture} ({manifest.model_type})"),
         ("precision", f"{manifest.precision}, computed in {manifest.dtype}"),
+        *_quality_rows(stored, quality),
         ("experts", f"{manifest.num_experts:,} ({_experts(manifest)})"),
         ("context", f"up to {manifest.max_context:,} tokens"),
         ("on disk", f"{format_bytes(manifest.stored_bytes)} in {len(manifest.files):,} files at {stored.path}"),
