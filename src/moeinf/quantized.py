@@ -19,11 +19,11 @@ from .tensorfile import encode_expert_header
 
 __all__ = ["Quantizer", "dequantize", "quantize"]
 
-_CHUNK_WEIGHTS = 1 << 20
-_LARGEST_FACTOR = 65504.0
-"""The largest float16."""
-_EXTREMES = {8: (127.0,), 4: tuple(8.0 - 0.25 * step for step in range(-3, 13))}
-"""By bits: the numbers, not all of them whole, that the largest weight of a group is tried as."""
+_CHUNK_WEIGHTS = 1 << 18
+_LARGEST_FLOAT16 = 65504.0
+_LARGEST_INT8 = 127
+_EXTREMES = tuple(8.0 - 0.25 * step for step in range(-3, 13))
+"""The numbers, not all of them whole, that the largest weight of a group is tried as."""
 
 
 class Quantizer:
@@ -65,10 +65,10 @@ class Quantizer:
                 f"{what} holds NaN or infinity, which no whole number stands for",
                 hint="the checkpoint is damaged, or runs without quantised experts only",
             )
-        bits, largest = self.quantization.bits, float(weight.abs().max())
-        if largest > _LARGEST_FACTOR * (2 ** (bits - 1) - 1):
-            raise IntegrityError(f"{what} holds {largest:g}, which is too large for factors in float16")
-        return quantize(weight, bits, self.quantization.group)
+        largest = float(weight.abs().max())
+        if largest > _LARGEST_FLOAT16:
+            raise IntegrityError(f"{what} holds {largest:.1e}, and its factors would be more than float16 has")
+        return quantize(weight, self.quantization.bits, self.quantization.group)
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,20 +124,22 @@ def _quantize_rows(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.T
 
 
 def _find_factors(weights: torch.Tensor, bits: int) -> torch.Tensor:
-    """For groups [..., group], the factors [..., 1] in float16 that lose least."""
+    """For groups [..., group], the factors [..., 1] in float16 that lose least.
+
+    With numbers n, weights w lose |w|² - (w·n)² / |n|² at the best factor, w·n / |n|².
+    """
     largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
     if bits == 8:
-        return (largest.abs() / _EXTREMES[8][0]).half()
-    best = torch.zeros_like(largest)
-    least = torch.full_like(largest, torch.inf)
-    for extreme in _EXTREMES[bits]:
-        numbers = _numbers(weights, largest / -extreme, bits)
-        fitted = (weights * numbers).sum(-1, keepdim=True) / numbers.square().sum(-1, keepdim=True)
-        factors = fitted.nan_to_num(0.0, torch.inf, -torch.inf).half().float()
-        loss = (weights - factors * _numbers(weights, factors, bits)).square().sum(-1, keepdim=True)
-        is_better = loss < least
-        best = torch.where(is_better, factors, best)
-        least = torch.where(is_better, loss, least)
+        return (largest.abs() / _LARGEST_INT8).half()
+    inverse = torch.where(largest != 0, -1 / largest, 0)
+    best, most = torch.zeros_like(largest), torch.zeros_like(largest)
+    for extreme in _EXTREMES:
+        numbers = (weights * (inverse * extreme)).round_().clamp_(-8, 7)
+        product = torch.linalg.vecdot(weights, numbers)[..., None]
+        square = torch.linalg.vecdot(numbers, numbers)[..., None]
+        kept = product * product / square
+        is_better = kept > most
+        best, most = torch.where(is_better, product / square, best), torch.where(is_better, kept, most)
     return best.half()
 
 

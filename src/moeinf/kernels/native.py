@@ -34,7 +34,7 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 
 _INTERFACE = 1
 
-_FEW_ROWS = 8
+_FEW_ROWS = 16
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
 
 _PROBE = 1024
