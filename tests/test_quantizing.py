@@ -68,6 +68,13 @@ def contents(model: StoredModel) -> dict[str, bytes]:
 # The maths
 
 
+def greedy(model: Any) -> list[int]:
+    tokens: torch.Tensor = model.generate(
+        PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return tokens[0, PROMPT.shape[1] :].tolist()
+
+
 def replace_weights(model: torch.nn.Module, form: ExpertForm) -> None:
     """Give every expert the weights that its numbers will stand for."""
     bits = {"int8": 8, "int4": 4}[form.kind]
@@ -88,17 +95,12 @@ def test_the_output_is_that_of_the_weights_that_the_numbers_stand_for(
     family: str, form: ExpertForm, home: Path, tmp_path: Path
 ) -> None:
     make_checkpoint(family, tmp_path, "float32")
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    auto: Any = AutoModelForCausalLM  # untyped
+    reference = auto.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
     replace_weights(reference, form)
     with torch.inference_mode():
         logits = reference(PROMPT).logits
-        options: dict[str, Any] = {
-            "max_new_tokens": NEW_TOKENS,
-            "do_sample": False,
-            "eos_token_id": None,
-            "pad_token_id": 0,
-        }
-        tokens = reference.generate(PROMPT, **options)[0, PROMPT.shape[1] :].tolist()
+        tokens = greedy(reference)
     pull(str(tmp_path), store=Store(home), name="model", experts=form.kind, group=form.group)
     for kinds in ("torch", "auto"):
         with moeinf.load("model", experts="50%", kernels=kinds) as engine, torch.inference_mode():

@@ -77,7 +77,7 @@ def pull(
     )
     size = format_bytes(stored.manifest.stored_bytes)
     line = f"{stored.name}: {stored.manifest.architecture}, {_experts(stored.manifest)}, {size}"
-    output.result(_details(stored), lines=[line], names=[stored.name])
+    output.result(_details(stored, _read_quality(stored, output)), lines=[line], names=[stored.name])
     return None
 
 
@@ -142,8 +142,7 @@ def show(model: Model, output_flags: OutputFlags) -> None:
     output = output_flags.output()
     stored = resolve(model, Store(), output)
     quality = _read_quality(stored, output)
-    data = {**_details(stored), "quality": asdict(quality) if quality else None}
-    output.result(data, lines=_show_lines(stored, quality), names=[stored.name])
+    output.result(_details(stored, quality), lines=_show_lines(stored, quality), names=[stored.name])
 
 
 def remove(
@@ -231,7 +230,7 @@ def _summary(stored: StoredModel) -> dict[str, object]:
     }
 
 
-def _details(stored: StoredModel) -> dict[str, object]:
+def _details(stored: StoredModel, quality: Quality | None) -> dict[str, object]:
     manifest = stored.manifest
     return {
         **_summary(stored),
@@ -244,6 +243,7 @@ def _details(stored: StoredModel) -> dict[str, object]:
         "kv_fixed_bytes": manifest.kv_fixed_bytes,
         "token_bytes": manifest.token_experts * manifest.layout.nbytes,
         "max_context": manifest.max_context,
+        "quality": asdict(quality) if quality else None,
     }
 
 
