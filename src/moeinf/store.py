@@ -258,7 +258,9 @@ class Store:
 
     def _not_found(self, name: str) -> MoeinfError:
         if os.path.lexists(self._incoming / name):
-            return ModelNotFoundError(f"{name} is only partly pulled", hint="run the same `moeinf pull` again to go on")
+            return ModelNotFoundError(
+                f"{name} is only partly here", hint="run the command that makes it again to go on"
+            )
         if os.path.lexists(self.models / name):
             return IntegrityError(f"{name} has no {MANIFEST_NAME}: it is no whole model", hint=f"moeinf rm {name}")
         near = list(dict.fromkeys([*difflib.get_close_matches(name, self.names(), n=3), *catalog.suggest(name)]))[:3]

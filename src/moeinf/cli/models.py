@@ -129,7 +129,7 @@ def list_models(output_flags: OutputFlags) -> None:
     if not names:
         output.note("no models here yet; moeinf pull SOURCE brings one, and moeinf chat demo needs none")
     for name in store.unfinished():
-        output.note(f"{name} is only partly pulled: run its `moeinf pull` again to go on, or `moeinf rm {name}`")
+        output.note(f"{name} is only partly here: run the command that makes it again to go on, or `moeinf rm {name}`")
 
 
 def show(model: Model, output_flags: OutputFlags) -> None:
