@@ -19,6 +19,8 @@ from moeinf import figures, hardware, rates, worker
 from moeinf.bench import Report, Wishes, bench
 from moeinf.cgroups import memory_limit
 from moeinf.errors import CapacityError, UnsupportedError, UsageError
+from moeinf.forms import ExpertForm
+from moeinf.quantizing import quantize_model
 from moeinf.rates import Rates
 from moeinf.scores import Score
 from moeinf.settings import EngineOptions
@@ -109,6 +111,20 @@ def test_a_rival_that_fails_is_reported_and_not_tried_again(processes: Processes
     assert [job.system for job, _ in processes.jobs] == ["moeinf", "transformers", "moeinf"]
     assert report.scores[1].error == "killed: it needs more memory"
     assert report.same_tokens
+
+
+def test_quantised_experts_are_named_and_not_given_to_rivals(processes: Processes) -> None:
+    stored = quantize_model(Store().open("tiny"), "tiny-int4", ExpertForm.read("int4", None), store=Store())
+    try:
+        wishes = Wishes([OURS], ["mmap"], TEXTS, prompts=1, tokens=2, repeat=1)
+        with pytest.raises(UnsupportedError, match=r"tiny-int4 has int4 experts .*, which mmap cannot read"):
+            bench(stored, wishes)
+        assert not processes.jobs
+        found = bench(stored, replace(wishes, rivals=[])).to_dict()
+        assert (found["quantization"], found["quality"]) == ("int4 experts (groups of 32)", None)
+    finally:
+        Store().remove("tiny-int4")
+    assert measure(repeat=1).to_dict()["quantization"] is None
 
 
 def test_moeinf_s_own_errors_are_errors(processes: Processes) -> None:

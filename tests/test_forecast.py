@@ -13,6 +13,9 @@ from moeinf import forecast
 from moeinf.errors import CapacityError
 from moeinf.forecast import PUBLISHED, Correction, HitCurve, PastRun, Situation, correction, foretell
 from moeinf.ledger import MemoryPlan, make_plan
+from moeinf.machine import MathsRate
+from moeinf.manifest import ExpertLayout, Quantization, TensorSpec
+from moeinf.units import KIB
 
 WHOLE = HitCurve(((0.5, 0.5),), "a straight line")
 
@@ -128,6 +131,35 @@ def test_kernels_are_those_that_the_engine_would_take() -> None:
     )
     assert foretell(dataclasses.replace(situation, machine=old), plan).experts_s == torch_s
     assert foretell(dataclasses.replace(situation, machine=old, kernels="native"), plan).experts_s < torch_s
+
+
+def quantised(kernels: str) -> tuple[Situation, MemoryPlan]:
+    """The small model in int4, on a machine whose disk is no hindrance and that computes int4 natively."""
+    up, down = ((1024, 512), 1024), ((1024, 256), 512)
+    made = Quantization("int4", 32, "BF16", {"gate_up_proj": up[1], "down_proj": down[1]})
+    specs = [TensorSpec("gate_up_proj", "U8", up[0], 0), TensorSpec("down_proj", "U8", down[0], 1 << 19)]
+    manifest = dataclasses.replace(make_manifest(), layout=ExpertLayout(4096, tuple(specs), made))
+    machine = make_machine(disk=1e6 * GB)
+    machine = dataclasses.replace(machine, maths=(*machine.maths, MathsRate("native", "int4", 1, 12 * GB)))
+    situation = Situation(machine, manifest, make_shape(), WHOLE, kernels=kernels)
+    return situation, make_plan(manifest, make_shape(), available_bytes=100_000 * MIB, experts="100%", context=2048)
+
+
+def test_quantised_experts_have_a_rate_of_their_own() -> None:
+    stored, plain = 128 * 768 * KIB, 128 * 3 * MIB
+    assert foretell(*quantised("auto")).experts_s == pytest.approx(stored / (12 * GB))
+    by_torch_s = plain / (15 * GB) * (1 + forecast.EXPANDING["int4"])
+    assert foretell(*quantised("torch")).experts_s == pytest.approx(by_torch_s)
+
+
+def test_a_prompt_expands_quantised_experts() -> None:
+    situation, plan = quantised("auto")
+    as_plain = dataclasses.replace(situation, manifest=make_manifest())
+    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING["int4"]
+    many = [foretell(each, plan, prompt_tokens=1000).ttft_s for each in (situation, as_plain)]
+    assert many[0] - many[1] == pytest.approx(expanding_s, rel=0.01)
+    one_token_s = [foretell(each, plan, prompt_tokens=1).ttft_s for each in (situation, as_plain)]
+    assert one_token_s[0] < one_token_s[1]
 
 
 def test_a_prompt_reads_every_expert_it_needs_once_per_piece() -> None:

@@ -93,6 +93,8 @@ class Report:
     wishes: Wishes
     machine: dict[str, Any]
     random: str
+    quantization: str
+    quality: dict[str, Any] | None
     replay: dict[str, Any]
     unenforced: str
     drops_caches: bool
@@ -106,6 +108,8 @@ class Report:
             "machine": self.machine,
             "model": self.model,
             "random_weights": self.random or None,
+            "quantization": self.quantization or None,
+            "quality": self.quality,
             **{name: getattr(wishes, name) for name in ("prompts", "prompt_tokens", "tokens", "temperature")},
             "replay": self.replay or None,
             "limit": {"enforced": not self.unenforced, "why_not": self.unenforced or None},
@@ -120,9 +124,11 @@ def bench(
 ) -> Report:
     """Measure. `notify` gets sentences about what is not as a reader would expect.
 
-    Raises what loading the model raises, UsageError for a trace that does not fit or a context that is too short, and
-    CapacityError when there is no room for the rivals' files. A rival that fails is a score with an `error`.
+    Raises what loading the model raises, UnsupportedError for rivals that cannot read it, UsageError for a trace that
+    does not fit or a context that is too short, and CapacityError when there is no room for the rivals' files. A rival
+    that fails is a score with an `error`.
     """
+    _check_rivals(stored, wishes)
     trace = _read_replay(stored, wishes)
     with stored.use(), ExitStack() as stack:
         unenforced, drops_caches = _why_no_limit(), _drop_caches()
@@ -140,6 +146,8 @@ def bench(
         wishes=wishes,
         machine=_machine(stored),
         random=groups[0].survey.random,
+        quantization=groups[0].survey.quantization,
+        quality=groups[0].survey.quality,
         replay=_describe(trace, stored, wishes) if trace else {},
         unenforced=unenforced,
         drops_caches=drops_caches,
@@ -291,6 +299,15 @@ def _survey(name: str, options: EngineOptions, wishes: Wishes) -> Survey:
     job = Job("moeinf", name, engine=asdict(options))
     texts = list(wishes.texts[: 2 * wishes.prompts])
     return Survey(**_work({"job": job.to_json(), "texts": texts, "prompt_tokens": wishes.prompt_tokens}, None))
+
+
+def _check_rivals(stored: StoredModel, wishes: Wishes) -> None:
+    quantization = stored.manifest.layout.quantization
+    if quantization is not None and (unable := [rival for rival in wishes.rivals if rival in _ON_DISK]):
+        raise UnsupportedError(
+            f"{stored.name} has {quantization.text}, which {unable[0]} cannot read",
+            hint="leave out --against, or measure the model that it was made of",
+        )
 
 
 def _distinct(wishes: Wishes) -> list[str | None]:

@@ -36,6 +36,7 @@ from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
 from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
 from .pull import resolve
+from .qualityfile import QUALITY_FILE, Quality, read_quality
 from .runlog import RunLog
 from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions
@@ -61,8 +62,9 @@ class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
-    says what memory goes where; `manifest` what is in the store; `notes` what a person should know about how it was
-    loaded, in sentences. While `learns` is true, what requests asked for, and took, is kept for later.
+    says what memory goes where; `manifest` what is in the store; `quality` what its quantised experts cost, if that was
+    measured; `notes` what a person should know about how it was loaded, in sentences. While `learns` is true, what
+    requests asked for, and took, is kept for later.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         identity: ModelIdentity,
         collection_path: Path,
         run_log: RunLog,
+        quality: Quality | None,
         notes: tuple[str, ...],
         libraries_bytes: int,
         load_s: float,
@@ -90,6 +93,7 @@ class Engine:
         self.runtime = runtime
         self.notes = notes
         self.learns = True
+        self.quality = quality
         self._identity = identity
         self._collection_path = collection_path
         self._run_log = run_log
@@ -156,6 +160,8 @@ class Engine:
                 peak_rss=memory.peak_rss_bytes(),
             ),
             kernels=self.runtime.kernels,
+            quantization=self.manifest.layout.quantization.text if self.manifest.layout.quantization else "",
+            quality=self.quality,
         )
 
     def finished(self, timing: Stats) -> Stats:
@@ -249,6 +255,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     traces = folder / TRACES_FOLDER
     collection_path = traces / COLLECTION_FILE
     collection, notes = _read_collection(collection_path, identity)
+    quality, more_notes = _read_quality(traces / QUALITY_FILE, manifest)
     counter = RequestCounter(identity.layer_sizes, collection)
     policy = make_policy(options.policy, identity.layer_sizes, collection)
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
@@ -281,7 +288,8 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         identity=identity,
         collection_path=collection_path,
         run_log=RunLog(traces, manifest, shape, plan, options, reads_files=reads_files),
-        notes=notes,
+        quality=quality,
+        notes=notes + more_notes,
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
@@ -308,6 +316,14 @@ def _read_collection(path: Path, identity: ModelIdentity) -> tuple[ActivationCol
         return read_collection(path, identity), ()
     except MoeinfError as error:
         return ActivationCollection(identity.layer_sizes), (f"{error}; what is learned now will replace it",)
+
+
+def _read_quality(path: Path, manifest: Manifest) -> tuple[Quality | None, tuple[str, ...]]:
+    """What was measured of the model, and what to say about a file that cannot be used."""
+    try:
+        return read_quality(path, manifest), ()
+    except MoeinfError as error:
+        return None, (str(error),)
 
 
 def _most_popular(collection: ActivationCollection, sizes: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from .ledger import MemoryPlan, ModelShape, Regime
 from .machine import Machine
-from .manifest import DTYPE_BYTES, Manifest
+from .manifest import DTYPE_BYTES, ExpertLayout, Manifest
 
 __all__ = [
     "PUBLISHED",
@@ -48,6 +48,10 @@ _FORESEEN = {"gate": 0.8, "auto": 0.8, "eam": 0.4, "off": 0.0}
 """Of a layer's choice, what each way of foreseeing names: the middle of the 72 to 89 % that are published for the next
 router, and what tokens alike told of misses on the demo model (docs/experiments.md). As much of what is named is
 right."""
+EXPANDING = {"int8": 3.6, "int4": 6.7}
+"""Expanding a quantised expert takes torch so many times as long as computing the plain one for a token
+(docs/planning.md)."""
+
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 _WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _LIKE_RUNS = 5
@@ -227,13 +231,13 @@ class _Costs:
         self.fetch_rate = self.disk_rate
         if situation.reads_files:
             self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
-        self._kind = _kind_of(manifest)
+        self._kind = _kind_of(manifest.layout)
         self._dense_rate = min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
         self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
         self.dense_s = self.dense_bytes / self._dense_rate
         self.layers_s = shape.layers * machine.layer_s + TOKEN_S
-        expert_rate = _token_rate(machine, self._kind, situation.kernels)
-        self.experts_s = self.token_bytes / min(expert_rate, machine.memory.bytes_per_s)
+        self._expert_rate = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
+        self.experts_s = self.token_bytes / self._expert_rate
 
     def bookkeeping_s(self, hits: float) -> float:
         """Of the misses; what a hit takes is in the measured time of a layer."""
@@ -265,6 +269,12 @@ class _Costs:
         behind = (1 - foreseen) * read + max(0.0, foreseen * read - foreseen * idle)
         return max(0.0, read + last - experts) + (layers - 1) * (max(0.0, behind + last - experts) + asking)
 
+    def _expert_s(self, tokens: float) -> float:
+        """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
+        layout, machine = self._manifest.layout, self._machine
+        at_once_s = layout.plain_bytes / _step_rate(machine, self._kind, tokens) + _expanding_s(machine, layout)
+        return at_once_s if layout.quantization is None else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
+
     def prompt_s(self, tokens: int) -> float:
         """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
         piece = self._plan.prefill_tokens(self._plan.slots)
@@ -280,16 +290,17 @@ class _Costs:
         for layer in self._manifest.layers:
             asked = layer.num_experts * (1 - (1 - min(1.0, layer.top_k / layer.num_experts)) ** tokens)
             each = tokens * layer.top_k / asked
-            maths_s = asked * self.expert_bytes / _step_rate(self._machine, self._kind, each)
+            maths_s = asked * self._expert_s(each)
             read_s = asked * (1 - held) * self.expert_bytes / self.disk_rate
             total += max(maths_s + asked * PASS_S, read_s)
         return total
 
 
-def _kind_of(manifest: Manifest) -> str:
-    """What most of an expert's bytes are, as machines name it."""
-    largest = max(manifest.layout.tensors, key=lambda tensor: tensor.nbytes)
-    return _KINDS.get(largest.dtype, f"int{8 * DTYPE_BYTES[largest.dtype]}")
+def _kind_of(layout: ExpertLayout) -> str:
+    """What torch computes experts in, as machines name it: what most of an expert's bytes are, or are expanded to."""
+    largest = max(layout.tensors, key=lambda tensor: tensor.nbytes)
+    dtype = layout.quantization.dtype if layout.quantization else largest.dtype
+    return _KINDS.get(dtype, f"int{8 * DTYPE_BYTES[dtype]}")
 
 
 def _disk_rate(machine: Machine, size: int) -> float:
@@ -298,10 +309,23 @@ def _disk_rate(machine: Machine, size: int) -> float:
     return machine.disk.rate(size, direct=direct)
 
 
-def _token_rate(machine: Machine, kind: str, kernels: str) -> float:
+def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     """Bytes of experts per second for one token, with the kernels that the engine would choose."""
+    kind, quantization = _kind_of(layout), layout.quantization
+    if quantization is not None:
+        natively = {rate.weights for rate in machine.maths if rate.kernels == "native"}
+        if kernels != "torch" and quantization.kind in natively:
+            return machine.maths_rate(quantization.kind)
+        return layout.nbytes / (layout.plain_bytes / _rate(machine, kind, 1, "torch") + _expanding_s(machine, layout))
     is_exact = kind == "bfloat16" and machine.processor.kernels == "avx512bf16"
     return _rate(machine, kind, 1, "native" if kernels == "native" or (kernels == "auto" and is_exact) else "torch")
+
+
+def _expanding_s(machine: Machine, layout: ExpertLayout) -> float:
+    """What an expert for many tokens takes beside its maths, which is torch's."""
+    if layout.quantization is None:
+        return 0.0
+    return EXPANDING[layout.quantization.kind] * layout.plain_bytes / _rate(machine, _kind_of(layout), 1, "torch")
 
 
 def _step_rate(machine: Machine, kind: str, tokens: float) -> float:

@@ -204,6 +204,8 @@ def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
-    """Bytes that any step takes: programs of matrix products, one layer's KV cache while it grows, logits."""
+    """Bytes that any step takes: programs of matrix products, one layer's KV cache while it grows, logits, and a weight
+    of a quantised expert, expanded.
+    """
     growth = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
-    return _WORKSPACE_BYTES + growth + shape.vocabulary * 4 * 6
+    return _WORKSPACE_BYTES + growth + shape.vocabulary * 4 * 6 + manifest.layout.expanded_bytes

@@ -217,6 +217,11 @@ class MetaModel:
         """Run the model on tokens without memory, at two lengths; where it looks at values, ask its configuration."""
         return self._run_probe() or self._guess_probe()
 
+    def is_transposed(self, experts: str) -> bool:
+        """Whether the weights of this experts module are [in, out]."""
+        flags: Any = self.experts[experts]
+        return bool(flags.is_transposed)
+
     def keep_one_expert(self) -> None:
         """Give experts modules the shapes of one expert: conversions may look at the shape of what they are to make."""
         for module in self.experts.values():

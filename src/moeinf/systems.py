@@ -132,7 +132,7 @@ class Survey:
     """What the engine plans with the options of a job, and the prompts in tokens: `texts` cut to what may be read.
 
     `total` is all that the plan holds, `libraries` what the process holds beside it. `random` is whose shapes the model
-    has, if its weights are random.
+    has, if its weights are random; `quantization` and `quality` are those of `stats.Stats`.
     """
 
     budget: int
@@ -145,5 +145,7 @@ class Survey:
     context: int
     vocabulary: int
     random: str
+    quantization: str
+    quality: dict[str, Any] | None
     notes: list[str]
     prompts: list[list[int]]

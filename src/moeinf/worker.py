@@ -71,13 +71,13 @@ def run(job: Job) -> Run:
 def survey(job: Job, texts: Sequence[str], prompt_tokens: int) -> Survey:
     """Load the model as the job says, and look. Of each text the first `prompt_tokens` tokens are taken."""
     with moeinf.load(job.model, **job.engine) as engine:
-        plan, config = engine.plan, engine.model.config
+        plan, config, stats = engine.plan, engine.model.config, engine.stats()
         with quiet():  # transformers warns of long prompts
             prompts = [engine.tokenizer(text)["input_ids"][:prompt_tokens] for text in texts]
         return Survey(
             budget=plan.budget,
             total=plan.total,
-            libraries=engine.stats().memory.libraries,
+            libraries=stats.memory.libraries,
             slots=plan.slots,
             token_experts=plan.token_experts,
             thrashes=plan.thrashes,
@@ -85,6 +85,8 @@ def survey(job: Job, texts: Sequence[str], prompt_tokens: int) -> Survey:
             context=plan.context,
             vocabulary=config.get_text_config(decoder=True).vocab_size,
             random=getattr(config, RANDOM_KEY, ""),
+            quantization=stats.quantization,
+            quality=asdict(stats.quality) if stats.quality else None,
             notes=list(engine.notes),
             prompts=prompts,
         )

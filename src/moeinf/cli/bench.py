@@ -174,6 +174,8 @@ def _title(report: Report) -> str:
     title = f"{report.model}: {wishes.prompts} prompts, {wishes.tokens} new tokens each, {wishes.repeat} times"
     if report.random:
         title += f" · random weights in the shapes of {report.random}"
+    if report.quantization:
+        title += f" · {report.quantization}"
     if report.replay:
         title += f" · REPLAY of the routing of {report.replay['model']}"
     return title

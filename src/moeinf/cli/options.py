@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EngineFlags",
+    "ExpertKind",
+    "Group",
     "Model",
     "Models",
     "OutputFlags",
@@ -72,6 +74,12 @@ SourceModel = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; of models, names only.")]
+ExpertKind = Annotated[
+    str, typer.Option("--experts", metavar="int8|int4", help="What the weights of experts are to be.")
+]
+Group = Annotated[
+    int | None, typer.Option(metavar="32|64", help="Weights that share a factor; by default 64 for int8, 32 for int4.")
+]
 Stats = Annotated[bool, typer.Option("--stats", help="After an answer, say on stderr what it cost.")]
 
 

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeinf.dtypes import SAFETENSORS_NAMES
+from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
-from moeinf.kernels.quantized import quantize
 from moeinf.machine import MathsRate
-from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.manifest import NUMBER_BITS, ExpertLayout, TensorSpec
 from moeinf.progress import Task
+from moeinf.quantized import Quantizer
 from moeinf.timing import Call, best_of_each, best_s
 from moeinf.transfer import allocate_buffer
 
@@ -37,15 +37,12 @@ HIDDEN, INNER, TOP_K = 2048, 768, 8
 """The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
 TOKENS = (1, 16, 256)
 _GROUP = 64
-_BITS = {"int8": 8, "int4": 4}
-_WHOLE = {"int8": 1, "int4": 2}
-"""The numbers of moe.h."""
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
 MATHS = (
     *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
-    *(("native", weights, 1) for weights in _BITS),
+    *(("native", weights, 1) for weights in NUMBER_BITS),
     *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
 )
 """(kernels, weights, tokens) that are measured. Whole numbers: one token, which is what the library has for them."""
@@ -59,7 +56,7 @@ def measure_maths(
     rates: list[MathsRate] = []
     late = []
     with torch.inference_mode():
-        for weights in ("bfloat16", "float32", *_BITS):
+        for weights in ("bfloat16", "float32", *NUMBER_BITS):
             wanted = [(kernels, tokens) for kernels, kind, tokens in MATHS if kind == weights]
             wanted = [each for each in wanted if pool is not None or each[0] == "torch"]
             if not wanted:
@@ -100,28 +97,16 @@ class _Module(nn.Module):
         return F.silu(gate) * up
 
 
-class _WholeMaths(NativeMaths):
-    """Native experts in whole numbers, each of them one tensor of bytes."""
-
-    def __init__(self, layout: ExpertLayout, weights: str, pool: NativePool) -> None:
-        super().__init__(_Module(), layout, pool)
-        up, down = 2 * INNER * HIDDEN, HIDDEN * INNER
-        sizes = (up * _BITS[weights] // 8, up // _GROUP * 2, down * _BITS[weights] // 8, down // _GROUP * 2)
-        layer = self.layer
-        layer.weights, layer.group = _WHOLE[weights], _GROUP
-        layer.up, layer.up_scales, layer.down, layer.down_scales = (sum(sizes[:number]) for number in range(4))
-        self._anchor, self._offset = "all", 0
-
-
 class Experts:
     """A working set of experts of random `weights`, all of one kind, on a `device`. `nbytes`: of all of them."""
 
     def __init__(self, weights: str, working_set: int, device: torch.device | str = "cpu") -> None:
-        self._weights = weights
         self._dtype = torch.float32 if weights == "float32" else torch.bfloat16
         up, down = (2 * INNER, HIDDEN), (HIDDEN, INNER)
         first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
-        self._layout = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
+        self._plain = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
+        self._quantizer = Quantizer(self._plain, False, weights, _GROUP) if weights in NUMBER_BITS else None
+        self._layout = self._quantizer.layout if self._quantizer else self._plain
         images = [self._image(number).to(device) for number in range(_DISTINCT)]
         count = max(2, working_set // (images[0].nbytes * TOP_K)) * TOP_K
         memory = _allocate(count * images[0].nbytes, device).view(count, -1)
@@ -134,9 +119,7 @@ class Experts:
     def maths(self, pool: NativePool | None) -> ExpertMaths:
         """What computes them: the library, or torch without `pool`."""
         if pool is None:
-            return ExpertMaths(_Module())
-        if self._weights in _BITS:
-            return _WholeMaths(self._layout, self._weights, pool)
+            return ExpertMaths(_Module(), self._layout.quantization)
         return NativeMaths(_Module(), self._layout, pool)
 
     def calls(self, maths: ExpertMaths, tokens: int) -> list[Call]:
@@ -152,16 +135,15 @@ class Experts:
 
     def _image(self, seed: int) -> torch.Tensor:
         """One expert's bytes."""
-        parts = [_noise(spec.shape, self._dtype, seed) for spec in self._layout.tensors]
-        if self._weights in _BITS:
-            parts = [part for tensor in parts for part in quantize(tensor, _BITS[self._weights], _GROUP)]
-        return torch.cat([part.flatten().view(torch.uint8) for part in parts])
+        tensors = {spec.name: _noise(spec.shape, self._dtype, seed) for spec in self._plain.tensors}
+        if self._quantizer is None:
+            return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
+        data = b"".join(self._quantizer.encode(tensors, "an expert"))
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     def _tensors(self, place: torch.Tensor) -> Tensors:
-        if self._weights in _BITS:
-            return {"all": place}
         return {
-            spec.name: place[spec.offset : spec.offset + spec.nbytes].view(self._dtype).view(spec.shape)
+            spec.name: place[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
             for spec in self._layout.tensors
         }
 
