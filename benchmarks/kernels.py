@@ -30,8 +30,8 @@ from torch import nn
 
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
-from moeinf.kernels.quantized import quantize
 from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.quantized import quantize
 
 GB = 1e9
 TURN = 16

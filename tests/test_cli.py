@@ -127,7 +127,7 @@ def test_list_shows_what_is_damaged_or_unfinished(stored: CommandLine) -> None:
     stored.check(f"""
         $ moeinf list
         ! warning: tiny: {caught.value} ({caught.value.hint})
-        ! half is only partly pulled: run its `moeinf pull` again to go on, or `moeinf rm half`
+        ! half is only partly here: run the command that makes it again to go on, or `moeinf rm half`
         = 0
     """)
 
@@ -254,6 +254,72 @@ def test_pull_of_nothing(cli: CommandLine) -> None:
         ! hint: did you mean mixtral?
         = 3
     """)
+
+
+# Quantize, quality
+
+
+def test_quantize_run_and_show(cli: CommandLine, checkpoint: Path) -> None:
+    cli.run("pull", str(checkpoint))
+    cli.check("""
+        $ moeinf quantize mix --experts int4 --name small
+        | small: int4 experts (groups of 32), from bfloat16, 1.28 KiB each instead of 4.50 KiB
+        ! quantize: 16 experts
+        ! what that costs in quality: moeinf quality small --against mix
+        = 0
+    """)
+    shown = cli.run("show", "small")[0]
+    assert "\nprecision      int4 experts (groups of 32), from bfloat16, computed in bfloat16\n" in shown
+    assert "\nquality        not measured: moeinf quality small --against MODEL\n" in shown
+    stderr = cli.run("run", "small", "Hi", "--stats", "--max-tokens", "4")[1]
+    assert "small has int4 experts (groups of 32): it does not answer exactly as released\n" in stderr
+    assert "\nint4 experts (groups of 32), computed by " in stderr
+    assert stderr.endswith("quality not measured (moeinf quality)\n")
+
+
+def test_quality_is_kept_and_shown(cli: CommandLine, checkpoint: Path) -> None:
+    cli.run("pull", str(checkpoint))
+    cli.run("quantize", "mix", "--experts", "int8", "--name", "small")
+    options = ["--max-prompts", "2", "--max-tokens", "8"]
+    stdout, stderr, code = cli.run("quality", "small", "--against", "mix", "--json", *options)
+    found = json.loads(stdout)
+    assert (code, found["model"], found["against"], found["tokens"]) == (0, "small", "mix", 14)
+    assert "mix: 2 prompts" in stderr
+    shown = json.loads(cli.run("show", "small", "--json")[0])["quality"]
+    assert shown == {key: found[key] for key in shown}
+    line = f"{found['agreement']:.1%} of likeliest tokens are those of mix"
+    assert line in cli.run("show", "small")[0]
+    ran = cli.run("run", "small", "Hi", "--stats", "--max-tokens", "2")[1]
+    assert ran.splitlines()[-1].startswith(line)
+
+
+def test_what_quantize_and_quality_refuse(cli: CommandLine, checkpoint: Path) -> None:
+    cli.run("pull", str(checkpoint))
+    cli.check("""
+        $ moeinf quantize mix --experts int3 --name small
+        ! error: --experts int3 is not known
+        ! hint: choose one of: int8, int4
+        = 2
+    """)
+    cli.check("""
+        $ moeinf quantize mix --experts int4 --name mix
+        ! error: mix is the model itself
+        ! hint: choose another --name, like mix-int4
+        = 2
+    """)
+    cli.check("""
+        $ moeinf quality mix --against mix
+        ! error: mix cannot be compared with itself
+        ! hint: name the model that it was made of
+        = 2
+    """)
+
+
+def test_verify_of_quantised_experts_says_how_to_have_them_again(cli: CommandLine, checkpoint: Path) -> None:
+    cli.run("pull", str(checkpoint), "--experts", "int4")
+    (cli.home / "models/mix-int4" / expert_path(0, 1)).write_bytes(b"")
+    hint = f"hint: moeinf pull {checkpoint} --name mix-int4 --experts int4 --group 32 --force"
+    assert cli.run("verify", "mix-int4")[1].splitlines()[-1] == hint
 
 
 # Rm, verify
@@ -1120,7 +1186,10 @@ def test_a_locale_that_cannot_show_the_answer(stored: CommandLine) -> None:
 
 
 def test_help_begins_with_two_examples(cli: CommandLine) -> None:
-    commands = [[], *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat", "trace", "simulate"))]
+    commands = [
+        [],
+        *([name] for name in ("pull", "list", "show", "rm", "verify", "run", "chat", "profile", "trace", "simulate")),
+    ]
     for command in commands:
         stdout, stderr, code = cli.run(*command, "--help")
         lines = stdout.splitlines()

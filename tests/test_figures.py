@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moeinf import analysis, figures
 from moeinf.analysis import Floats
 from moeinf.policies import POLICIES
+from moeinf.scores import Spread
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.simulate import BELADY, Replay
 
@@ -150,3 +151,13 @@ def test_the_user_s_own_settings_have_no_say(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     assert figures.distances(np.eye(2), ["a", "b"]) == before
     assert matplotlib.rcParams["figure.facecolor"] == "red"
+
+
+@pytest.mark.parametrize("kind", figures.FORMATS)
+def test_speeds(kind: str) -> None:
+    bars = [(f"moeinf, {name}", Spread(2, 1, 3), 0.5) for name in ODD[:3]]
+    others = [("mmap", Spread(0.1, 0.1, 0.1), None)]
+    picture = figures.speeds([("10%", [*bars, *others]), ("25%", others), ("50%", [])], "title " * 40, kind)
+    if kind == "png":
+        check(picture)
+    assert len(picture) > 2000

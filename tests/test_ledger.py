@@ -11,7 +11,9 @@ from moeinf.ledger import MemoryPlan, ModelShape, make_plan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
 MIB = 1 << 20
-SHAPE = ModelShape(hidden=1024, widest=2048, vocabulary=32000, score_heads=0)
+SHAPE = ModelShape(
+    hidden=1024, widest=2048, vocabulary=32000, score_heads=0, layers=16, head_bytes=64 * MIB, lookup_bytes=0
+)
 
 
 def make_manifest(*, layers: int = 16, experts: int = 64, top_k: int = 8, dense: int = 200 * MIB) -> Manifest:

@@ -14,11 +14,13 @@ from moeinf.errors import IntegrityError, UnsupportedError
 from moeinf.manifest import (
     DTYPE_BYTES,
     EXPERT_ALIGNMENT,
+    QUANTIZED_SCHEMA,
     SCHEMA,
     ExpertLayout,
     FileRecord,
     Manifest,
     MoeLayer,
+    Quantization,
     Source,
     TensorSpec,
     expert_path,
@@ -43,8 +45,19 @@ MANIFEST = Manifest(
 )
 
 
-def edited(change: Callable[[dict[str, Any]], object]) -> str:
-    raw = json.loads(MANIFEST.to_json())
+QUANTIZED = replace(
+    MANIFEST,
+    precision="int4 experts (groups of 32), from bfloat16",
+    layout=ExpertLayout(
+        4096,
+        (TensorSpec("up_proj_scales", "F16", (6, 2), 0), TensorSpec("up_proj", "U8", (6, 17), 24)),
+        Quantization("int4", 32, "BF16", {"up_proj": 33}),
+    ),
+)
+
+
+def edited(change: Callable[[dict[str, Any]], object], manifest: Manifest = MANIFEST) -> str:
+    raw = json.loads(manifest.to_json())
     change(raw)
     return json.dumps(raw)
 
@@ -53,6 +66,38 @@ def test_what_is_written_is_read_back() -> None:
     assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
     from_folder = replace(MANIFEST, source=Source("/models/größe"))
     assert Manifest.from_json(from_folder.to_json()) == from_folder
+
+
+def test_quantised_experts_are_a_schema_of_their_own() -> None:
+    """A program that knows schema 1 alone must not take bytes for weights; and one of its time reads what is plain."""
+    assert Manifest.from_json(QUANTIZED.to_json()) == QUANTIZED
+    assert json.loads(QUANTIZED.to_json())["schema"] == QUANTIZED_SCHEMA
+    plain = json.loads(MANIFEST.to_json())
+    assert plain["schema"] == SCHEMA
+    assert plain["layout"].keys() == {"data_offset", "tensors"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", "int3"), ("group", 48), ("version", 2)])
+def test_another_form_of_experts_is_not_guessed_at(key: str, value: object) -> None:
+    other = edited(lambda raw: raw["layout"]["quantization"].update({key: value}), QUANTIZED)
+    with pytest.raises(UnsupportedError, match=f"its experts are .*{value}.*, which this program does not know"):
+        Manifest.from_json(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.update(schema=SCHEMA),
+        lambda raw: raw["layout"].update(quantization=None),
+        lambda raw: raw["layout"]["quantization"].update(widths={"up_proj": 35}),
+        lambda raw: raw["layout"]["quantization"].update(widths={"down_proj": 33}),
+        lambda raw: raw["layout"]["tensors"][0].update(dtype="BF16"),
+        lambda raw: raw["layout"]["tensors"].pop(0),
+    ],
+)
+def test_numbers_that_do_not_fit_their_form_are_damage(change: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(IntegrityError, match=r"moeinf\.json is damaged"):
+        Manifest.from_json(edited(change, QUANTIZED))
 
 
 def test_the_same_manifest_is_the_same_text() -> None:
@@ -106,8 +151,8 @@ def test_the_bytes_in_the_specification_are_those_that_are_written() -> None:
 
 
 def test_a_newer_schema_is_not_guessed_at() -> None:
-    newer = edited(lambda raw: raw.update(schema=SCHEMA + 1, something_new=1))
-    with pytest.raises(UnsupportedError, match=f"schema {SCHEMA + 1}") as caught:
+    newer = edited(lambda raw: raw.update(schema=QUANTIZED_SCHEMA + 1, something_new=1))
+    with pytest.raises(UnsupportedError, match=f"schema {QUANTIZED_SCHEMA + 1}") as caught:
         Manifest.from_json(newer)
     assert "update moeinf" in (caught.value.hint or "")
 

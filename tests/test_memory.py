@@ -4,7 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moeinf.memory import available_bytes, cgroup_headrooms, peak_rss_bytes, rss_bytes
+from moeinf.memory import (
+    available_bytes,
+    cgroup_headrooms,
+    cgroup_limit,
+    limit_bytes,
+    peak_rss_bytes,
+    rss_bytes,
+    swap_bytes,
+    total_bytes,
+)
 
 MIB = 1 << 20
 
@@ -42,6 +51,16 @@ def test_no_cgroups_no_limits(tmp_path: Path) -> None:
     assert cgroup_headrooms("1:name=systemd:/\n0::/\n", tmp_path) == []
 
 
+def test_the_limit_is_that_of_the_tightest_group(tmp_path: Path) -> None:
+    make_group(tmp_path / "user/app", {"memory.max": 900 * MIB})
+    make_group(tmp_path / "user", {"memory.max": 800 * MIB})
+    assert cgroup_limit("0::/user/app/inner\n", tmp_path) == 800 * MIB
+    make_group(tmp_path / "memory/a", {"memory.limit_in_bytes": 9223372036854771712})
+    assert cgroup_limit("4:memory:/a\n", tmp_path) is None
+    make_group(tmp_path / "free", {"memory.max": "max"})
+    assert cgroup_limit("0::/free\n", tmp_path) is None
+
+
 def test_the_peak_is_this_process_alone() -> None:
     code = (
         "from moeinf.memory import *; before = peak_rss_bytes(); block = bytearray(b'x') * (64 << 20); del block;"
@@ -56,3 +75,7 @@ def test_the_peak_is_this_process_alone() -> None:
 def test_numbers_of_this_machine_make_sense() -> None:
     assert 0 < rss_bytes() <= peak_rss_bytes() + MIB
     assert available_bytes() > 0
+    assert total_bytes() > available_bytes() // 2
+    limit, (swap, free_swap) = limit_bytes(), swap_bytes()
+    assert limit is None or 0 < limit < total_bytes()
+    assert 0 <= free_swap <= swap

@@ -23,13 +23,13 @@ from torch import nn
 import moeinf
 from families import FAMILIES, make_model
 from moeinf import kernels
-from moeinf.dtypes import SAFETENSORS_NAMES
+from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.errors import UnsupportedError
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import NativeMaths, NativePool, NotNativeError
-from moeinf.kernels.quantized import GROUPS, dequantize, quantize
-from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec
 from moeinf.metamodel import is_experts_module
+from moeinf.quantized import Quantizer
 
 LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else native.built_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
@@ -243,61 +243,42 @@ def test_the_output_of_a_real_layer_is_torch_s(pool: NativePool, kind: str) -> N
         assert torch.equal(torch.cat(found), torch.cat(wanted))
 
 
-class QuantizedMaths(NativeMaths):
-    """Experts in whole numbers: `as_numbers` brings an expert's tensors into the form that `layer` then describes."""
-
-    def __init__(self, module: Experts, layout: ExpertLayout, pool: NativePool, bits: int, group: int) -> None:
-        super().__init__(module, layout, pool)
-        self.bits, self.group = bits, group
-        self.layer.weights, self.layer.group = {8: 1, 4: 2}[bits], group
-
-    def as_numbers(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """(the expert for the library, the same expert's weights as torch computes with them)."""
-        parts, plain, offset = [], dict(tensors), 0
-        for field, name in (("up", self._up), ("down", "down_proj")):
-            numbers, factors = quantize(tensors[name], self.bits, self.group)
-            width = tensors[name].shape[1]
-            plain[name] = dequantize(numbers, factors, self.bits, self.group, width)
-            numbers = F.pad(numbers.flatten(), (0, numbers.numel() % 2))
-            for suffix, part in (("", numbers), ("_scales", factors.view(torch.uint8).flatten())):
-                setattr(self.layer, field + suffix, offset)
-                parts.append(part)
-                offset += part.numel()
-        self._anchor, self._offset = "all", 0
-        return {"all": torch.cat(parts)}, plain
+def quantized(plain: Tensors, quantizer: Quantizer) -> Tensors:
+    """The expert in whole numbers, in a piece of memory of its own."""
+    data = b"".join(bytes(chunk) for chunk in quantizer.encode(plain, "an expert"))
+    assert len(data) == quantizer.layout.nbytes
+    memory = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return {
+        spec.name: memory[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        for spec in quantizer.layout.tensors
+    }
 
 
-@pytest.mark.parametrize("kind", ["silu", "no-gate"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["silu", "no-gate", "gelu-tanh", "gpt-oss", "transposed"])
+@pytest.mark.parametrize("experts_in", NUMBER_BITS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_experts_in_whole_numbers(pool: NativePool, kind: str, bits: int, group: int) -> None:
-    """Against float32 maths with the same weights: what lies between the projections is rounded to 16 bits at most."""
+def test_experts_in_whole_numbers(pool: NativePool, kind: str, experts_in: str, group: int) -> None:
+    """A token and a few rows, against torch, which expands the same numbers to float32: what lies between the
+    projections is rounded to 16 bits at most.
+    """
     module = Experts(**KINDS[kind])
     generator = torch.Generator().manual_seed(0)
     for hidden_size, inner in ((1, 1), (33, 65), (96, 32), (259, 130), (640, 384)):
-        layout = make_layout(module, hidden_size, inner, torch.float32)
-        maths = QuantizedMaths(module, layout, pool, bits, group)
-        both = [maths.as_numbers(make_expert(layout, generator)) for _ in range(3)]
-        hidden = torch.randn(1, hidden_size, generator=generator)
-        weights = torch.rand(1, 3, generator=generator)
-        found = compute(maths, hidden, weights, [numbers for numbers, _ in both])
-        wanted = compute(ExpertMaths(module), hidden, weights, [plain for _, plain in both])
+        plain = make_layout(module, hidden_size, inner, torch.float32)
+        quantizer = Quantizer(plain, module.is_transposed, experts_in, group)
+        native_maths = NativeMaths(module, quantizer.layout, pool)
+        torch_maths = ExpertMaths(module, quantizer.layout.quantization)
+        experts = [quantized(make_expert(plain, generator), quantizer) for _ in range(3)]
+        hidden = torch.randn(3, hidden_size, generator=generator)
+        weights = torch.rand(3, 3, generator=generator)
+        found = compute(native_maths, hidden[:1], weights[:1], experts)
+        wanted = compute(torch_maths, hidden[:1], weights[:1], experts)
         assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
-
-
-def test_quantising_keeps_what_it_can() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 131, generator=generator).bfloat16()
-    weight[1] = 0
-    for bits, error in ((8, 0.5 / 127), (4, 0.5 / 7)):
-        numbers, factors = quantize(weight, bits, 32)
-        assert numbers.shape == (5, 131 if bits == 8 else 66)
-        back = dequantize(numbers, factors, bits, 32, 131)
-        padded = F.pad(weight.float(), (0, 29)).view(5, 5, 32)
-        largest = padded.abs().amax(-1).repeat_interleave(32, 1)[:, :131]
-        assert ((back - weight.float()).abs() <= 1.01 * error * largest).all()
-        again, _ = quantize(back, bits, 32)
-        assert torch.equal(again, numbers)
+        found, wanted = (maths.expert(hidden, experts[0], weights[:, :1]) for maths in (native_maths, torch_maths))
+        assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+        many = torch.randn(17, hidden_size, generator=generator), torch.ones(17, 1)
+        results = [maths.expert(many[0], experts[0], many[1]) for maths in (native_maths, torch_maths)]
+        assert torch.equal(*results)
 
 
 def test_infinities_and_nans_come_through(pool: NativePool) -> None:
@@ -352,6 +333,12 @@ def test_what_the_library_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
             choose_maths([module], halves, "native", {}, stack)
         assert caught.value.hint == "leave --kernels out, or give --kernels torch"
         assert [maths.computed_by for maths in choose_maths([module], layout, "torch", {}, stack)] == ["torch"]
+        numbers = Quantizer(layout, False, "int8", 32).layout
+        [maths] = choose_maths([module], numbers, "auto", {}, stack)
+        assert isinstance(maths, NativeMaths)
+        half_numbers = Quantizer(halves, False, "int8", 32).layout
+        [maths] = choose_maths([module], half_numbers, "auto", {}, stack)
+        assert maths.computed_by == "torch: it does not compute experts in F16"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])

@@ -165,6 +165,20 @@ def test_what_does_not_pay_is_not_asked() -> None:
     assert 0 < script.asked <= 6
 
 
+def test_a_way_that_is_left_out_is_asked_no_more() -> None:
+    scripts = {name: Script() for name in ("off", "eam", "gate")}
+    bench = Bench(4, Script())
+    bench.prefetcher = Prefetcher(scripts, bench.cache, bench.reader, lambda *_: None, [0, PER_LAYER], 99)
+    bench.prefetcher.leave_out("gate")
+    bench.prefetcher.leave_out("nobody")
+    for _ in range(30):
+        for layer in (0, 1):
+            bench.prefetcher.look_ahead(layer)
+            bench.prefetcher.has_run(layer, 1.0)
+    assert scripts["gate"].asked == 0
+    assert scripts["eam"].asked > 0
+
+
 def test_a_layer_without_a_choice_teaches_nothing() -> None:
     """A long prompt gives guesses up before it is known whether they were right."""
     bench = Bench(2, Script(3))

@@ -510,7 +510,7 @@ def test_an_unfinished_pull_is_continued(tmp_path: Path, whole: dict[str, bytes]
     store = Store(tmp_path)
     assert store.names() == []
     assert store.unfinished() == ["tiny"]
-    with pytest.raises(ModelNotFoundError, match="partly pulled"):
+    with pytest.raises(ModelNotFoundError, match="partly here"):
         store.open("tiny")
     with store.incoming("tiny") as incoming:
         assert incoming.begin(KEY)

@@ -33,9 +33,9 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoint import Checkpoint
 from .dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
-from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, ExpertLayout, MoeLayer, TensorSpec
+from .manifest import DTYPE_BYTES, ExpertLayout, MoeLayer, TensorSpec
 from .metamodel import MetaModel, choose_dtype, load_config
-from .tensorfile import TensorFile, encode_header
+from .tensorfile import TensorFile, encode_expert_header
 
 __all__ = [
     "DenseTensor",
@@ -43,7 +43,6 @@ __all__ = [
     "Plan",
     "Recipe",
     "Source",
-    "encode_expert_header",
     "plan_conversion",
 ]
 
@@ -145,6 +144,11 @@ class Plan:
     def dense_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.dense)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weights of experts are [in, out]."""
+        return self._meta.is_transposed(self.layers[0].module)
+
     def expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
         """The tensors of an expert, in the order of `layout`. `layer` counts MoE layers."""
         return tuple(part.of_expert(expert) for part in self._parts[layer])
@@ -215,11 +219,6 @@ def plan_conversion(checkpoint: Checkpoint, dtype: str = "auto") -> Plan:
     )
     meta.keep_one_expert()
     return plan
-
-
-def encode_expert_header(tensors: Iterable[TensorSpec]) -> bytes:
-    """The header of an expert's file, the same for all experts of a model."""
-    return encode_header([(spec.name, spec.dtype, spec.shape) for spec in tensors], alignment=EXPERT_ALIGNMENT)
 
 
 def _first_dtype(checkpoint: Checkpoint) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from . import hooks, memory
@@ -29,13 +29,15 @@ from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
 from .kernels import choose_maths, speed_up_dense
-from .ledger import MemoryPlan, ModelShape, make_plan
+from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path
-from .metamodel import causal_lm_class
+from .metamodel import model_shape
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
 from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
 from .pull import resolve
+from .qualityfile import QUALITY_FILE, Quality, read_quality
+from .runlog import RunLog
 from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
@@ -60,8 +62,9 @@ class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
-    says what memory goes where; `manifest` what is in the store; `notes` what a person should know about how it was
-    loaded, in sentences.
+    says what memory goes where; `manifest` what is in the store; `quality` what its quantised experts cost, if that was
+    measured; `notes` what a person should know about how it was loaded, in sentences. While `learns` is true, what
+    requests asked for, and took, is kept for later.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class Engine:
         *,
         identity: ModelIdentity,
         collection_path: Path,
+        run_log: RunLog,
+        quality: Quality | None,
         notes: tuple[str, ...],
         libraries_bytes: int,
         load_s: float,
@@ -87,8 +92,11 @@ class Engine:
         self.generation_config = generation_config
         self.runtime = runtime
         self.notes = notes
+        self.learns = True
+        self.quality = quality
         self._identity = identity
         self._collection_path = collection_path
+        self._run_log = run_log
         untyped: Any = model
         self.last_logits_only = {"logits_to_keep": 1} if untyped._supports_logits_to_keep() else {}
         self.uses_dynamic_cache: bool = untyped._supports_default_dynamic_cache()
@@ -120,12 +128,8 @@ class Engine:
         """A new conversation, with a KV cache of its own."""
         return Session(self)
 
-    def stats(self, timing: Stats | None = None) -> Stats:
-        """What the last generation cost; counts since then for a model that is called directly. `timing` brings its
-        times.
-        """
-        if timing is not None:
-            self._last = timing
+    def stats(self) -> Stats:
+        """What the last generation cost; counts since then for a model that is called directly."""
         decode, prefill, traffic = self.runtime.decode, self.runtime.prefill, self.runtime.traffic
         return dataclasses.replace(
             self._last,
@@ -156,7 +160,16 @@ class Engine:
                 peak_rss=memory.peak_rss_bytes(),
             ),
             kernels=self.runtime.kernels,
+            quantization=self.manifest.layout.quantization.text if self.manifest.layout.quantization else "",
+            quality=self.quality,
         )
+
+    def finished(self, timing: Stats) -> Stats:
+        """An answer has ended, and took the times of `timing`: what it cost altogether."""
+        self._last = timing
+        if self.learns:
+            self._run_log.add(timing.tpot_s, self.runtime.decode)
+        return self.stats()
 
     def save_collection(self) -> None:
         """Write what the requests so far asked for beside the model, for the next start. Ends the present request.
@@ -165,16 +178,18 @@ class Engine:
         """
         counter = self.runtime.counter
         counter.begin_request()
-        if counter.has_grown:
+        if counter.has_grown and self.learns:
             counter.has_grown = False
             write_collection(counter.collection, self._identity, self._collection_path)
 
     def close(self) -> None:
-        """Save the collection if that is possible, end the readers and give up the lock. The engine is of no use
-        afterwards; closing twice is harmless.
+        """Save what was learned and what answers took if that is possible, end the readers and give up the lock. The
+        engine is of no use afterwards; closing twice is harmless.
         """
-        with self._on_close, suppress(MoeinfError):
-            self.save_collection()
+        with self._on_close:
+            for save in (self.save_collection, self._run_log.save):
+                with suppress(MoeinfError):
+                    save()
 
     def _prefetch_stats(self) -> PrefetchStats:
         counters, used = self.runtime.prefetch, self.runtime.decode.prefetch_used
@@ -226,25 +241,21 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         torch.set_num_threads(options.threads)
     with hooks.quiet():
         config = _load_part(AutoConfig, folder, "configuration")
-        model_class = causal_lm_class(config)  # imports the family's code, before memory is counted
+        shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
         tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
     libraries_bytes = memory.rss_bytes()
-    plan = make_plan(
-        manifest,
-        _shape(manifest, config, model_class),
-        available_bytes=memory.available_bytes(),
-        host_memory=options.host_memory,
-        experts=options.experts,
-        context=options.context,
-    )
-    direct = _reads_direct(folder, manifest, plan)
+    plan = memory.plan_memory(manifest, shape, options)
+    reads_files = can_cache_files(plan, manifest, memory.available_bytes())
+    direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     identity = ModelIdentity.of(stored.name, manifest)
-    collection_path = folder / TRACES_FOLDER / COLLECTION_FILE
+    traces = folder / TRACES_FOLDER
+    collection_path = traces / COLLECTION_FILE
     collection, notes = _read_collection(collection_path, identity)
+    quality, more_notes = _read_quality(traces / QUALITY_FILE, manifest)
     counter = RequestCounter(identity.layer_sizes, collection)
     policy = make_policy(options.policy, identity.layer_sizes, collection)
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
@@ -276,7 +287,9 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         runtime,
         identity=identity,
         collection_path=collection_path,
-        notes=notes,
+        run_log=RunLog(traces, manifest, shape, plan, options, reads_files=reads_files),
+        quality=quality,
+        notes=notes + more_notes,
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
@@ -303,6 +316,14 @@ def _read_collection(path: Path, identity: ModelIdentity) -> tuple[ActivationCol
         return read_collection(path, identity), ()
     except MoeinfError as error:
         return ActivationCollection(identity.layer_sizes), (f"{error}; what is learned now will replace it",)
+
+
+def _read_quality(path: Path, manifest: Manifest) -> tuple[Quality | None, tuple[str, ...]]:
+    """What was measured of the model, and what to say about a file that cannot be used."""
+    try:
+        return read_quality(path, manifest), ()
+    except MoeinfError as error:
+        return None, (str(error),)
 
 
 def _most_popular(collection: ActivationCollection, sizes: Sequence[int]) -> list[int]:
@@ -333,27 +354,6 @@ def _load_part(auto: Any, folder: Path, what: str) -> Any:
             f"{folder} holds no {what} that transformers can read: {error}",
             hint="check the model with `moeinf verify`, then pull it again",
         ) from error
-
-
-def _shape(manifest: Manifest, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelShape:
-    text = config.get_text_config(decoder=True)
-    holds_scores = not model_class._supports_sdpa
-    widest = max(max(tensor.shape) for tensor in manifest.layout.tensors)
-    return ModelShape(
-        hidden=text.hidden_size,
-        widest=max(widest, getattr(text, "intermediate_size", None) or 0),
-        vocabulary=text.vocab_size,
-        score_heads=max(layer.num_attention_heads for layer in text.per_layer_config) if holds_scores else 0,
-    )
-
-
-def _reads_direct(folder: Path, manifest: Manifest, plan: MemoryPlan) -> bool:
-    """Whether to go past the page cache: not where it is refused, nor where memory is left to cache every expert
-    beside the slots.
-    """
-    if not can_read_direct(folder / expert_path(0, 0)):
-        return False
-    return memory.available_bytes() < plan.total + manifest.experts_bytes
 
 
 def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, torch.Tensor]:

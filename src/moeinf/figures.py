@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["DOTS_PER_INCH", "FORMATS", "activation", "activation_by_domain", "distances", "hit_rates", "reuse"]
+    from .scores import Spread
+
+__all__ = [
+    "DOTS_PER_INCH",
+    "FORMATS",
+    "activation",
+    "activation_by_domain",
+    "distances",
+    "hit_rates",
+    "reuse",
+    "speeds",
+]
 
 FORMATS = ("pdf", "png", "svg")
 
@@ -47,6 +58,7 @@ _MEASURED, _YARDSTICK = "#0072b2", "#a8b3bf"
 _COLOURS = ("#cc6677", "#117733", "#ddcc77", "#88ccee", "#aa4499", "#44aa99", "#999933", "#882255", "#7f7f7f")
 """Paul Tol's muted scheme, made for all kinds of colour vision; dashes and markers tell the lines apart without it."""
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)), (0, (1, 1)))
+_HATCHES = ("", "//", "..", "xx", "--", "oo")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": _PALE,
@@ -183,6 +195,48 @@ def hit_rates(
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", handlelength=3.5)
 
     return _drawn(draw, 0.4 + 4.4 * len(curves), kind=kind)
+
+
+def speeds(
+    groups: Sequence[tuple[str, Sequence[tuple[str, Spread, float | None]]]], title: str, kind: str = "png"
+) -> bytes:
+    """Tokens per second as bars with whiskers, a group for each budget. A group is its name and, for each system, its
+    label, its speed, and the share of what the machine allows, where that is known.
+    """
+    labels = list(dict.fromkeys(label for _, bars in groups for label, _, _ in bars))
+    width = 0.8 / max(len(labels), 1)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, label in enumerate(labels):
+            found = [(place, *bar[1:]) for place, (_, bars) in enumerate(groups) for bar in bars if bar[0] == label]
+            bars = axes.bar(
+                [place + (number - (len(labels) - 1) / 2) * width for place, _, _ in found],
+                [speed.median for _, speed, _ in found],
+                0.92 * width,
+                yerr=[
+                    [speed.median - speed.min for _, speed, _ in found],
+                    [speed.max - speed.median for _, speed, _ in found],
+                ],
+                label=_label(label, 48),
+                color=_MEASURED if label.startswith("moeinf") else _YARDSTICK,
+                hatch=_HATCHES[number % len(_HATCHES)],
+                edgecolor="white",
+                error_kw={"elinewidth": 1, "ecolor": _INK},
+            )
+            shares = ["" if share is None else f"\nη {share:.2f}" for _, _, share in found]
+            texts = [f"{speed.median:.3g}{share}" for (_, speed, _), share in zip(found, shares, strict=True)]
+            axes.bar_label(bars, texts, padding=2, fontsize=8)
+        axes.margins(y=0.15)
+        axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+        axes.set_ylabel("tokens per second while decoding")
+        axes.set_title(textwrap.fill(_label(title, 200), 100))
+        axes.grid(visible=False, axis="x")
+        axes.tick_params(axis="x", length=0)
+        if labels:
+            figure.legend(loc="outside lower center", ncols=4)
+
+    return _drawn(draw, 4.6, kind=kind)
 
 
 def _drawn(draw: Callable[[Figure], None], height: float, *, width: float = _WIDTH_INCHES, kind: str = "png") -> bytes:

@@ -28,6 +28,7 @@ DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 """What the system says of a file or a whole disk that this process may not write."""
 _NO_FOLDER = frozenset({errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
@@ -82,6 +83,16 @@ class FileSystem:
 
     def rename(self, source: Path, target: Path) -> None:
         self.perform(os.rename, source, target)
+
+    def link(self, source: Path, target: Path) -> bool:
+        """Let `target` be another name of the file `source`; False where the disk has no such thing."""
+        try:
+            self.perform(os.link, source, target)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return False
+            raise
+        return True
 
     def remove(self, path: Path) -> None:
         """Remove a file or a link; fine when it is gone already."""

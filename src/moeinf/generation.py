@@ -24,7 +24,7 @@ from .stats import Stats
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["Completion", "FinishReason", "Sampling", "Session"]
+__all__ = ["Completion", "FinishReason", "Sampling", "Session", "make_generation_config"]
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -126,14 +126,14 @@ class Session:
             raise
         finally:
             self._engine.runtime.should_stop = None
-        stats = self._engine.stats(clock.timing(len(ids) - clock.reused))
+        stats = self._engine.finished(clock.timing(len(ids) - clock.reused))
         return Completion(len(ids), tuple(new), self._finish_reason(new, max_tokens, clock), stats)
 
     def _generate(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int]:
         model: Any = self._engine.model
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        config = _generation_config(self._engine.generation_config, sampling, max_tokens)
+        config = make_generation_config(self._engine.generation_config, sampling, max_tokens)
         clock.reused = self._reuse(ids)
         self._engine.runtime.begin_request(clock.reused)
         self._prefill(ids, clock)
@@ -248,7 +248,8 @@ class _Clock(BaseStreamer):
         )
 
 
-def _generation_config(base: GenerationConfig, sampling: Sampling, max_tokens: int) -> GenerationConfig:
+def make_generation_config(base: GenerationConfig, sampling: Sampling, max_tokens: int) -> GenerationConfig:
+    """What transformers' `generate` is told: the model's own config, with `sampling` in place of what it says."""
     config = copy.deepcopy(base)
     config.max_length, config.max_new_tokens = None, max_tokens
     if sampling.temperature is not None:

@@ -33,6 +33,7 @@ __all__ = ["DenseWriter", "Incoming", "is_safe_path"]
 _BATCH_FILES = 64
 _BATCH_BYTES = 64 * MIB
 _SYNC_THREADS = 8
+_COPY_BYTES = 4 * MIB
 
 
 def is_safe_path(path: str) -> bool:
@@ -139,6 +140,18 @@ class Incoming:
         self._syncing.append((descriptor, self._pool.submit(self.disk.sync, descriptor)))
         self._note({"path": path, "size": size, "sha256": digest.hexdigest()})
         self._count(size)
+
+    def link(self, path: str, source: Path, record: FileRecord) -> None:
+        """Let a file of another model be one of this one too, or copy it where the disk cannot. `record` is what its
+        manifest says of it, and is believed.
+        """
+        place = self._place(path)
+        self.disk.remove(place)  # never written into: the other model's file may be what lies there
+        if self.disk.link(source, place):
+            self._note({"path": path, "size": record.size, "sha256": record.sha256})
+        else:
+            with source.open("rb") as stream:
+                self.write(path, iter(lambda: stream.read(_COPY_BYTES), b""))
 
     def dense(self, path: str, header: bytes, size: int) -> DenseWriter:
         """A writer of one file of `size` bytes that starts with `header`, whose tensors may come in any order.

@@ -14,7 +14,7 @@ from .errors import CapacityError, UsageError
 from .manifest import Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
-__all__ = ["MemoryPlan", "ModelShape", "Regime", "make_plan", "parse_slots"]
+__all__ = ["MemoryPlan", "ModelShape", "Regime", "can_cache_files", "make_plan", "parse_slots"]
 
 Regime = Literal["resident", "streaming"]
 
@@ -32,14 +32,18 @@ may have to read every expert, so a quarter of the pieces is a quarter of the ti
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the workspace depends on, from the model's config. `score_heads` is 0 where attention never holds a whole
-    score matrix.
+    """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
+    never holds a whole score matrix. `layers` are all layers, MoE or not. Of the dense weights, `head_bytes` are the
+    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only.
     """
 
     hidden: int
     widest: int
     vocabulary: int
     score_heads: int
+    layers: int
+    head_bytes: int
+    lookup_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,11 @@ def make_plan(
     )
 
 
+def can_cache_files(plan: MemoryPlan, manifest: Manifest, available_bytes: int) -> bool:
+    """Whether memory is left for the system to keep the files of all experts in its page cache beside the slots."""
+    return available_bytes >= plan.total + manifest.experts_bytes
+
+
 def parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | None:
     """Slots that `--experts` names, or None for None: a number, or a share of all experts, which is never below the
     fewest that can work.
@@ -195,6 +204,8 @@ def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
-    """Bytes that any step takes: programs of matrix products, one layer's KV cache while it grows, logits."""
+    """Bytes that any step takes: programs of matrix products, one layer's KV cache while it grows, logits, and a weight
+    of a quantised expert, expanded.
+    """
     growth = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
-    return _WORKSPACE_BYTES + growth + shape.vocabulary * 4 * 6
+    return _WORKSPACE_BYTES + growth + shape.vocabulary * 4 * 6 + manifest.layout.expanded_bytes

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from .errors import IntegrityError
@@ -21,17 +22,24 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class ReadRate:
-    """Reads of `size` bytes in random order, `depth` of them in flight; `direct` ones go past the page cache."""
+    """Pieces of `size` bytes, in random order, as the engine reads experts: by `depth` threads, each of which has a
+    request of 1 MiB in flight. `direct` ones go past the page cache; the others find nothing in it.
+    """
 
     size: int
     depth: int
     direct: bool
     bytes_per_s: float
 
+    def __post_init__(self) -> None:
+        _check_rates(self.bytes_per_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """The disk that holds the models. `read_ahead`: of its block device, None where that cannot be known."""
+    """The disk that holds the models. `device` and `filesystem` are "" where they cannot be known; `read_ahead`, of the
+    block device, and `rotates`, what the device says of itself, are None there.
+    """
 
     path: str
     device: str
@@ -40,24 +48,29 @@ class Disk:
     read_ahead: int | None
     free: int
     rates: tuple[ReadRate, ...]
+    rotates: bool | None = None
 
     def rate(self, size: int, *, depth: int = 8, direct: bool = True) -> float:
-        """Bytes per second of reads of `size` bytes, between the sizes measured at the depth nearest to `depth`.
+        """Bytes per second of reads of `size` bytes, between the sizes measured at the depth nearest to `depth`, the
+        smaller one of two.
 
         Raises ValueError when nothing like it was measured.
         """
         alike = [rate for rate in self.rates if rate.direct == direct]
         if not alike:
             raise ValueError(f"no {'direct' if direct else 'buffered'} reads were measured")
-        nearest = min((rate.depth for rate in alike), key=lambda each: abs(math.log(each / depth)))
+        nearest = min((rate.depth for rate in alike), key=lambda each: (abs(math.log(each / depth)), each))
         points = sorted((rate.size, rate.bytes_per_s) for rate in alike if rate.depth == nearest)
         return _between(points, size)
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """`features`: the vector instructions that expert maths can use. `kernels`: the native library's best instruction
-    set here, or "" where there is no library.
+    """`cores` that this process may use, hardware threads of one core counted once; `threads` that torch computes with.
+
+    `features`: the vector instructions that expert maths can use. `kernels`: the native library's best instruction
+    set here, or "" where there is no library, and then `no_kernels` says why. `governor`: what sets the clock, None
+    where that cannot be known.
     """
 
     name: str
@@ -65,11 +78,15 @@ class Processor:
     threads: int
     features: tuple[str, ...]
     kernels: str
+    no_kernels: str = ""
+    governor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """`limit`: of the cgroup, None where there is none. `bytes_per_s`: reading far more than the caches hold."""
+    """`limit`: of the cgroup, None where there is none. `bytes_per_s`: reading far more than the caches hold.
+    `huge_pages`: when memory lies in them (always, madvise, never), None where that cannot be known.
+    """
 
     total: int
     available: int
@@ -77,6 +94,15 @@ class HostMemory:
     swap_total: int
     swap_free: int
     bytes_per_s: float
+    huge_pages: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_rates(self.bytes_per_s)
+
+    @property
+    def usable(self) -> int:
+        """What this process may hold at most."""
+        return self.total if self.limit is None else min(self.total, self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +115,9 @@ class MathsRate:
     weights: str
     tokens: int
     bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        _check_rates(self.bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +134,15 @@ class Gpu:
     device_to_pinned: float
     maths: tuple[MathsRate, ...]
 
+    def __post_init__(self) -> None:
+        _check_rates(self.bytes_per_s, self.pinned_to_device, self.pageable_to_device, self.device_to_pinned)
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """`dense_bytes_per_s`: weights of the dense part, computed for one token. `layer_s`: what one layer of a forward
-    pass of one token takes beside reading weights. `measured_at`: ISO 8601, UTC.
+    pass of one token takes beside reading weights. `measured_at`: ISO 8601, UTC. `left_out`: what was not measured,
+    and why, in sentences. `load`: cores that other programs took meanwhile, on average.
     """
 
     measured_at: str
@@ -120,6 +153,17 @@ class Machine:
     dense_bytes_per_s: float
     layer_s: float
     gpus: tuple[Gpu, ...] = ()
+    left_out: tuple[str, ...] = ()
+    load: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rates(self.dense_bytes_per_s)
+        if not 0 <= self.layer_s < math.inf:
+            raise ValueError(f"{self.layer_s} is no time")
+
+    def age_s(self, now: datetime) -> float:
+        """How old the figures are, in seconds; never below 0, whatever the clock says."""
+        return max(0.0, (now - datetime.fromisoformat(self.measured_at)).total_seconds())
 
     def maths_rate(self, weights: str, tokens: int = 1, *, kernels: str = "native") -> float:
         """Bytes per second of expert weights of such a kind, between the numbers of tokens measured; by torch where
@@ -144,6 +188,7 @@ class Machine:
             values = json.loads(text)
             if values.pop("schema") != SCHEMA:
                 raise ValueError("it is of another version")
+            datetime.fromisoformat(values["measured_at"])
             disk = values.pop("disk")
             rates = tuple(ReadRate(**rate) for rate in disk.pop("rates"))
             processor = values.pop("processor")
@@ -154,10 +199,17 @@ class Machine:
                 disk=Disk(**disk, rates=rates),
                 maths=_maths(values.pop("maths")),
                 gpus=tuple(Gpu(**{**gpu, "maths": _maths(gpu["maths"])}) for gpu in values.pop("gpus")),
+                left_out=tuple(values.pop("left_out")),
                 **values,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"these are no measurements of a machine: {error}") from error
+
+
+def _check_rates(*rates: float) -> None:
+    for rate in rates:
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{rate} is no rate")
 
 
 def _maths(rates: Sequence[dict[str, Any]]) -> tuple[MathsRate, ...]:

@@ -6,6 +6,7 @@ Pure data: knows JSON and arithmetic, and nothing of the file system. docs/store
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -16,18 +17,25 @@ from .errors import IntegrityError, UnsupportedError
 __all__ = [
     "DTYPE_BYTES",
     "EXPERT_ALIGNMENT",
+    "GROUPS",
     "MANIFEST_NAME",
+    "NUMBER_BITS",
+    "QUANTIZED_SCHEMA",
     "SCHEMA",
     "ExpertLayout",
     "FileRecord",
     "Manifest",
     "MoeLayer",
+    "Quantization",
     "Source",
     "TensorSpec",
     "expert_path",
+    "scales_name",
 ]
 
 SCHEMA = 1
+QUANTIZED_SCHEMA = 2
+"""Of a model with quantised experts, which a program that knows schema 1 alone would take for something else."""
 MANIFEST_NAME = "moeinf.json"
 EXPERT_ALIGNMENT = 4096
 """The data of an expert file starts at a multiple of this, so that one direct read fills a slot."""
@@ -36,10 +44,53 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2":
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 """Bytes per element of each dtype, under the names that safetensors uses."""
 
+NUMBER_BITS = {"int8": 8, "int4": 4}
+GROUPS = (32, 64)
+"""Weights of a row that share a factor."""
+_QUANTIZATION_VERSION = 1
+
 
 def expert_path(layer: int, expert: int) -> str:
     """Where an expert lies, relative to the model's folder. `layer` counts the MoE layers from 0, in forward order."""
     return f"experts/L{layer:03d}/E{expert:03d}.safetensors"
+
+
+def scales_name(weight: str) -> str:
+    """The tensor that holds the factors of a quantised weight."""
+    return f"{weight}_scales"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the weights of experts are whole numbers, `kind` being one of NUMBER_BITS, with a factor for each `group` of
+    a row; `dtype` is what they were and are expanded to.
+
+    `widths` has the quantised tensors, and how many weights a row of each has. Rows are outputs, whatever the model's
+    module has them as. docs/store-format.md has the layout of each `version`.
+    """
+
+    kind: str
+    group: int
+    dtype: str
+    widths: dict[str, int]
+    version: int = _QUANTIZATION_VERSION
+
+    @property
+    def bits(self) -> int:
+        return NUMBER_BITS[self.kind]
+
+    @property
+    def text(self) -> str:
+        """What people call it."""
+        return f"{self.kind} experts (groups of {self.group})"
+
+    def row_bytes(self, weight: str) -> int:
+        """Bytes of a row's numbers."""
+        return -(-self.widths[weight] * self.bits // 8)
+
+    def row_groups(self, weight: str) -> int:
+        """Factors of a row."""
+        return -(-self.widths[weight] // self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +109,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """What every expert file of a model looks like: `data_offset` bytes of header, then the tensors without a gap."""
+    """What every expert file of a model looks like: `data_offset` bytes of header, then the tensors without a gap.
+
+    Without `quantization` the tensors are the parameters of the experts module.
+    """
 
     data_offset: int
     tensors: tuple[TensorSpec, ...]
+    quantization: Quantization | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +126,23 @@ class ExpertLayout:
     @property
     def file_bytes(self) -> int:
         return self.data_offset + self.nbytes
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes of the largest quantised tensor when it is expanded, as one is at a time; 0 if none is quantised."""
+        return max(self._expanded(), default=0)
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of one expert's weights as the maths has them: of quantised ones when all are expanded."""
+        return sum(self._expanded()) or self.nbytes
+
+    def _expanded(self) -> list[int]:
+        made = self.quantization
+        if made is None:
+            return []
+        size = DTYPE_BYTES[made.dtype]
+        return [size * spec.shape[0] * made.widths[spec.name] for spec in self.tensors if spec.name in made.widths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +195,10 @@ class Manifest:
     kv_fixed_bytes: int
     max_context: int
     files: dict[str, FileRecord]
-    schema: int = SCHEMA
+
+    @property
+    def schema(self) -> int:
+        return SCHEMA if self.layout.quantization is None else QUANTIZED_SCHEMA
 
     @property
     def num_experts(self) -> int:
@@ -143,8 +218,16 @@ class Manifest:
     def stored_bytes(self) -> int:
         return sum(record.size for record in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """Another one when anything about the model is another, each byte of its files included."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        raw = {**dataclasses.asdict(self), "schema": self.schema}
+        if self.layout.quantization is None:
+            del raw["layout"]["quantization"]
+        return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -153,11 +236,15 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-            if raw["schema"] != SCHEMA:
+            schema = raw.pop("schema")
+            if schema not in (SCHEMA, QUANTIZED_SCHEMA):
                 raise UnsupportedError(
-                    f"the store was written in schema {raw['schema']}, this program reads schema {SCHEMA}",
+                    f"the store was written in schema {schema}, this program reads schemas {SCHEMA} and"
+                    f" {QUANTIZED_SCHEMA}",
                     hint="update moeinf, or pull the model again",
                 )
+            if (schema == QUANTIZED_SCHEMA) != (raw["layout"].get("quantization") is not None):
+                raise ValueError(f"schema {schema} does not fit its experts")
             return cls(
                 **{
                     **raw,
@@ -174,4 +261,27 @@ class Manifest:
 
 def _layout(raw: dict[str, Any]) -> ExpertLayout:
     tensors = tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in raw["tensors"])
-    return ExpertLayout(data_offset=raw["data_offset"], tensors=tensors)
+    quantization = _quantization(raw.get("quantization"), {spec.name: spec for spec in tensors})
+    return ExpertLayout(data_offset=raw["data_offset"], tensors=tensors, quantization=quantization)
+
+
+def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Quantization | None:
+    """Raises UnsupportedError for a form of experts that this program does not know."""
+    if raw is None:
+        return None
+    made = Quantization(**raw)
+    if made.version != _QUANTIZATION_VERSION or made.kind not in NUMBER_BITS or made.group not in GROUPS:
+        raise UnsupportedError(
+            f"its experts are {made.kind} in groups of {made.group}, version {made.version}, which this program does"
+            " not know",
+            hint="update moeinf, or quantize the model again",
+        )
+    for name in made.widths:
+        rows = specs[name].shape[0]
+        for tensor, dtype, columns in (
+            (name, "U8", made.row_bytes(name)),
+            (scales_name(name), "F16", made.row_groups(name)),
+        ):
+            if (specs[tensor].dtype, specs[tensor].shape) != (dtype, (rows, columns)):
+                raise ValueError(f"{tensor} is not {dtype} of {rows} x {columns}")
+    return made

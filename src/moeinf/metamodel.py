@@ -27,6 +27,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import CONFIG_NAME
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from .ledger import ModelShape
+from .manifest import Manifest
 
 __all__ = [
     "MATHS_DTYPES",
@@ -37,6 +39,7 @@ __all__ = [
     "choose_dtype",
     "is_experts_module",
     "load_config",
+    "model_shape",
 ]
 
 MATHS_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -151,6 +154,23 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return known
 
 
+def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
+    """What the memory ledger and forecasts want to know of a model beside its manifest."""
+    text = config.get_text_config(decoder=True)
+    holds_scores = not causal_lm_class(config)._supports_sdpa
+    widest = max(max(tensor.shape) for tensor in manifest.layout.tensors)
+    table_bytes = text.vocab_size * text.hidden_size * MATHS_DTYPES[manifest.dtype].itemsize
+    return ModelShape(
+        hidden=text.hidden_size,
+        widest=max(widest, getattr(text, "intermediate_size", None) or 0),
+        vocabulary=text.vocab_size,
+        score_heads=max(layer.num_attention_heads for layer in text.per_layer_config) if holds_scores else 0,
+        layers=text.num_hidden_layers,
+        head_bytes=table_bytes,
+        lookup_bytes=0 if getattr(config, "tie_word_embeddings", False) else table_bytes,
+    )
+
+
 class MetaModel:
     """The model on torch's "meta" device, as `from_pretrained` makes it before it loads weights.
 
@@ -196,6 +216,11 @@ class MetaModel:
     def probe(self) -> Probe:
         """Run the model on tokens without memory, at two lengths; where it looks at values, ask its configuration."""
         return self._run_probe() or self._guess_probe()
+
+    def is_transposed(self, experts: str) -> bool:
+        """Whether the weights of this experts module are [in, out]."""
+        flags: Any = self.experts[experts]
+        return bool(flags.is_transposed)
 
     def keep_one_expert(self) -> None:
         """Give experts modules the shapes of one expert: conversions may look at the shape of what they are to make."""

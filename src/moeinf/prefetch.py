@@ -58,7 +58,7 @@ class Prefetcher:
         most_guesses: int,
     ) -> None:
         self.counters = PrefetchCounters()
-        self._predictors = predictors
+        self._predictors = dict(predictors)
         self._trials = Trials(list(predictors))
         self._foreseeing_s = 0.0
         self._cache = cache
@@ -78,6 +78,11 @@ class Prefetcher:
     def way(self) -> str:
         """The predictor that is asked now, by its name."""
         return self._trials.way
+
+    def leave_out(self, way: str) -> None:
+        """Ask this predictor no more, if there is one of this name beside others; all others are tried anew."""
+        if self._predictors.pop(way, None) is not None:
+            self._trials = Trials(list(self._predictors))
 
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         """MoE layer `layer` has chosen experts (numbers within the layer) for `tokens`."""

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 __all__ = ["NO_PROGRESS", "Progress", "Task", "Unit"]
 
-Unit = Literal["bytes", "files", "experts", "prompts", "replays"]
+Unit = Literal["bytes", "files", "experts", "prompts", "replays", "rates", "runs"]
 
 
 class Task(Protocol):

@@ -19,20 +19,22 @@ from typing import TYPE_CHECKING
 
 from . import catalog, demo
 from .checkpoint import CONFIG_NAME, Checkpoint
-from .errors import CapacityError, IntegrityError, ModelNotFoundError, UsageError
+from .errors import CapacityError, IntegrityError, ModelNotFoundError, UnsupportedError, UsageError
 from .files import Bytes, explained
+from .forms import ExpertForm, name_precision
 from .incoming import DenseWriter, Incoming
-from .manifest import SCHEMA, Manifest, Source, expert_path
+from .manifest import NUMBER_BITS, SCHEMA, ExpertLayout, Manifest, Source, expert_path
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
-from .reference import Reference, read_reference
+from .reference import MAX_NAME, Reference, read_reference
 from .store import Store, StoredModel, is_valid_name
 from .units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from .conversion import Plan
+    from .quantized import Quantizer
 
-__all__ = ["PullPlan", "plan_pull", "pull", "resolve"]
+__all__ = ["Preview", "PullPlan", "plan_pull", "preview", "pull", "resolve"]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COPY_BYTES = 4 * MIB
@@ -67,6 +69,15 @@ class PullPlan:
         return self.needed_bytes <= self.free_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a pull would store: the manifest, but for its records of files, and the text of config.json."""
+
+    name: str
+    manifest: Manifest
+    config: str
+
+
 def pull(
     source: str,
     *,
@@ -74,6 +85,8 @@ def pull(
     name: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
+    experts: str | None = None,
+    group: int | None = None,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
     notify: Callable[[str], None] = lambda _: None,
@@ -82,13 +95,15 @@ def pull(
 
     `source` is a folder, an alias, a hub id with or without `@revision`, or the name of a model that is here. What is
     here already from the same source is returned as it is, unless `force` asks for it anew. A pull that did not finish
-    is continued if its source is still the same. `notify` gets a sentence about what a person might not expect.
+    is continued if its source is still the same. `experts` "int8" or "int4" writes them quantised, in groups of `group`
+    (docs/quantization.md); "bf16" as they are, in a model that is bfloat16. `notify` gets a sentence about what a
+    person might not expect.
 
     Raises UsageError when the name is taken by another model, CapacityError when the disk is too small (before any
     weights are downloaded, where that can be known), MoeinfError while another process pulls or uses the model, and
     what hub, checkpoint, conversion and sharding raise.
     """
-    request = _read_request(source, store, name, revision, dtype)
+    request = _read_request(source, store, name, revision, dtype, experts, group)
     if not force and (model := _existing(request, store)):
         notify(f"{model.name} is here already, from {model.manifest.source.repo}")
         return model
@@ -98,14 +113,18 @@ def pull(
         _begin(incoming, origin, request, notify)
         # the download and, at the least, as much again in the store, or half of it where four bytes become two
         least_bytes = origin.blind_bytes * 2 if dtype == "auto" else origin.blind_bytes * 3 // 2
+        if request.form is not None:
+            least_bytes = origin.blind_bytes * 9 // 8
         require_room(least_bytes - _bytes_in(incoming.source))
         checkpoint = origin.read(incoming.source, progress)
         plan = _plan(checkpoint, dtype)
-        if plan.precision != plan.dtype:
-            notify(f"precision: {plan.precision}")
+        _check_dtype(plan, experts)
+        stored = _Stored.of(plan, request.form)
+        if stored.precision != plan.dtype:
+            notify(f"precision: {stored.precision}")
         _copy_companions(incoming, checkpoint, plan)
-        _shard(incoming, origin, checkpoint, plan, require_room, progress)
-        incoming.publish(_manifest(origin.source, plan))
+        _shard(incoming, origin, checkpoint, stored, require_room, progress)
+        incoming.publish(_manifest(origin.source, stored))
     return store.open(request.name)
 
 
@@ -116,6 +135,8 @@ def plan_pull(
     name: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
+    experts: str | None = None,
+    group: int | None = None,
     force: bool = False,
 ) -> PullPlan:
     """What `pull` would do, from the start; what an unfinished pull has already is not taken off.
@@ -123,16 +144,20 @@ def plan_pull(
     Nothing in the store changes; from the hub, configuration and index are fetched, but no weights. Raises what `pull`
     raises before it writes, except for CapacityError.
     """
-    request = _read_request(source, store, name, revision, dtype)
+    request = _read_request(source, store, name, revision, dtype, experts, group)
     if not force and (model := _existing(request, store)):
         return _plan_of_stored(model, _free_bytes(store.home))
     origin = find_origin(request.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
         plan = None if checkpoint is None else _plan(checkpoint, dtype)
+    if plan is not None:
+        _check_dtype(plan, experts)
+    stored = None if plan is None else _Stored.of(plan, request.form)
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
-    store_bytes = sum(sizes) if plan is None else _store_bytes(plan)
+    guess = sum(sizes) if request.form is None else sum(sizes) * NUMBER_BITS[request.form.kind] // 15
+    store_bytes = guess if stored is None else stored.nbytes
     return PullPlan(
         name=request.name,
         source=origin.source,
@@ -141,11 +166,29 @@ def plan_pull(
         store_bytes=store_bytes,
         needed_bytes=store_bytes + _in_flight_bytes(sizes),
         free_bytes=_free_bytes(store.home),
-        is_estimate=plan is None,
-        architecture=plan.architecture if plan else None,
-        dtype=plan.dtype if plan else None,
-        precision=plan.precision if plan else None,
+        is_estimate=stored is None,
+        architecture=stored.plan.architecture if stored else None,
+        dtype=stored.plan.dtype if stored else None,
+        precision=stored.precision if stored else None,
     )
+
+
+def preview(source: str, *, store: Store) -> Preview:
+    """What `pull` would write, known without weights: from the hub, configuration and index are fetched, no more.
+
+    Raises UnsupportedError for a repo whose tensors only its weights tell, and what `plan_pull` raises.
+    """
+    request = _read_request(source, store, None, None, "auto", None, None)
+    origin = find_origin(request.reference, store.disk)
+    with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
+        checkpoint = origin.peek(Path(folder))
+        if checkpoint is None:
+            raise UnsupportedError(
+                f"{source} has its weights in one file without an index: nothing can be said of it before it is pulled",
+                hint=f"moeinf pull {source}",
+            )
+        plan = _plan(checkpoint, request.dtype)
+    return Preview(request.name, _manifest(origin.source, _Stored.of(plan, request.form)), plan.config)
 
 
 def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> StoredModel:
@@ -168,28 +211,53 @@ class _Request:
     reference: Reference
     name: str
     dtype: str
+    form: ExpertForm | None
 
 
-def _read_request(source: str, store: Store, name: str | None, revision: str | None, dtype: str) -> _Request:
+def _read_request(
+    source: str,
+    store: Store,
+    name: str | None,
+    revision: str | None,
+    dtype: str,
+    experts: str | None,
+    group: int | None,
+) -> _Request:
+    form = None if experts in (None, "bf16") else ExpertForm.read(experts, group)
+    if form is None and group is not None:
+        raise UsageError("--group says how int8 and int4 experts are grouped", hint="add --experts int4, for example")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype} is not known", hint=f"choose one of: {', '.join(_DTYPES)}")
     if name is not None:
         store.path(name)
-    reference, stored_name = _read_source(source, store)
+    reference, stored = _read_source(source, store)
+    if stored is not None and experts is None:
+        form = _form_of(stored)
     if revision is not None:
         reference = _at_revision(reference, revision)
     if name is None:
-        same = [model.name for model in store.find(reference) if reference.is_source_of(model.manifest.source)]
-        name = stored_name or next(iter(same), reference.default_name)
-    return _Request(reference, name, dtype)
+        found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
+        same = (model.name for model in ([stored] if stored else found) if _form_of(model) == form)
+        name = next(same, _default_name(reference, form))
+    return _Request(reference, name, dtype, form)
 
 
-def _read_source(source: str, store: Store) -> tuple[Reference, str | None]:
-    """Where the model comes from, and its name if it is here and was called by that."""
+def _default_name(reference: Reference, form: ExpertForm | None) -> str:
+    suffix = f"-{form.kind}" if form else ""
+    return f"{reference.default_name[: MAX_NAME - len(suffix)]}{suffix}"
+
+
+def _form_of(model: StoredModel) -> ExpertForm | None:
+    return ExpertForm.of(model.manifest.layout.quantization)
+
+
+def _read_source(source: str, store: Store) -> tuple[Reference, StoredModel | None]:
+    """Where the model comes from, and the model if it is here and was called by its name."""
     reference = read_reference(source)
     if is_valid_name(source) and source in store.names():
         try:
-            return Reference.of(store.open(source).manifest.source), source
+            stored = store.open(source)
+            return Reference.of(stored.manifest.source), stored
         except IntegrityError:
             if reference is None:
                 raise
@@ -223,10 +291,12 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
     there = model.manifest
     if request.reference.is_demo and there.source.repo == demo.NAME and there.source.commit != demo.VERSION:
         return None  # of an older program: it is replaced
-    if request.reference.is_source_of(there.source) and request.dtype in ("auto", there.dtype):
+    is_form = _form_of(model) == request.form
+    if is_form and request.reference.is_source_of(there.source) and request.dtype in ("auto", there.dtype):
         return model
+    experts = f", {there.layout.quantization.text}" if there.layout.quantization else ""
     raise UsageError(
-        f"{model.name} is here already, and is {there.source.repo} in {there.dtype}",
+        f"{model.name} is here already, and is {there.source.repo} in {there.dtype}{experts}",
         hint="add --name to keep both, or --force to replace it",
     )
 
@@ -256,24 +326,49 @@ def _plan_of_stored(model: StoredModel, free_bytes: int) -> PullPlan:
     )
 
 
-def _store_bytes(plan: Plan) -> int:
-    """Bytes of all experts and of the dense part."""
-    return sum(layer.num_experts for layer in plan.layers) * plan.layout.file_bytes + plan.dense_bytes
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What is stored of a plan: experts in its layout, or in that of the quantizer."""
+
+    plan: Plan
+    quantizer: Quantizer | None
+
+    @classmethod
+    def of(cls, plan: Plan, form: ExpertForm | None) -> _Stored:
+        return cls(plan, form.quantizer(plan.layout, is_transposed=plan.is_transposed) if form else None)
+
+    @property
+    def layout(self) -> ExpertLayout:
+        return self.quantizer.layout if self.quantizer else self.plan.layout
+
+    @property
+    def precision(self) -> str:
+        return name_precision(self.plan.precision, self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts and of the dense part."""
+        return sum(layer.num_experts for layer in self.plan.layers) * self.layout.file_bytes + self.plan.dense_bytes
+
+    def done_bytes(self, incoming: Incoming) -> int:
+        """Bytes of these that are written."""
+        from .sharding import DENSE_NAME
+
+        plan = self.plan
+        paths = (
+            expert_path(index, expert) for index, layer in enumerate(plan.layers) for expert in range(layer.num_experts)
+        )
+        experts = sum(map(incoming.is_done, paths))
+        if incoming.is_done(DENSE_NAME):
+            dense_bytes = plan.dense_bytes
+        else:
+            dense_bytes = sum(tensor.nbytes for tensor in plan.dense if incoming.has_tensor(DENSE_NAME, tensor.name))
+        return experts * self.layout.file_bytes + dense_bytes
 
 
-def _done_bytes(plan: Plan, incoming: Incoming) -> int:
-    """Bytes of these that are written."""
-    from .sharding import DENSE_NAME
-
-    paths = (
-        expert_path(index, expert) for index, layer in enumerate(plan.layers) for expert in range(layer.num_experts)
-    )
-    experts = sum(map(incoming.is_done, paths))
-    if incoming.is_done(DENSE_NAME):
-        dense_bytes = plan.dense_bytes
-    else:
-        dense_bytes = sum(tensor.nbytes for tensor in plan.dense if incoming.has_tensor(DENSE_NAME, tensor.name))
-    return experts * plan.layout.file_bytes + dense_bytes
+def _check_dtype(plan: Plan, experts: str | None) -> None:
+    if experts == "bf16" and plan.dtype != "bfloat16":
+        raise UsageError(f"--experts bf16: the model is {plan.dtype}", hint="add --dtype bfloat16")
 
 
 def _in_flight_bytes(sizes: Iterable[int]) -> int:
@@ -306,12 +401,14 @@ def _require_room(name: str, home: Path, needed_bytes: int) -> None:
 def _begin(incoming: Incoming, origin: Origin, request: _Request, notify: Callable[[str], None]) -> None:
     had_something = incoming.folder.exists()
     key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
+    if request.form is not None:
+        key["experts"] = dataclasses.asdict(request.form)
     if incoming.begin(key):
         notify(
             f"going on with an unfinished pull of {request.name}: {format_bytes(incoming.written_bytes)} are written"
         )
     elif had_something:
-        notify(f"an unfinished pull of {request.name} was of another source, version or dtype, and starts afresh")
+        notify(f"an unfinished pull of {request.name} was of another source, version or precision, and starts afresh")
 
 
 def _copy_companions(incoming: Incoming, checkpoint: Checkpoint, plan: Plan) -> None:
@@ -333,17 +430,17 @@ def _shard(
     incoming: Incoming,
     origin: Origin,
     checkpoint: Checkpoint,
-    plan: Plan,
+    stored: _Stored,
     require_room: Callable[[int], None],
     progress: Progress,
 ) -> None:
     """Fetch what is still needed, file by file, and write what becomes of it."""
     from .sharding import Sharder
 
-    total_bytes, done_bytes = _store_bytes(plan), _done_bytes(plan, incoming)
+    total_bytes, done_bytes = stored.nbytes, stored.done_bytes(incoming)
     with (
         progress.task("shard", total_bytes, "bytes", done=done_bytes) as task,
-        Sharder(plan, _ReportingSink(incoming, task)) as sharder,
+        Sharder(stored.plan, _ReportingSink(incoming, task), stored.quantizer) as sharder,
     ):
         finished = set(sharder.finished_files())
         origin.forget(finished, incoming.source)
@@ -359,17 +456,18 @@ def _shard(
         sharder.finish()
 
 
-def _manifest(source: Source, plan: Plan) -> Manifest:
+def _manifest(source: Source, stored: _Stored) -> Manifest:
     from .sharding import DENSE_NAME
 
+    plan = stored.plan
     return Manifest(
         source=source,
         architecture=plan.architecture,
         model_type=plan.model_type,
         dtype=plan.dtype,
-        precision=plan.precision,
+        precision=stored.precision,
         layers=plan.layers,
-        layout=plan.layout,
+        layout=stored.layout,
         dense_files=(DENSE_NAME,),
         dense_bytes=plan.dense_bytes,
         kv_token_bytes=plan.kv_token_bytes,

@@ -13,11 +13,11 @@ from . import catalog, demo
 from .errors import UsageError
 from .manifest import Source
 
-__all__ = ["Reference", "read_reference"]
+__all__ = ["MAX_NAME", "Reference", "read_reference"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
-_MAX_NAME = 96
+MAX_NAME = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Reference:
     def default_name(self) -> str:
         """The stored name when none is given: the alias, else the repository's or folder's last part in lower case."""
         last_part = self.repo.rsplit("/", 1)[-1].lower()
-        name = self.alias or re.sub(r"[^a-z0-9._-]+", "-", last_part).strip(".-")[:_MAX_NAME]
+        name = self.alias or re.sub(r"[^a-z0-9._-]+", "-", last_part).strip(".-")[:MAX_NAME]
         if not name:
             raise UsageError(f"no name can be made from {self.repo}", hint="choose one with --name")
         return name

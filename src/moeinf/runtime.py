@@ -138,6 +138,10 @@ class ExpertRuntime:
         """Which predictor is asked now, by its name."""
         return self._prefetcher.way
 
+    def leave_out(self, predictor: str) -> None:
+        """Ask this one of several predictors no more."""
+        self._prefetcher.leave_out(predictor)
+
     @property
     def kernels(self) -> str:
         """What computes the experts of a token."""

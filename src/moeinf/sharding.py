@@ -15,11 +15,12 @@ from typing import Protocol
 
 import torch
 
-from .conversion import DenseTensor, ExpertPart, Plan, Recipe, encode_expert_header
+from .conversion import DenseTensor, ExpertPart, Plan, Recipe
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
 from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, expert_path
-from .tensorfile import TensorEntry, TensorFile, encode_header
+from .quantized import Quantizer
+from .tensorfile import TensorEntry, TensorFile, encode_expert_header, encode_header
 from .units import MIB
 
 __all__ = ["DENSE_NAME", "DenseWriter", "Sharder", "Sink"]
@@ -72,14 +73,17 @@ class _Job:
 
 class Sharder:
     """Writes all outputs of `plan` to `sink`, but for those that it has. One thread uses it, as a context manager.
+    With a `quantizer` for the plan's layout, experts are written as that makes them.
 
     Raises IntegrityError for a weight file that is damaged, or whose tensors are not what the plan was made of.
     """
 
-    def __init__(self, plan: Plan, sink: Sink) -> None:
+    def __init__(self, plan: Plan, sink: Sink, quantizer: Quantizer | None = None) -> None:
         self._plan = plan
         self._sink = sink
-        self._expert_header = encode_expert_header(plan.layout.tensors)
+        self._quantizer = quantizer
+        layout = quantizer.layout if quantizer else plan.layout
+        self._expert_header = encode_expert_header(layout.tensors)
         self._dense: dict[str, tuple[DenseTensor, int]] = {}
         self._writer = self._open_dense()
         self._files: dict[str, TensorFile] = {}
@@ -179,15 +183,22 @@ class Sharder:
 
     def _expert_chunks(self, layer: int, expert: int) -> Iterator[Bytes]:
         yield self._expert_header
-        for part in self._plan.expert_parts(layer, expert):
-            rows = (expert, expert + 1) if part.is_fused else None
-            if part.is_fused:
-                self._check_rows(part, self._plan.layers[layer].num_experts)
-            (made,) = self._plan.convert(part.recipe, self._sources(part.recipe, part.spec.dtype, rows)).values()
-            if tuple(made.shape) != (1, *part.spec.shape):
-                shapes = f"{list(made.shape[1:])}, not {list(part.spec.shape)}"
-                raise IntegrityError(f"{_names(part.recipe)} give an expert the shape {shapes}")
-            yield _bytes_of(made)
+        parts = self._plan.expert_parts(layer, expert)
+        made = ((part.spec.name, self._make(part, layer, expert)) for part in parts)
+        if self._quantizer is None:
+            yield from (_bytes_of(tensor) for _, tensor in made)
+        else:
+            yield from self._quantizer.encode(dict(made), f"expert {expert} of {self._plan.layers[layer].module}")
+
+    def _make(self, part: ExpertPart, layer: int, expert: int) -> torch.Tensor:
+        rows = (expert, expert + 1) if part.is_fused else None
+        if part.is_fused:
+            self._check_rows(part, self._plan.layers[layer].num_experts)
+        (made,) = self._plan.convert(part.recipe, self._sources(part.recipe, part.spec.dtype, rows)).values()
+        if tuple(made.shape) != (1, *part.spec.shape):
+            shapes = f"{list(made.shape[1:])}, not {list(part.spec.shape)}"
+            raise IntegrityError(f"{_names(part.recipe)} give an expert the shape {shapes}")
+        return made[0]
 
     def _check_rows(self, part: ExpertPart, num_experts: int) -> None:
         for source in part.recipe.sources:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from .qualityfile import Quality
+
 __all__ = ["ByteStats", "ExpertStats", "MemoryStats", "PrefetchStats", "Stats"]
 
 
@@ -75,6 +77,8 @@ class MemoryStats:
 class Stats:
     """Times in seconds. `ttft_s`: from the request to the first token. `tpot_s`: per token after the first. `stall_s`:
     waiting for bytes. `kernels`: what computed the experts of a token, and why if it was torch where it need not be.
+    `quantization`: how experts are quantised, empty where they are as released; `quality`: what that was measured to
+    cost, if it was.
     """
 
     load_s: float = 0.0
@@ -88,6 +92,8 @@ class Stats:
     bytes: ByteStats = field(default_factory=ByteStats)
     memory: MemoryStats = field(default_factory=MemoryStats)
     kernels: str = ""
+    quantization: str = ""
+    quality: Quality | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON shows it."""

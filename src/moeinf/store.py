@@ -137,7 +137,9 @@ class Store:
         reference = read_reference(argument)
         if reference is None:
             raise self._not_found(argument)
-        match self.find(reference):
+        found = self.find(reference)
+        plain = [model for model in found if model.manifest.layout.quantization is None]
+        match plain or found:  # quantised experts are taken where they are named, or are all there is
             case [model]:
                 return model
             case []:
@@ -187,14 +189,15 @@ class Store:
             self._empty_trash()
 
     @contextmanager
-    def incoming(self, name: str) -> Iterator[Incoming]:
-        """Make or replace the model of this name: nobody else can pull, remove or use it until the context closes.
+    def incoming(self, name: str, doing: str = "pulling") -> Iterator[Incoming]:
+        """Make or replace the model of this name: nobody else can pull, remove or use it until the context closes, and
+        who tries is told what this process is `doing`.
 
         If `Incoming.publish` was called, the model is in its place afterwards. If not, what is written stays for the
         next try.
         """
         self.path(name)
-        with explained(self.home), exclusive_lock(_lock_path(self.home, name), "pulling"):
+        with explained(self.home), exclusive_lock(_lock_path(self.home, name), doing):
             self._install(name)
             incoming = Incoming(self._incoming / name, self.disk)
             try:
@@ -255,7 +258,9 @@ class Store:
 
     def _not_found(self, name: str) -> MoeinfError:
         if os.path.lexists(self._incoming / name):
-            return ModelNotFoundError(f"{name} is only partly pulled", hint="run the same `moeinf pull` again to go on")
+            return ModelNotFoundError(
+                f"{name} is only partly here", hint="run the command that makes it again to go on"
+            )
         if os.path.lexists(self.models / name):
             return IntegrityError(f"{name} has no {MANIFEST_NAME}: it is no whole model", hint=f"moeinf rm {name}")
         near = list(dict.fromkeys([*difflib.get_close_matches(name, self.names(), n=3), *catalog.suggest(name)]))[:3]

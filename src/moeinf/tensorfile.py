@@ -11,17 +11,17 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 from .errors import IntegrityError
-from .manifest import DTYPE_BYTES
+from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, TensorSpec
 from .units import MIB, align_up
 
-__all__ = ["MAX_HEADER_BYTES", "TensorEntry", "TensorFile", "encode_header"]
+__all__ = ["MAX_HEADER_BYTES", "TensorEntry", "TensorFile", "encode_expert_header", "encode_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 """Longer headers are refused, as the reference implementation does."""
@@ -135,6 +135,11 @@ def encode_header(
     text = json.dumps(header, separators=(",", ":")).encode()
     data_begin = align_up(_LENGTH.size + len(text), alignment)
     return _LENGTH.pack(data_begin - _LENGTH.size) + text.ljust(data_begin - _LENGTH.size)
+
+
+def encode_expert_header(tensors: Iterable[TensorSpec]) -> bytes:
+    """The header of an expert's file, the same for all experts of a model."""
+    return encode_header([(spec.name, spec.dtype, spec.shape) for spec in tensors], alignment=EXPERT_ALIGNMENT)
 
 
 class _FormatError(Exception):

@@ -49,7 +49,7 @@ class ModelIdentity:
 
     `model` is the name by which a person knows it; `architecture` and `source.repo` are empty and `source.commit` is
     None where they are not known. `layer_sizes` and `top_k` have one entry per MoE layer, in forward order: its
-    experts, and how many of them a token asks for at most.
+    experts, and how many of them a token asks for at most. `experts` says how they are quantised, if they are.
     """
 
     model: str
@@ -57,9 +57,10 @@ class ModelIdentity:
     source: Source
     layer_sizes: tuple[int, ...]
     top_k: tuple[int, ...]
+    experts: str = ""
 
     def __post_init__(self) -> None:
-        for text in (self.model, self.architecture, self.source.repo, self.source.commit or ""):
+        for text in (self.model, self.architecture, self.source.repo, self.source.commit or "", self.experts):
             _require(len(text) <= _MAX_TEXT, f"a name of {len(text)} characters is none")
         layers = len(self.layer_sizes)
         _require(1 <= layers <= MAX_LAYERS, f"{layers} MoE layers are not between 1 and {MAX_LAYERS}")
@@ -77,6 +78,7 @@ class ModelIdentity:
             manifest.source,
             tuple(layer.num_experts for layer in manifest.layers),
             tuple(layer.top_k for layer in manifest.layers),
+            manifest.layout.quantization.text if manifest.layout.quantization else "",
         )
 
     @property
@@ -105,6 +107,8 @@ class ModelIdentity:
         ):
             if mine and yours and mine != yours:
                 return f"its {what} is {_said(yours)}, not {_said(mine)}"
+        if self.source.repo and other.source.repo and self.experts != other.experts:
+            return f"it has {other.experts or 'plain experts'}, not {self.experts or 'plain experts'}"
         return None
 
 

@@ -108,6 +108,7 @@ def encode_fields(identity: ModelIdentity, form: str, version: int) -> dict[str,
         "source_commit": identity.source.commit or "",
         "layer_sizes": list(identity.layer_sizes),
         "top_k": list(identity.top_k),
+        **({"experts": identity.experts} if identity.experts else {}),
     }
 
 
@@ -134,7 +135,8 @@ def decode_fields(fields: Mapping[str, Any], version: int, what: str) -> ModelId
         )
     source = Source(_text(fields, "source_repo"), _text(fields, "source_commit") or None)
     sizes, top_k = _numbers(fields, "layer_sizes"), _numbers(fields, "top_k")
-    return ModelIdentity(_text(fields, "model"), _text(fields, "architecture"), source, sizes, top_k)
+    experts = _text(fields, "experts") if "experts" in fields else ""
+    return ModelIdentity(_text(fields, "model"), _text(fields, "architecture"), source, sizes, top_k, experts)
 
 
 def _identity(fields: Mapping[str, Any]) -> ModelIdentity:

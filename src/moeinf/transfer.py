@@ -137,10 +137,12 @@ class Reader:
         threads: how many reads are in flight at most.
         direct: read past the page cache (needs `can_read_direct`); offsets and memory are then page-aligned, and
             memory is as long as the bytes wanted rounded up to whole pages.
+        piece_bytes: what one read brings at most; PIECE_BYTES if None.
     """
 
-    def __init__(self, *, threads: int, direct: bool) -> None:
+    def __init__(self, *, threads: int, direct: bool, piece_bytes: int | None = None) -> None:
         self._direct = direct
+        self._piece_bytes = piece_bytes or PIECE_BYTES
         self._queues: list[dict[int, _Waiting]] = [{} for _ in Urgency]
         """By urgency: what nobody reads yet of each fetch, by its key."""
         self._work = threading.Condition()
@@ -160,7 +162,7 @@ class Reader:
 
         No key may be under way twice. `promote` and `cancel` are for what nobody waits for, by its key.
         """
-        starts = range(begin, end, PIECE_BYTES)
+        starts = range(begin, end, self._piece_bytes)
         job = _Job(key, path, begin, end, memory, len(starts))
         with self._work:
             self._queues[urgency][key] = (job, deque(starts))
@@ -242,7 +244,7 @@ class Reader:
             if job.descriptor < 0:
                 job.descriptor = _open(job.path, direct=self._direct)
         into = start - job.begin
-        wanted = min(start + PIECE_BYTES, job.end) - start
+        wanted = min(start + self._piece_bytes, job.end) - start
         length = align_up(wanted, DIRECT_ALIGNMENT) if self._direct else wanted
         _read_exactly(job.descriptor, job.memory[into : into + length], start, wanted, job.path)
         with job.lock:

@@ -19,10 +19,13 @@ import typer
 from moeinf.errors import MoeinfError, UsageError
 from moeinf.settings import is_debug
 
+from .bench import bench
 from .chat import chat
 from .models import list_models, pull, remove, show, verify
 from .options import with_groups
 from .output import Output
+from .profile import profile
+from .quantize import quality, quantize
 from .run import INTERRUPTED, run
 from .simulate import simulate
 from .trace import trace
@@ -44,10 +47,14 @@ app.command("list", short_help="The models here.")(with_groups(list_models))
 app.command("show", short_help="What a model is, and where its bytes go.")(with_groups(show))
 app.command("rm", short_help="Remove models.")(with_groups(remove))
 app.command("verify", short_help="Check every byte of a model.")(with_groups(verify))
+app.command("quantize", short_help="Make a model with smaller experts.")(with_groups(quantize))
+app.command("quality", short_help="What smaller experts cost in quality.")(with_groups(quality))
 app.command("run", short_help="Print one answer.")(with_groups(run))
 app.command("chat", short_help="Talk to a model.")(with_groups(chat))
+app.command("profile", short_help="Measure this machine; with a model, say how it would run.")(with_groups(profile))
 app.command("trace", short_help="Record which experts a model asks for.")(with_groups(trace))
 app.command("simulate", short_help="Replay traces through cache policies.")(with_groups(simulate))
+app.command("bench", short_help="Measure a model, beside what else could run it.")(with_groups(bench))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -76,6 +76,8 @@ def open_engine(
     name = stored.name
     if stored.manifest.source.repo == demo.NAME:
         output.note(demo.NOTE)
+    if stored.manifest.layout.quantization is not None:
+        output.note(f"{name} has {stored.manifest.layout.quantization.text}: it does not answer exactly as released")
     options = engine_flags.resolve()
     with output.busy(f"loading {name}"):
         sampling = sampling_flags.resolve()
@@ -116,7 +118,15 @@ def describe_stats(stats: Stats) -> list[str]:
         f" · disk to host {format_bytes(stats.bytes.disk_to_host)}"
         f" · host to device {format_bytes(stats.bytes.host_to_device)} · stalled {format_seconds(stats.stall_s)}",
         *_describe_prefetch(stats.prefetch),
+        *_describe_quantization(stats),
     ]
+
+
+def _describe_quantization(stats: Stats) -> list[str]:
+    if not stats.quantization:
+        return []
+    quality = stats.quality.text if stats.quality else "quality not measured (moeinf quality)"
+    return [f"{stats.quantization}, computed by {stats.kernels}", quality]
 
 
 def _describe_prefetch(prefetch: PrefetchStats) -> list[str]:

@@ -10,13 +10,15 @@ import typer
 
 from moeinf import demo
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError
+from moeinf.forms import ExpertForm
 from moeinf.manifest import Manifest
 from moeinf.pull import PullPlan, plan_pull, resolve
 from moeinf.pull import pull as pull_model
-from moeinf.store import Store, StoredModel, is_valid_name
+from moeinf.qualityfile import QUALITY_FILE, Quality, read_quality
+from moeinf.store import TRACES_FOLDER, Store, StoredModel, is_valid_name
 from moeinf.units import format_bytes
 
-from .options import Model, Models, OutputFlags, SourceModel
+from .options import Group, Model, Models, OutputFlags, SourceModel
 from .output import Output, columns
 
 __all__ = ["list_models", "pull", "remove", "show", "verify"]
@@ -29,6 +31,11 @@ def pull(
     dtype: Annotated[
         str, typer.Option(metavar="auto|bfloat16|float16|float32", help="What to compute in; auto is the model's own.")
     ] = "auto",
+    experts: Annotated[
+        str | None,
+        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as they are."),
+    ] = None,
+    group: Group = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be downloaded and written.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Pull again what is here, in place of it.")] = False,
     output_flags: OutputFlags = OutputFlags(),
@@ -44,7 +51,17 @@ def pull(
     store = Store()
     if dry_run:
         return _show_plan(
-            plan_pull(source, store=store, name=name, revision=revision, dtype=dtype, force=force), output
+            plan_pull(
+                source,
+                store=store,
+                name=name,
+                revision=revision,
+                dtype=dtype,
+                experts=experts,
+                group=group,
+                force=force,
+            ),
+            output,
         )
     stored = pull_model(
         source,
@@ -52,13 +69,15 @@ def pull(
         name=name,
         revision=revision,
         dtype=dtype,
+        experts=experts,
+        group=group,
         force=force,
         progress=output,
         notify=output.note,
     )
     size = format_bytes(stored.manifest.stored_bytes)
     line = f"{stored.name}: {stored.manifest.architecture}, {_experts(stored.manifest)}, {size}"
-    output.result(_details(stored), lines=[line], names=[stored.name])
+    output.result(_details(stored, _read_quality(stored, output)), lines=[line], names=[stored.name])
     return None
 
 
@@ -110,7 +129,7 @@ def list_models(output_flags: OutputFlags) -> None:
     if not names:
         output.note("no models here yet; moeinf pull SOURCE brings one, and moeinf chat demo needs none")
     for name in store.unfinished():
-        output.note(f"{name} is only partly pulled: run its `moeinf pull` again to go on, or `moeinf rm {name}`")
+        output.note(f"{name} is only partly here: run the command that makes it again to go on, or `moeinf rm {name}`")
 
 
 def show(model: Model, output_flags: OutputFlags) -> None:
@@ -122,7 +141,8 @@ def show(model: Model, output_flags: OutputFlags) -> None:
     """
     output = output_flags.output()
     stored = resolve(model, Store(), output)
-    output.result(_details(stored), lines=_show_lines(stored), names=[stored.name])
+    quality = _read_quality(stored, output)
+    output.result(_details(stored, quality), lines=_show_lines(stored, quality), names=[stored.name])
 
 
 def remove(
@@ -168,7 +188,9 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
     )
     if problems:
         files = "1 file is" if len(problems) == 1 else f"{len(problems)} files are"
-        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, "--force"])
+        form = ExpertForm.of(manifest.layout.quantization)
+        options = ["--experts", form.kind, "--group", str(form.group)] if form else []
+        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, *options, "--force"])
         raise IntegrityError(f"{name}: {files} not as written", hint=hint)
 
 
@@ -208,7 +230,7 @@ def _summary(stored: StoredModel) -> dict[str, object]:
     }
 
 
-def _details(stored: StoredModel) -> dict[str, object]:
+def _details(stored: StoredModel, quality: Quality | None) -> dict[str, object]:
     manifest = stored.manifest
     return {
         **_summary(stored),
@@ -221,10 +243,27 @@ def _details(stored: StoredModel) -> dict[str, object]:
         "kv_fixed_bytes": manifest.kv_fixed_bytes,
         "token_bytes": manifest.token_experts * manifest.layout.nbytes,
         "max_context": manifest.max_context,
+        "quality": asdict(quality) if quality else None,
     }
 
 
-def _show_lines(stored: StoredModel) -> list[str]:
+def _read_quality(stored: StoredModel, output: Output) -> Quality | None:
+    try:
+        return read_quality(stored.path / TRACES_FOLDER / QUALITY_FILE, stored.manifest)
+    except MoeinfError as error:
+        output.warn(str(error))
+        return None
+
+
+def _quality_rows(stored: StoredModel, quality: Quality | None) -> list[tuple[str, str]]:
+    if quality is not None:
+        return [("quality", quality.text)]
+    if stored.manifest.layout.quantization is None:
+        return []
+    return [("quality", f"not measured: moeinf quality {stored.name} --against MODEL")]
+
+
+def _show_lines(stored: StoredModel, quality: Quality | None) -> list[str]:
     manifest = stored.manifest
     experts, expert = format_bytes(manifest.experts_bytes), format_bytes(manifest.layout.nbytes)
     commit = f", commit {manifest.source.commit}" if manifest.source.commit else ""
@@ -240,6 +279,7 @@ def _show_lines(stored: StoredModel) -> list[str]:
         ("source", manifest.source.repo + commit),
         ("architecture", f"{manifest.architecture} ({manifest.model_type})"),
         ("precision", f"{manifest.precision}, computed in {manifest.dtype}"),
+        *_quality_rows(stored, quality),
         ("experts", f"{manifest.num_experts:,} ({_experts(manifest)})"),
         ("context", f"up to {manifest.max_context:,} tokens"),
         ("on disk", f"{format_bytes(manifest.stored_bytes)} in {len(manifest.files):,} files at {stored.path}"),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EngineFlags",
+    "ExpertKind",
+    "Group",
     "Model",
     "Models",
     "OutputFlags",
@@ -32,6 +34,7 @@ __all__ = [
     "SamplingFlags",
     "SourceModel",
     "Stats",
+    "source_or_stored_names",
     "with_groups",
 ]
 
@@ -54,6 +57,11 @@ def source_names(incomplete: str) -> list[tuple[str, str]]:
     return [(entry.alias, entry.description) for entry in entries() if entry.alias.startswith(incomplete)]
 
 
+def source_or_stored_names(incomplete: str) -> list[str]:
+    """What `stored_names` and `source_names` know, for commands that need not have the model here."""
+    return sorted({*stored_names(incomplete), *(alias for alias, _ in source_names(incomplete))})
+
+
 _MODEL_HELP = "`demo`, or a pulled model: its name, alias, hub id (org/name) or the folder it came from."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, autocompletion=stored_names)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_MODEL_HELP, autocompletion=stored_names)]
@@ -66,6 +74,12 @@ SourceModel = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; of models, names only.")]
+ExpertKind = Annotated[
+    str, typer.Option("--experts", metavar="int8|int4", help="What the weights of experts are to be.")
+]
+Group = Annotated[
+    int | None, typer.Option(metavar="32|64", help="Weights that share a factor; by default 64 for int8, 32 for int4.")
+]
 Stats = Annotated[bool, typer.Option("--stats", help="After an answer, say on stderr what it cost.")]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moeinf.simulate import Replay
     from moeinf.trace import Trace
 
-__all__ = ["hit_rate_table", "simulate"]
+__all__ = ["check_plot", "check_writable", "hit_rate_table", "simulate"]
 
 _DEFAULT = "10,25,50,75%"
 
@@ -59,7 +59,7 @@ def simulate(
     shares = _fractions(fraction if slots or fraction else _DEFAULT)
     numbers = _slots(slots)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     read = {path: read_trace(path) for path in traces}
     sizes = {path: _sizes(path, trace, numbers, shares) for path, trace in read.items()}
     found = {path: _replay(path, trace, policies, sizes[path], output) for path, trace in read.items()}
@@ -144,15 +144,20 @@ def _fractions(text: str | None) -> list[float]:
     return shares
 
 
-def _check_plot(path: Path) -> None:
-    """Raise UsageError before the work is done, not after it."""
+def check_plot(path: Path) -> None:
+    """Raise UsageError, before the work is done and not after it, for a place where no picture can be written."""
     from moeinf.figures import FORMATS
 
     if path.suffix[1:] not in FORMATS:
         known = ", ".join(f".{kind}" for kind in FORMATS)
         raise UsageError(f"--plot {path}: the name does not say which kind of picture", hint=f"end it in {known}")
+    check_writable(path, "--plot")
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise UsageError for a place where no file can be written."""
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--plot {path} cannot be written", hint="name a file in a folder that you may write to")
+        raise UsageError(f"{option} {path} cannot be written", hint="name a file in a folder that you may write to")
 
 
 def _draw(found: dict[Path, list[Replay]], path: Path) -> None:

@@ -35,21 +35,24 @@ def choose_maths(
 
     `kernels` is the engine's option: `torch`; `native`, which raises UnsupportedError where that cannot be had; or
     `auto`, which takes native maths for the layers that can have it, if it then gives torch's results to the last bit.
-    That is tried, on numbers that are written to `scratch`, the tensors of a slot. `on_close` gets what ends the native
-    threads.
+    That is tried, on numbers that are written to `scratch`, the tensors of a slot. Quantised experts are never those
+    that were released, and native maths rounds them less than torch does: `auto` takes it untried. `on_close` gets what
+    ends the native threads.
     """
     modules = list(modules)
     if kernels == "torch":
-        return [ExpertMaths(module) for module in modules]
+        return [ExpertMaths(module, layout.quantization) for module in modules]
     try:
         pool = NativePool(torch.get_num_threads())
     except NotNativeError as error:
-        return [_fall_back(module, error, kernels) for module in modules]
+        return [_fall_back(module, layout, error, kernels) for module in modules]
     on_close.callback(pool.close)
     maths = [_native_maths(module, layout, pool, kernels) for module in modules]
+    if layout.quantization is not None:
+        return maths
     native = [(one, module) for one, module in zip(maths, modules, strict=True) if isinstance(one, NativeMaths)]
     if kernels == "auto" and native and not _is_exact(*native[0], scratch):
-        return [ExpertMaths(module, _OTHER_ORDER) for module in modules]
+        return [ExpertMaths(module, reason=_OTHER_ORDER) for module in modules]
     return maths
 
 
@@ -68,13 +71,13 @@ def _native_maths(module: nn.Module, layout: ExpertLayout, pool: NativePool, ker
     try:
         return NativeMaths(module, layout, pool)
     except NotNativeError as error:
-        return _fall_back(module, error, kernels)
+        return _fall_back(module, layout, error, kernels)
 
 
-def _fall_back(module: nn.Module, error: NotNativeError, kernels: str) -> ExpertMaths:
+def _fall_back(module: nn.Module, layout: ExpertLayout, error: NotNativeError, kernels: str) -> ExpertMaths:
     if kernels == "native":
         raise UnsupportedError(f"--kernels native: {error}", hint="leave --kernels out, or give --kernels torch")
-    return ExpertMaths(module, str(error))
+    return ExpertMaths(module, layout.quantization, str(error))
 
 
 def _is_exact(native: NativeMaths, module: nn.Module, scratch: Tensors) -> bool:

@@ -1,15 +1,16 @@
 """Experts computed by the native library (csrc/), a whole layer's worth of them per call.
 
-Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, no
-norm behind the experts, and an activation that it has, which is found out by trying it. It rounds where torch rounds;
-sums of products are added in another order. Prompts are left to torch, whose matrix products are good.
+Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
+quantised ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
+where torch rounds; sums of products are added in another order. Prompts are left to torch, whose matrix products are
+good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from itertools import count, product, takewhile
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeinf.manifest import ExpertLayout
+from moeinf.manifest import ExpertLayout, TensorSpec, scales_name
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
 
@@ -26,11 +27,15 @@ __all__ = ["NativeLayer", "NativeMaths", "NativePool", "NotNativeError", "built_
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_WEIGHTS = {"int8": 1, "int4": 2}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
 _INTERFACE = 2
+
+_FEW_ROWS = 16
+"""As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
 
 _PROBE = 1024
 """Values that an activation is tried on."""
@@ -154,50 +159,83 @@ class NativeMaths(ExpertMaths):
     """
 
     def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool) -> None:
-        super().__init__(module)
+        super().__init__(module, layout.quantization)
         self.computed_by = f"native, {pool.variant}"
         self.pool = pool
         self._anchor, self._offset = layout.tensors[0].name, layout.tensors[0].offset
-        self.layer = self._describe(module, layout)
-        self.dtype = _NAMES[layout.tensors[0].dtype]
+        specs = {spec.name: spec for spec in layout.tensors}
+        self.dtype = self._check(module, specs)
+        self.layer = self._describe(module, specs)
         self._recognise_activation(module)
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
-        if hidden.dtype != self.dtype or weights.dtype not in _DTYPES or self.pool.handle is None:
+        if not self._computes(hidden, weights):
             return super().token(hidden, weights)
         return _NativeToken(self, hidden, weights)
+
+    def expert(self, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
+        if self._quantization is None or len(hidden) > _FEW_ROWS or not self._computes(hidden, weights):
+            return super().expert(hidden, tensors, weights)
+        rows = [
+            _NativeToken(self, *token) for token in zip(torch.split(hidden, 1), torch.split(weights, 1), strict=True)
+        ]
+        for row in rows:
+            row.compute([0], [tensors])
+        dtype = torch.promote_types(hidden.dtype, weights.dtype)
+        return torch.cat([row.rows for row in rows]).to(dtype)
+
+    def _computes(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
+        return hidden.dtype == self.dtype and weights.dtype in _DTYPES and self.pool.handle is not None
 
     def address(self, tensors: Tensors) -> int:
         """Where the expert that has these tensors begins."""
         return tensors[self._anchor].data_ptr() - self._offset
 
-    def _describe(self, module: nn.Module, layout: ExpertLayout) -> NativeLayer:
+    def _check(self, module: nn.Module, specs: Mapping[str, TensorSpec]) -> torch.dtype:
+        """The dtype of the maths, if the library has it and knows experts that have these tensors."""
         flags: Any = module
-        specs = {spec.name: spec for spec in layout.tensors}
-        dtypes = {spec.dtype for spec in layout.tensors}
+        weights = [self._up, "down_proj"]
+        expected = {*weights, *(f"{name}_bias" for name in weights if flags.has_bias)}
+        quantization = self._quantization
+        if quantization is None:
+            dtypes = {spec.dtype for spec in specs.values()}
+        else:
+            factors = {scales_name(name) for name in weights}
+            dtypes = {quantization.dtype, *(specs[name].dtype for name in specs.keys() - {*weights, *factors})}
+            expected |= factors
         if len(dtypes) > 1 or not dtypes <= set(_NAMES):
             raise NotNativeError(f"it does not compute experts in {' and '.join(sorted(dtypes))}")
         if self._norm is not None:
             raise NotNativeError("it does not compute experts with a norm behind them")
-        expected = {self._up, "down_proj"}
-        if flags.has_bias:
-            expected |= {f"{name}_bias" for name in expected}
         if set(specs) != expected:
             raise NotNativeError(f"it does not know experts that have {', '.join(sorted(specs))}")
-        offsets = {name: specs[name].offset if name in specs else -1 for name in (f"{self._up}_bias", "down_proj_bias")}
-        down = specs["down_proj"].shape
+        return _NAMES[dtypes.pop()]
+
+    def _describe(self, module: nn.Module, specs: Mapping[str, TensorSpec]) -> NativeLayer:
+        flags: Any = module
+        hidden, inner = specs["down_proj"].shape
+        kind, group = 0, 0
+        if self._is_transposed:
+            hidden, inner = inner, hidden
+        if quantization := self._quantization:
+            kind, group, inner = _WEIGHTS[quantization.kind], quantization.group, quantization.widths["down_proj"]
+        offsets = {name: spec.offset for name, spec in specs.items()}
         return NativeLayer(
-            dtype=_DTYPES[_NAMES[layout.tensors[0].dtype]],
+            dtype=_DTYPES[self.dtype],
+            weights=kind,
+            group=group,
             is_transposed=self._is_transposed,
             is_interleaved=flags.has_gate and not flags.is_concatenated,
             limit=_attribute(module, "limit", "swiglu_limit"),
             alpha=_attribute(module, "alpha", "swiglu_alpha"),
-            hidden=down[1] if self._is_transposed else down[0],
-            inner=down[0] if self._is_transposed else down[1],
-            up=specs[self._up].offset,
-            up_bias=offsets[f"{self._up}_bias"],
-            down=specs["down_proj"].offset,
-            down_bias=offsets["down_proj_bias"],
+            hidden=hidden,
+            inner=inner,
+            up=offsets[self._up],
+            up_scales=offsets.get(scales_name(self._up), -1),
+            up_bias=offsets.get(f"{self._up}_bias", -1),
+            down=offsets["down_proj"],
+            down_scales=offsets.get(scales_name("down_proj"), -1),
+            down_bias=offsets.get("down_proj_bias", -1),
         )
 
     def _recognise_activation(self, module: nn.Module) -> None:
@@ -241,7 +279,7 @@ class _NativeToken:
         self._maths = maths
         self._hidden = hidden.contiguous()
         self._weights = weights.float().contiguous()
-        self._rows = torch.empty(weights.shape[1], hidden.shape[1])
+        self.rows = torch.empty(weights.shape[1], hidden.shape[1])
         added = maths.sum_dtype(hidden.dtype, weights.dtype)
         row = torch.promote_types(hidden.dtype, weights.dtype)
         self._sum_dtype = _DTYPES[added]
@@ -258,7 +296,7 @@ class _NativeToken:
             self._hidden.data_ptr(),
             self._weights.data_ptr(),
             self._row_dtype,
-            self._rows.data_ptr(),
+            self.rows.data_ptr(),
         )
         if failed:
             raise MemoryError("no memory for what lies between an expert's projections")
@@ -269,7 +307,7 @@ class _NativeToken:
             self._maths.layer,
             len(places),
             (c_int32 * len(places))(*places),
-            self._rows.data_ptr(),
+            self.rows.data_ptr(),
             self._sum_dtype,
             output.data_ptr(),
         )

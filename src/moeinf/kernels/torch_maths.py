@@ -3,7 +3,8 @@ lie in slots.
 
 Bit for bit theirs: the same operations on the same rows in the same order (transformers/integrations/moe.py and the
 `forward` of each experts class). A module's flags say what its experts look like; two families differ in one more
-thing, the dtype they add up in. Owns nothing, and knows nothing of caches.
+thing, the dtype they add up in. Quantised weights are expanded first, every time. Owns nothing, and knows nothing of
+caches.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from moeinf.manifest import Quantization, scales_name
+from moeinf.quantized import dequantize
 
 __all__ = ["ExpertMaths", "Tensors", "TokenMaths", "route"]
 
@@ -37,14 +41,16 @@ class TokenMaths(Protocol):
 
 class ExpertMaths:
     """The experts of one MoE layer, as functions. `module` is their experts module in the transformers model, without
-    its weights. `computed_by` says what does the maths, and why if that is not what it could be.
+    its weights; `quantization` says how these lie in slots. `computed_by` says what does the maths, and why if that is
+    not what it could be.
     """
 
-    def __init__(self, module: nn.Module, reason: str = "") -> None:
+    def __init__(self, module: nn.Module, quantization: Quantization | None = None, reason: str = "") -> None:
         flags: Any = module
         self.computed_by = f"torch: {reason}" if reason else "torch"
+        self._quantization = quantization
         self._up = "gate_up_proj" if flags.has_gate else "up_proj"
-        self._is_transposed: bool = flags.is_transposed
+        self._is_transposed: bool = flags.is_transposed and quantization is None
         self._activate = flags._apply_gate if flags.has_gate else flags.act_fn
         self._norm = flags.post_expert_norm if flags.has_post_expert_norm else None
         self._kind = type(module).__name__
@@ -75,6 +81,9 @@ class ExpertMaths:
 
     def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         weight, bias = tensors[name], tensors.get(f"{name}_bias")
+        if self._quantization is not None:
+            factors = tensors[scales_name(name)]
+            weight = dequantize(weight, factors, self._quantization, rows.shape[1], rows.dtype)
         product = rows @ weight if self._is_transposed else F.linear(rows, weight)
         return product if bias is None else product + bias
 

@@ -1,0 +1,210 @@
+"""`moeinf profile MODEL`: the plan for a model on this machine, and the speed to expect. Called by `profile`, which has
+measured the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NoReturn
+
+from moeinf.errors import CapacityError
+from moeinf.forecast import Forecast, Situation
+from moeinf.ledger import MemoryPlan, can_cache_files
+from moeinf.machine import Machine
+from moeinf.outlook import AtBudget, Outlook, look_ahead
+from moeinf.store import Store
+from moeinf.units import format_bytes, format_seconds
+
+from .options import EngineFlags
+from .output import Output, columns
+
+if TYPE_CHECKING:
+    from moeinf.planning import Subject
+
+__all__ = ["show_plan"]
+
+_BAR = 40
+
+
+def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) -> int:
+    """Say how `model`, stored or not, will run on `machine`.
+
+    Raises CapacityError, after all is said, when it cannot; and what `find_subject` raises.
+    """
+    options = flags.resolve()
+    with output.busy(f"looking at {model}"):
+        from moeinf import evidence, memory
+        from moeinf.planning import find_curve, find_subject
+
+        subject = find_subject(model, Store())
+    try:
+        plan = memory.plan_memory(subject.manifest, subject.shape, options)
+    except CapacityError as error:
+        _refuse(subject, error, output)
+    available = memory.available_bytes()
+    situation = Situation(
+        machine,
+        subject.manifest,
+        subject.shape,
+        find_curve(subject, options.policy, output),
+        kernels=options.kernels,
+        prefetch=options.prefetch,
+        reads_files=can_cache_files(plan, subject.manifest, available),
+    )
+    runs = evidence.read_runs(subject.traces) if subject.traces else ()
+    outlook = look_ahead(situation, plan, runs=runs, threads=options.threads)
+    output.result(
+        _to_dict(subject, situation, plan, outlook),
+        lines=_lines(situation, plan, outlook, available),
+        names=[outlook.verdict],
+    )
+    return 0
+
+
+def _refuse(subject: Subject, error: CapacityError, output: Output) -> NoReturn:
+    data = {
+        "model": subject.name,
+        "verdict": "no",
+        "regime": None,
+        "reason": str(error),
+        "plan": None,
+        "expected": None,
+        "curve_source": None,
+        "corrected_by": None,
+        "budgets": [],
+        "advice": [{"what": error.hint, "tokens_per_s": None}],
+    }
+    output.result(data, lines=["no"], names=["no"])
+    raise error
+
+
+def _to_dict(subject: Subject, situation: Situation, plan: MemoryPlan, outlook: Outlook) -> dict[str, object]:
+    return {
+        "model": subject.name,
+        "verdict": outlook.verdict,
+        "regime": plan.regime,
+        "reason": outlook.reason,
+        "plan": {**asdict(plan), "experts": plan.experts, "total": plan.total},
+        "expected": {**asdict(outlook.forecast), "tokens_per_s": outlook.forecast.tokens_per_s},
+        "curve_source": situation.curve.source,
+        "corrected_by": asdict(outlook.correction),
+        "budgets": [_at(point) for point in outlook.budgets],
+        "advice": [asdict(advice) for advice in outlook.advice],
+    }
+
+
+def _at(point: AtBudget) -> dict[str, object]:
+    return {
+        "budget": point.budget,
+        "slots": point.slots,
+        "hit_rate": point.forecast.hit_rate,
+        "tpot_s": point.forecast.tpot_s,
+        "tokens_per_s": point.forecast.tokens_per_s,
+        "by": point.forecast.by,
+    }
+
+
+def _lines(situation: Situation, plan: MemoryPlan, outlook: Outlook, available: int) -> list[str]:
+    lines = [
+        outlook.verdict,
+        f"{outlook.reason}.",
+        "",
+        *columns([*_memory_rows(plan, available), ("", "", ""), *_time_rows(situation, outlook)]),
+        "",
+        f"Hit rate from {situation.curve.source}.",
+        *_correction_lines(outlook),
+        "",
+        *_chart(outlook),
+    ]
+    if not outlook.advice:
+        return [*lines, "", "Neither more memory nor a faster disk would help: computing is the limit."]
+    best = outlook.advice[0]
+    gain = best.tokens_per_s / outlook.forecast.tokens_per_s
+    return [
+        *lines,
+        "",
+        f"What would help most: {best.what}, {best.tokens_per_s:.3g} tokens per second ({gain:.2f} times as many).",
+    ]
+
+
+def _correction_lines(outlook: Outlook) -> list[str]:
+    corrected = outlook.correction
+    if not corrected.runs:
+        return []
+    runs = "1 past run" if corrected.runs == 1 else f"{corrected.runs} past runs"
+    return [f"Corrected by {runs}: times {corrected.factor:.2f}."]
+
+
+def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]:
+    token = (plan.kv_cache // plan.context) if plan.context else 0
+    return [
+        ("MEMORY", format_bytes(plan.total), f"of a budget of {format_bytes(plan.budget)}"),
+        ("  dense weights", format_bytes(plan.dense), ""),
+        ("  KV cache", format_bytes(plan.kv_cache), f"{plan.context:,} tokens of {format_bytes(token)}"),
+        ("  workspace", format_bytes(plan.workspace), f"steps of {plan.step_tokens} tokens; longer ones borrow slots"),
+        ("  experts", format_bytes(plan.experts), f"{plan.slots:,} slots of {format_bytes(plan.slot_bytes)}"),
+        (
+            "  reserve",
+            format_bytes(max(0, available - plan.budget)),
+            f"of {format_bytes(available)} available, for other programs",
+        ),
+    ]
+
+
+def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, str]]:
+    expected, manifest, machine = outlook.forecast, situation.manifest, situation.machine
+    asked, expert = manifest.token_experts, manifest.layout.nbytes
+    missed = f"{(1 - expected.hit_rate) * asked:.0f} experts, {format_bytes(round(expected.missed_bytes))}"
+    rate = expected.missed_bytes / expected.read_s if expected.read_s else 0.0
+    dense = max(0, manifest.dense_bytes - situation.shape.lookup_bytes)
+    return [
+        ("A TOKEN", _ms(expected.tpot_s), f"hit rate {expected.hit_rate:.1%}"),
+        ("  dense weights", _ms(expected.dense_s), f"{format_bytes(dense)} at {_gb(machine.dense_bytes_per_s)}"),
+        (
+            "  layers",
+            _ms(expected.layers_s),
+            f"{situation.shape.layers} of {_ms(machine.layer_s)}, and the rest of a step",
+        ),
+        (
+            "  experts",
+            _ms(expected.experts_s),
+            f"{asked:,} of {format_bytes(expert)}{_at_rate(expected, asked * expert)}",
+        ),
+        ("  misses", _ms(expected.bookkeeping_s), "room made, reads handed out"),
+        ("  waiting", _ms(expected.stall_s), f"for {missed} at {_gb(rate)}: {_ms(expected.read_s)}" if rate else ""),
+        (
+            "  bound",
+            _ms(expected.bound_s),
+            f"by the {_RESOURCES[expected.by]}: no program can be faster at this hit rate",
+        ),
+        (
+            "FIRST TOKEN",
+            format_seconds(expected.ttft_s),
+            f"for a prompt of {expected.prompt_tokens:,} tokens, with no expert in memory yet",
+        ),
+    ]
+
+
+_RESOURCES = {"disk": "disk", "host": "memory"}
+
+
+def _at_rate(expected: Forecast, nbytes: int) -> str:
+    return f" at {_gb(nbytes / expected.experts_s)}" if expected.experts_s else ""
+
+
+def _chart(outlook: Outlook) -> list[str]:
+    most = max(point.forecast.tokens_per_s for point in outlook.budgets)
+    rows = [("MEMORY FOR IT", "EXPERTS", "TOKENS PER SECOND")]
+    for point in outlook.budgets:
+        speed = point.forecast.tokens_per_s
+        bar = "█" * max(1, round(_BAR * speed / most))
+        rows.append((format_bytes(point.budget), f"{point.slots:,}", f"{bar} {speed:.3g}"))
+    return columns(rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else format_seconds(seconds)
+
+
+def _gb(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GB/s"

@@ -1,0 +1,353 @@
+"""How fast a model will run, from what was measured of the machine: time per token, time to the first one, and what
+bounds both. Pure arithmetic; docs/planning.md has every formula.
+
+Knows nothing of files or terminals, and measures nothing. A forecast is of a conversation that goes on: the slots are
+full, and hold what decoding needs as often as the hit curve says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .ledger import MemoryPlan, ModelShape, Regime
+from .machine import Machine
+from .manifest import DTYPE_BYTES, ExpertLayout, Manifest
+
+__all__ = [
+    "PUBLISHED",
+    "Bound",
+    "Correction",
+    "Forecast",
+    "HitCurve",
+    "PastRun",
+    "Situation",
+    "correction",
+    "foretell",
+]
+
+Bound = Literal["disk", "host"]
+
+PASS_S = 100e-6
+"""Taking the tokens of a step to one of their experts and their rows back."""
+FETCH_S = 75e-6
+"""What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing its arrival."""
+FORESEE_S = 200e-6
+"""Asking the next layer's router (docs/experiments.md)."""
+TOKEN_S = 2e-3
+"""What transformers' `generate` takes per token beside the model."""
+TRIM_S = 3.5e-3
+"""Giving freed memory back, per layer of a long step (`runtime.MANY_TOKENS`)."""
+COPIES = 3
+"""An expert that comes from the page cache is read and written by a copy, and read again by the maths."""
+
+_FORESEEN = {"gate": 0.8, "auto": 0.8, "eam": 0.4, "off": 0.0}
+"""Of a layer's choice, what each way of foreseeing names: the middle of the 72 to 89 % that are published for the next
+router, and what tokens alike told of misses on the demo model (docs/experiments.md). As much of what is named is
+right."""
+EXPANDING = {"int8": 3.6, "int4": 6.7}
+"""Expanding a quantised expert takes torch so many times as long as computing the plain one for a token
+(docs/planning.md)."""
+
+_KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+_WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_LIKE_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class HitCurve:
+    """Which share of the experts asked for is found in memory that holds a share of all experts.
+
+    `points` are (share, hit rate) with ascending shares, on straight lines between and to (0, 0) and (1, 1); more
+    memory never finds less. `source` says where it is from.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    source: str
+
+    def at(self, share: float) -> float:
+        """The hit rate when memory holds `share` of all experts."""
+        before, low = 0.0, 0.0
+        for after, high in (*self.points, (1.0, 1.0)):
+            high = max(low, high)
+            if share < after:
+                return low + (high - low) * (share - before) / (after - before)
+            before, low = after, high
+        return 1.0
+
+
+PUBLISHED = HitCurve(
+    ((0.1, 0.309), (0.25, 0.537), (0.5, 0.769), (0.75, 0.913)),
+    "published locality: mean of traces of gpt-oss-20b, DeepSeek-V2-Lite and Mixtral-8x7B (docs/planning.md)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that a forecast depends on beside the plan. `kernels` and `prefetch` are the engine's options. With
+    `reads_files` the experts that are not in slots come from the page cache, which has room for all of them.
+    """
+
+    machine: Machine
+    manifest: Manifest
+    shape: ModelShape
+    curve: HitCurve
+    kernels: str = "auto"
+    prefetch: str = "auto"
+    reads_files: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What to expect. Times in seconds, `prompt_tokens` for `ttft_s`, everything else per token.
+
+    `dense_s`, `layers_s`, `experts_s` and `bookkeeping_s` (of misses) add up with `stall_s`, the part of `read_s` that
+    nothing hides, to `tpot_s` before `factor`, the correction by past runs. `bound_s` is what no program can beat at
+    this `hit_rate`, by the resource named `by`.
+    """
+
+    regime: Regime
+    hit_rate: float
+    dense_s: float
+    layers_s: float
+    experts_s: float
+    bookkeeping_s: float
+    read_s: float
+    stall_s: float
+    missed_bytes: float
+    bound_s: float
+    by: Bound
+    tpot_s: float
+    ttft_s: float
+    prompt_tokens: int
+    factor: float = 1.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / self.tpot_s
+
+    def times(self, factor: float) -> Forecast:
+        """The same with a corrected time per token, which is never below the bound."""
+        return dataclasses.replace(self, tpot_s=max(self.bound_s, self.tpot_s * factor), factor=factor)
+
+
+@dataclass(frozen=True, slots=True)
+class PastRun:
+    """An answer of a model that is long enough to be measured. `hit_rate` leaves out what was foreseen.
+    `predicted_s` is what was expected, None where the machine had not been measured.
+    """
+
+    date: str
+    slots: int
+    budget: int
+    tokens: int
+    hit_rate: float
+    reads_files: bool
+    policy: str
+    prefetch: str
+    kernels: str
+    threads: int | None
+    tpot_s: float
+    predicted_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """Forecasts are multiplied by `factor`, the median of measured / predicted over so many `runs`."""
+
+    factor: float = 1.0
+    runs: int = 0
+
+
+def foretell(
+    situation: Situation, plan: MemoryPlan, *, prompt_tokens: int = 512, hit_rate: float | None = None
+) -> Forecast:
+    """What to expect of `plan`, at the hit rate of the curve or at a given one."""
+    costs = _Costs(situation, plan)
+    hits = situation.curve.at(plan.slots / plan.all_experts) if hit_rate is None else hit_rate
+    missed_bytes = (1 - hits) * costs.token_bytes
+    read_s = missed_bytes / costs.fetch_rate
+    busy_s = costs.dense_s + costs.layers_s + costs.experts_s + costs.bookkeeping_s(hits)
+    stall_s = costs.stall_s(hits, read_s)
+    compute_s = (costs.dense_bytes + hits * costs.token_bytes) / situation.machine.memory.bytes_per_s
+    bound_s = max(compute_s, read_s)
+    return Forecast(
+        regime=plan.regime,
+        hit_rate=hits,
+        dense_s=costs.dense_s,
+        layers_s=costs.layers_s,
+        experts_s=costs.experts_s,
+        bookkeeping_s=costs.bookkeeping_s(hits),
+        read_s=read_s,
+        stall_s=stall_s,
+        missed_bytes=missed_bytes,
+        bound_s=bound_s,
+        by="disk" if read_s > compute_s and not situation.reads_files else "host",
+        tpot_s=max(bound_s, busy_s + stall_s),
+        ttft_s=costs.prompt_s(min(prompt_tokens, plan.context)),
+        prompt_tokens=min(prompt_tokens, plan.context),
+    )
+
+
+def correction(situation: Situation, plan: MemoryPlan, runs: Sequence[PastRun], threads: int | None) -> Correction:
+    """By what to multiply a forecast of `plan`: what like runs took, over what they should have taken with the hit
+    rate that they had. Like are those with the same options, in the same regime and off the same place; of these, the
+    nearest in slots, the later first.
+    """
+    options = (situation.prefetch, situation.kernels, threads)
+    is_resident = plan.regime == "resident"
+    like = [
+        run
+        for run in reversed(runs)
+        if (run.prefetch, run.kernels, run.threads) == options
+        and (run.slots >= plan.all_experts) == is_resident
+        and (is_resident or run.reads_files == situation.reads_files)
+    ]
+    like.sort(key=lambda run: abs(run.slots - plan.slots))
+    ratios = [
+        run.tpot_s
+        / foretell(
+            situation, dataclasses.replace(plan, slots=min(run.slots, plan.all_experts)), hit_rate=run.hit_rate
+        ).tpot_s
+        for run in like[:_LIKE_RUNS]
+    ]
+    return Correction(statistics.median(ratios), len(ratios)) if ratios else Correction()
+
+
+class _Costs:
+    """Seconds that the parts of a token take in one situation. Weights are computed no faster than memory is read."""
+
+    def __init__(self, situation: Situation, plan: MemoryPlan) -> None:
+        machine, manifest, shape = situation.machine, situation.manifest, situation.shape
+        self._machine, self._manifest, self._shape, self._plan = machine, manifest, shape, plan
+        self.expert_bytes = manifest.layout.nbytes
+        self.token_bytes = manifest.token_experts * self.expert_bytes
+        self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
+        self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
+        self.disk_rate = _disk_rate(machine, self.expert_bytes)
+        self.fetch_rate = self.disk_rate
+        if situation.reads_files:
+            self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
+        self._kind = _kind_of(manifest.layout)
+        self._dense_rate = min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
+        self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
+        self.dense_s = self.dense_bytes / self._dense_rate
+        self.layers_s = shape.layers * machine.layer_s + TOKEN_S
+        self._expert_rate = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
+        self.experts_s = self.token_bytes / self._expert_rate
+
+    def bookkeeping_s(self, hits: float) -> float:
+        """Of the misses; what a hit takes is in the measured time of a layer."""
+        return self._manifest.token_experts * (1 - hits) * FETCH_S
+
+    def stall_s(self, hits: float, read_s: float) -> float:
+        """Waiting for `read_s` of reads per token. A disk works beside the maths; copies from the page cache take the
+        cores from it.
+        """
+        if self._reads_files:
+            return read_s
+        plain = self._stall_s(hits, read_s, 0.0)
+        foreseeing = self._stall_s(hits, read_s, _FORESEEN[self._prefetch])
+        return min(plain, foreseeing) if self._prefetch == "auto" else foreseeing
+
+    def _stall_s(self, hits: float, read_s: float, foreseen: float) -> float:
+        """Waiting, and asking, when this share of a layer's choice is `foreseen` while the layer before is computed.
+
+        Between two choices the disk brings what was not foreseen, and what is left of what was; in the time after that,
+        guesses, of which the same share is right. The first layer's choice cannot be foreseen.
+        """
+        layers = len(self._manifest.layers)
+        read, experts = read_s / layers, self.experts_s / layers
+        missing = (1 - hits) * self._manifest.token_experts / layers
+        last = self.experts_s / self._manifest.token_experts * min(1.0, missing)
+        asking = FORESEE_S if foreseen else 0.0
+        other = (self.dense_s + self.layers_s + self.bookkeeping_s(hits) - self._head_s) / layers + asking
+        idle = max(0.0, other) + last
+        behind = (1 - foreseen) * read + max(0.0, foreseen * read - foreseen * idle)
+        return max(0.0, read + last - experts) + (layers - 1) * (max(0.0, behind + last - experts) + asking)
+
+    def _expert_s(self, tokens: float) -> float:
+        """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
+        layout, machine = self._manifest.layout, self._machine
+        at_once_s = layout.plain_bytes / _step_rate(machine, self._kind, tokens) + _expanding_s(machine, layout)
+        return at_once_s if layout.quantization is None else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
+
+    def prompt_s(self, tokens: int) -> float:
+        """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
+        piece = self._plan.prefill_tokens(self._plan.slots)
+        return sum(self._step_s(min(piece, tokens - begin), begin) for begin in range(0, tokens, piece))
+
+    def _step_s(self, tokens: int, before: int) -> float:
+        """Many tokens at once, with so many `before` them, that ask for experts as if each chose by chance."""
+        held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
+        dense_s = self.dense_bytes / min(self._dense_rate, _step_rate(self._machine, self._kind, tokens))
+        scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
+        attention_s = 4 * scores / _operations_rate(self._machine, self._kind)
+        total = dense_s + attention_s + self.layers_s + len(self._manifest.layers) * TRIM_S
+        for layer in self._manifest.layers:
+            asked = layer.num_experts * (1 - (1 - min(1.0, layer.top_k / layer.num_experts)) ** tokens)
+            each = tokens * layer.top_k / asked
+            maths_s = asked * self._expert_s(each)
+            read_s = asked * (1 - held) * self.expert_bytes / self.disk_rate
+            total += max(maths_s + asked * PASS_S, read_s)
+        return total
+
+
+def _kind_of(layout: ExpertLayout) -> str:
+    """What torch computes experts in, as machines name it: what most of an expert's bytes are, or are expanded to."""
+    largest = max(layout.tensors, key=lambda tensor: tensor.nbytes)
+    dtype = layout.quantization.dtype if layout.quantization else largest.dtype
+    return _KINDS.get(dtype, f"int{8 * DTYPE_BYTES[dtype]}")
+
+
+def _disk_rate(machine: Machine, size: int) -> float:
+    """Bytes of whole experts per second, past the page cache where that is possible."""
+    direct = machine.disk.reads_direct and any(rate.direct for rate in machine.disk.rates)
+    return machine.disk.rate(size, direct=direct)
+
+
+def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
+    """Bytes of experts per second for one token, with the kernels that the engine would choose."""
+    kind, quantization = _kind_of(layout), layout.quantization
+    if quantization is not None:
+        natively = {rate.weights for rate in machine.maths if rate.kernels == "native"}
+        if kernels != "torch" and quantization.kind in natively:
+            return machine.maths_rate(quantization.kind)
+        return layout.nbytes / (layout.plain_bytes / _rate(machine, kind, 1, "torch") + _expanding_s(machine, layout))
+    is_exact = kind == "bfloat16" and machine.processor.kernels == "avx512bf16"
+    return _rate(machine, kind, 1, "native" if kernels == "native" or (kernels == "auto" and is_exact) else "torch")
+
+
+def _expanding_s(machine: Machine, layout: ExpertLayout) -> float:
+    """What an expert for many tokens takes beside its maths, which is torch's."""
+    if layout.quantization is None:
+        return 0.0
+    return EXPANDING[layout.quantization.kind] * layout.plain_bytes / _rate(machine, _kind_of(layout), 1, "torch")
+
+
+def _step_rate(machine: Machine, kind: str, tokens: float) -> float:
+    """Bytes of weights per second for many tokens; beyond the most that was measured, arithmetic is the limit."""
+    most = _most_tokens(machine)
+    return _rate(machine, kind, max(1, min(round(tokens), most)), "torch") * min(1.0, most / tokens)
+
+
+def _operations_rate(machine: Machine, kind: str) -> float:
+    """Additions and multiplications per second in large products: two per weight and token."""
+    most = _most_tokens(machine)
+    return _rate(machine, kind, most, "torch") * most * 2 / _WEIGHT_BYTES.get(kind, 1)
+
+
+def _most_tokens(machine: Machine) -> int:
+    return max((rate.tokens for rate in machine.maths if rate.kernels == "torch"), default=1)
+
+
+def _rate(machine: Machine, kind: str, tokens: int, kernels: str) -> float:
+    """As measured; for a kind that was not, as the slowest of the others, and at worst as memory is read."""
+    kinds = sorted({rate.weights for rate in machine.maths})
+    if kind in kinds:
+        return machine.maths_rate(kind, tokens, kernels=kernels)
+    others = (machine.maths_rate(other, tokens, kernels="torch") for other in kinds)
+    return min(others, default=machine.memory.bytes_per_s)

@@ -1,0 +1,170 @@
+"""How fast this machine computes experts and dense layers.
+
+Weights come from a working set far beyond the caches, in huge pages where there are any, as they do in a model, and the
+engine's own kernels compute.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
+from moeinf.kernels import ExpertMaths, Tensors
+from moeinf.kernels.native import NativeMaths, NativePool
+from moeinf.machine import MathsRate
+from moeinf.manifest import NUMBER_BITS, ExpertLayout, TensorSpec
+from moeinf.progress import Task
+from moeinf.quantized import Quantizer
+from moeinf.timing import Call, best_of_each, best_s
+from moeinf.transfer import allocate_buffer
+
+from .effort import Effort
+
+__all__ = [
+    "MATHS",
+    "TOKENS",
+    "Experts",
+    "measure_dense",
+    "measure_maths",
+]
+
+HIDDEN, INNER, TOP_K = 2048, 768, 8
+"""The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
+TOKENS = (1, 16, 256)
+_GROUP = 64
+_DISTINCT = 2
+"""Experts of a working set that differ; the others are copies of them, each with memory of its own."""
+
+MATHS = (
+    *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
+    *(("native", weights, 1) for weights in NUMBER_BITS),
+    *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
+)
+"""(kernels, weights, tokens) that are measured. Whole numbers: one token, which is what the library has for them."""
+
+
+def measure_maths(
+    pool: NativePool | None, working_set: int, effort: Effort, task: Task
+) -> tuple[tuple[MathsRate, ...], tuple[str, ...]]:
+    """The rates of MATHS, those of native kernels where there is a `pool`, and in sentences those left out."""
+    end = time.perf_counter() + effort.experts_s
+    rates: list[MathsRate] = []
+    late = []
+    with torch.inference_mode():
+        for weights in ("bfloat16", "float32", *NUMBER_BITS):
+            wanted = [(kernels, tokens) for kernels, kind, tokens in MATHS if kind == weights]
+            wanted = [each for each in wanted if pool is not None or each[0] == "torch"]
+            if not wanted:
+                continue
+            if rates and time.perf_counter() > end:
+                late.append(f"experts in {weights}: there was no time for them")
+                continue
+            experts = Experts(weights, working_set)
+            works = [experts.calls(experts.maths(pool if kernels == "native" else None), n) for kernels, n in wanted]
+            times = best_of_each(works, effort.maths_s)
+            for (kernels, tokens), work, taken_s in zip(wanted, works, times, strict=True):
+                rates.append(MathsRate(kernels, weights, tokens, experts.nbytes / len(work) / taken_s))
+            task.advance(len(wanted))
+    return tuple(rates), tuple(late)
+
+
+def measure_dense(working_set: int, seconds: float) -> float:
+    """Bytes per second of bfloat16 weights of linear layers, computed for one token by torch."""
+    wide, narrow = 2 * HIDDEN, HIDDEN
+    pairs = max(1, working_set // (2 * 2 * wide * narrow))
+    with torch.inference_mode():
+        weights = _allocate(pairs * 2 * 2 * wide * narrow).view(torch.bfloat16).view(2, pairs, -1)
+        up = weights[0].view(pairs, wide, narrow).copy_(_noise((wide, narrow)))
+        down = weights[1].view(pairs, narrow, wide).copy_(_noise((narrow, wide)))
+        hidden = _noise((1, narrow))
+        calls = [partial(_two_layers, hidden, *each) for each in zip(up, down, strict=True)]
+        return 2 * up[0].nbytes / best_s(calls, seconds)
+
+
+class _Module(nn.Module):
+    """An experts module as transformers has them, without weights."""
+
+    has_gate, has_bias, has_post_expert_norm = True, False, False
+    is_transposed, is_concatenated = False, True
+
+    def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class Experts:
+    """A working set of experts of random `weights`, all of one kind, on a `device`. `nbytes`: of all of them."""
+
+    def __init__(self, weights: str, working_set: int, device: torch.device | str = "cpu") -> None:
+        self._dtype = torch.float32 if weights == "float32" else torch.bfloat16
+        up, down = (2 * INNER, HIDDEN), (HIDDEN, INNER)
+        first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
+        self._plain = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
+        self._quantizer = Quantizer(self._plain, False, weights, _GROUP) if weights in NUMBER_BITS else None
+        self._layout = self._quantizer.layout if self._quantizer else self._plain
+        images = [self._image(number).to(device) for number in range(_DISTINCT)]
+        count = max(2, working_set // (images[0].nbytes * TOP_K)) * TOP_K
+        memory = _allocate(count * images[0].nbytes, device).view(count, -1)
+        for number, place in enumerate(memory):
+            place.copy_(images[number % _DISTINCT])
+        self._experts = [self._tensors(place) for place in memory]
+        self._device = device
+        self.nbytes = memory.nbytes
+
+    def maths(self, pool: NativePool | None) -> ExpertMaths:
+        """What computes them: the library, or torch without `pool`."""
+        if pool is None:
+            return ExpertMaths(_Module(), self._layout.quantization)
+        return NativeMaths(_Module(), self._layout, pool)
+
+    def calls(self, maths: ExpertMaths, tokens: int) -> list[Call]:
+        """What computes all of them once, each for `tokens` tokens: a call for the experts of one token, or for one
+        expert of many.
+        """
+        hidden = _noise((tokens, HIDDEN), self._dtype).to(self._device)
+        shares = torch.full((tokens, TOP_K if tokens == 1 else 1), 1 / TOP_K, dtype=self._dtype, device=self._device)
+        if tokens > 1:
+            return [partial(maths.expert, hidden, expert, shares) for expert in self._experts]
+        groups = [self._experts[at : at + TOP_K] for at in range(0, len(self._experts), TOP_K)]
+        return [partial(_one_token, maths, hidden, shares, group) for group in groups]
+
+    def _image(self, seed: int) -> torch.Tensor:
+        """One expert's bytes."""
+        tensors = {spec.name: _noise(spec.shape, self._dtype, seed) for spec in self._plain.tensors}
+        if self._quantizer is None:
+            return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
+        data = b"".join(self._quantizer.encode(tensors, "an expert"))
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _tensors(self, place: torch.Tensor) -> Tensors:
+        return {
+            spec.name: place[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+            for spec in self._layout.tensors
+        }
+
+
+def _one_token(maths: ExpertMaths, hidden: torch.Tensor, shares: torch.Tensor, experts: list[Tensors]) -> torch.Tensor:
+    places = range(len(experts))
+    step = maths.token(hidden, shares)
+    step.compute(places, experts)
+    return step.total(places)
+
+
+def _two_layers(hidden: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.linear(hidden, up), down)
+
+
+def _allocate(nbytes: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Bytes on `device`; on the processor in huge pages, as the engine has its slots and dense weights."""
+    if torch.device(device).type == "cpu":
+        return torch.frombuffer(allocate_buffer(nbytes), dtype=torch.uint8, count=nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))

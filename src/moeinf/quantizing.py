@@ -1,0 +1,161 @@
+"""From a stored model to another one, whose experts are quantised and whose other files are the same.
+
+Owns the order of the work. Knows nothing of how numbers are chosen (quantized), or how files become durable (incoming).
+torch and transformers are imported inside functions: what is refused is refused before they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from .errors import CapacityError, ModelNotFoundError, UnsupportedError, UsageError
+from .files import Bytes
+from .forms import ExpertForm, name_precision
+from .incoming import Incoming
+from .manifest import QUANTIZED_SCHEMA, ExpertLayout, Manifest, expert_path
+from .progress import NO_PROGRESS, Progress
+from .store import Store, StoredModel
+from .tensorfile import TensorFile, encode_expert_header
+from .units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from .quantized import Quantizer
+
+__all__ = ["quantize_model"]
+
+
+def quantize_model(
+    model: StoredModel,
+    name: str,
+    form: ExpertForm,
+    *,
+    store: Store,
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+    notify: Callable[[str], None] = lambda _: None,
+) -> StoredModel:
+    """Write `model` to the store once more as `name`, its experts in `form`, and return it.
+
+    One expert at a time is in memory. Files without experts are linked where the disk can, and copied elsewhere. What
+    is here already is returned as it is, unless `force` asks for it anew; a run that did not finish is continued.
+
+    Raises UsageError when the name is taken by another model, UnsupportedError for a model that is quantised already,
+    CapacityError when the disk is too small, IntegrityError for weights that are not finite, or for damaged files.
+    """
+    there = model.manifest.layout.quantization
+    if there is not None:
+        raise UnsupportedError(
+            f"{model.name} has {there.text} already", hint="quantize the model that it was made of, or pull that again"
+        )
+    if name == model.name:
+        raise UsageError(f"{name} is the model itself", hint=f"choose another --name, like {name}-{form.kind}")
+    if not force and (existing := _existing(model, name, form, store)):
+        notify(f"{name} is here already, made of {model.manifest.source.repo}")
+        return existing
+    with model.use(), store.incoming(name, "quantizing") as incoming:
+        key = {"schema": QUANTIZED_SCHEMA, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
+        if incoming.begin(key):
+            notify(f"going on with {name}: {format_bytes(incoming.written_bytes)} are written")
+        quantizer = _quantizer(model, form)
+        manifest = dataclasses.replace(
+            model.manifest,
+            layout=quantizer.layout,
+            precision=name_precision(model.manifest.precision, quantizer.layout),
+        )
+        _require_room(store, manifest, incoming)
+        _take_over_files(model, incoming)
+        _write_experts(model, quantizer, incoming, progress)
+        incoming.publish(manifest)
+    return store.open(name)
+
+
+def _existing(model: StoredModel, name: str, form: ExpertForm, store: Store) -> StoredModel | None:
+    """The model that is asked for, if it is here. Raises UsageError if its name is taken by another one."""
+    try:
+        existing = store.open(name)
+    except ModelNotFoundError:
+        return None
+    there = existing.manifest
+    if ExpertForm.of(there.layout.quantization) == form and _other_files(there) == _other_files(model.manifest):
+        return existing
+    raise UsageError(
+        f"{name} is here already, and is {there.source.repo} in {there.precision}",
+        hint="choose another --name to keep both, or add --force to replace it",
+    )
+
+
+def _quantizer(model: StoredModel, form: ExpertForm) -> Quantizer:
+    from .metamodel import MetaModel, choose_dtype, load_config
+
+    loaded = load_config(model.path)
+    meta = MetaModel(loaded, choose_dtype(model.manifest.dtype, loaded.dtype))
+    is_transposed = meta.is_transposed(model.manifest.layers[0].module)
+    return form.quantizer(model.manifest.layout, is_transposed=is_transposed)
+
+
+def _require_room(store: Store, manifest: Manifest, incoming: Incoming) -> None:
+    left = sum(not incoming.is_done(expert_path(*expert)) for expert in _experts(manifest))
+    needed_bytes = left * manifest.layout.file_bytes
+    free_bytes = shutil.disk_usage(store.home).free
+    if needed_bytes > free_bytes:
+        raise CapacityError(
+            f"the experts need {format_bytes(needed_bytes)} more disk, and {format_bytes(free_bytes)} are free at"
+            f" {store.home}",
+            hint=f"free {format_bytes(needed_bytes - free_bytes)}",
+        )
+
+
+def _experts(manifest: Manifest) -> Iterator[tuple[int, int]]:
+    """(layer, expert) of every expert file."""
+    return ((layer, expert) for layer, about in enumerate(manifest.layers) for expert in range(about.num_experts))
+
+
+def _other_files(manifest: Manifest) -> dict[str, object]:
+    """What the manifest says of the files that hold no expert."""
+    experts = {expert_path(*expert) for expert in _experts(manifest)}
+    return {path: record for path, record in manifest.files.items() if path not in experts}
+
+
+def _take_over_files(model: StoredModel, incoming: Incoming) -> None:
+    for path in _other_files(model.manifest):
+        if not incoming.is_done(path):
+            incoming.link(path, model.path / path, model.manifest.files[path])
+
+
+def _write_experts(model: StoredModel, quantizer: Quantizer, incoming: Incoming, progress: Progress) -> None:
+    manifest = model.manifest
+    paths = {expert_path(layer, expert): (layer, expert) for layer, expert in _experts(manifest)}
+    left = [path for path in paths if not incoming.is_done(path)]
+    with progress.task("quantize", len(paths), "experts", done=len(paths) - len(left)) as task:
+        for path in left:
+            layer, expert = paths[path]
+            what = f"expert {expert} of {manifest.layers[layer].module}"
+            incoming.write(path, _expert_chunks(model, path, quantizer, what))
+            task.advance(1)
+
+
+def _expert_chunks(model: StoredModel, path: str, quantizer: Quantizer, what: str) -> Iterator[Bytes]:
+    yield encode_expert_header(quantizer.layout.tensors)
+    with TensorFile.open(model.path / path) as file:
+        tensors = _read(file, model.manifest.layout)
+    yield from quantizer.encode(tensors, what)
+
+
+def _read(file: TensorFile, layout: ExpertLayout) -> dict[str, torch.Tensor]:
+    import torch
+
+    from .dtypes import TORCH_DTYPES
+
+    data = bytearray(layout.nbytes)
+    file.pread_into(data, layout.data_offset)
+    tensors = {}
+    for spec in layout.tensors:
+        dtype = TORCH_DTYPES[spec.dtype]
+        count = spec.nbytes // dtype.itemsize
+        tensors[spec.name] = torch.frombuffer(data, dtype=dtype, count=count, offset=spec.offset).view(spec.shape)
+    return tensors

@@ -1,0 +1,98 @@
+"""Recorded routing in the routers' place: a model of any weights then asks for experts as another one really did.
+
+What a replay times is the engine and the machine, with the locality of the recording; what the model says means
+nothing. Works on any transformers model whose experts are modules of their own, moeinf's or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import UsageError
+from .manifest import Manifest
+from .trace import NO_EXPERT, Trace
+
+__all__ = ["Replay", "check_replay"]
+
+
+def check_replay(trace: Trace, manifest: Manifest) -> None:
+    """Raise UsageError, which says what does not fit, unless each layer of the model can follow that layer of the
+    trace; layers of the trace beyond the model's are left out.
+    """
+    recorded, layers = trace.identity, manifest.layers
+    if len(recorded.layer_sizes) < len(layers):
+        raise _misfit(f"it has {len(recorded.layer_sizes)} MoE layers, the model {len(layers)}")
+    for number, layer in enumerate(layers):
+        if recorded.layer_sizes[number] > layer.num_experts:
+            raise _misfit(
+                f"its layer {number} has {recorded.layer_sizes[number]} experts, the model's {layer.num_experts}"
+            )
+        if recorded.top_k[number] > layer.top_k:
+            raise _misfit(f"its layer {number} asks for {recorded.top_k[number]} experts, the model's {layer.top_k}")
+    empty = (trace.experts[:, : len(layers)] == NO_EXPERT).all(axis=2)
+    for token, number in np.argwhere(empty)[:1]:
+        raise _misfit(f"token {token} asks for no expert of layer {number}")
+
+
+class Replay:
+    """Makes experts modules compute what a trace names. One thread uses it, the model's.
+
+    Args:
+        sequences: the requests that can be replayed, each a trace of its own, checked by `check_replay`.
+        modules: the model's experts modules, one per MoE layer in forward order.
+    """
+
+    def __init__(self, sequences: Sequence[Trace], modules: Iterable[nn.Module]) -> None:
+        self._sequences = sequences
+        self._now: Trace | None = None
+        self._token = 0
+        self._last = -1
+        for layer, module in enumerate(modules):
+            module.register_forward_pre_hook(self._hook(layer))
+            self._last = layer
+
+    def begin(self, sequence: int, first: int = 0) -> None:
+        """The next token that runs is `first` of this sequence. After its last token the routers choose again."""
+        self._now, self._token = self._sequences[sequence], first
+
+    def _hook(self, layer: int) -> Any:
+        def choose(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            hidden, experts, weights, *rest = arguments
+            begin, end = self._token, self._token + len(experts)
+            if layer == self._last:
+                self._token = end
+            if self._now is None or end > self._now.num_tokens:
+                return None
+            chosen, shares = _choice(self._now, layer, begin, end)
+            return (hidden, chosen.to(experts.dtype), shares.to(weights.dtype), *rest)
+
+        return choose
+
+
+def _choice(trace: Trace, layer: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts and weights of some tokens, both [tokens, k]; without weights in the trace all experts count alike. A
+    place that a token leaves empty is left out, or where other tokens fill it, names one expert again, at weight 0.
+    """
+    width = trace.identity.top_k[layer]
+    experts = trace.experts[begin:end, layer, :width]
+    is_used = experts != NO_EXPERT
+    if trace.weights is None:
+        weights = is_used / is_used.sum(axis=1, keepdims=True)
+    else:
+        weights = trace.weights[begin:end, layer, :width].astype(np.float32)
+    first = np.take_along_axis(experts, is_used.argmax(axis=1)[:, None], axis=1)
+    places = is_used.any(axis=0)
+    chosen = np.where(is_used, experts, first)[:, places]
+    return torch.from_numpy(chosen), torch.from_numpy(weights[:, places])
+
+
+def _misfit(what: str) -> UsageError:
+    return UsageError(
+        f"the trace cannot be replayed with this model: {what}",
+        hint="python -m moeinf.testing SHAPE FOLDER --layers N --experts N --top-k N makes a model that fits",
+    )

@@ -1,0 +1,250 @@
+"""Checkpoints of random weights in the shapes of real models, so that anybody can repeat a measurement.
+
+    python -m moeinf.testing qwen3-30b-a3b FOLDER --layers 12
+
+Such a checkpoint times a machine, and says nothing about the model whose shapes it has: its config.json calls it
+random, and so does the store that it is pulled into. Holds one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .checkpoint import INDEX_NAME
+from .errors import UsageError
+from .tensorfile import encode_header
+
+__all__ = ["RANDOM_KEY", "SHAPES", "Shape", "write_checkpoint"]
+
+RANDOM_KEY = "random_weights"
+"""The key of config.json that says whose shapes these are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the config of a model says. `layers` are the model's own, `written` as many as take some ten gigabytes;
+    `experts` is the field for the number of experts of a layer.
+    """
+
+    model_type: str
+    layers: int
+    written: int
+    experts: str
+    fields: dict[str, Any]
+
+    def config(self, layers: int | None = None, experts: int | None = None, top_k: int | None = None) -> Any:
+        """The model's config with so many layers, experts per layer and experts per token; None leaves its own, but for
+        the layers. Raises UsageError for numbers that cannot be.
+        """
+        fields = {"num_hidden_layers": self.written if layers is None else layers, **self.fields}
+        fields |= {} if experts is None else {self.experts: experts}
+        fields |= {} if top_k is None else {"num_experts_per_tok": top_k}
+        if fields["num_hidden_layers"] < 1 or not 1 <= fields["num_experts_per_tok"] <= fields[self.experts]:
+            raise UsageError(
+                f"no model has {fields['num_hidden_layers']} layers of {fields[self.experts]} experts,"
+                f" {fields['num_experts_per_tok']} per token"
+            )
+        make: Any = CONFIG_MAPPING[self.model_type]
+        return make(**fields, tie_word_embeddings=False, dtype="bfloat16")
+
+
+SHAPES = {
+    "small": Shape(  # 1.67 B parameters, of nobody's model: experts of 3 MiB
+        "qwen3_moe",
+        16,
+        16,
+        "num_experts",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 1024,
+            "intermediate_size": 2048,
+            "moe_intermediate_size": 512,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    "deepseek-v2-lite": Shape(  # experts of 16.5 MiB; the first layer is dense
+        "deepseek_v2",
+        27,
+        10,
+        "n_routed_experts",
+        {
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+        },
+    ),
+    "gpt-oss-20b": Shape(  # experts of 47.5 MiB, as bfloat16
+        "gpt_oss",
+        24,
+        8,
+        "num_local_experts",
+        {
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+        },
+    ),
+    "mixtral-8x7b": Shape(  # experts of 336 MiB
+        "mixtral",
+        32,
+        4,
+        "num_local_experts",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "olmoe": Shape(  # experts of 12 MiB
+        "olmoe",
+        16,
+        12,
+        "num_experts",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    "qwen3-30b-a3b": Shape(  # experts of 9 MiB
+        "qwen3_moe",
+        48,
+        12,
+        "num_experts",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def write_checkpoint(config: PreTrainedConfig, folder: Path, name: str, seed: int = 0) -> None:
+    """Write a random checkpoint of `config`, marked as of the shapes of `name`: a shard per layer, under the names and
+    in the shapes of the transformers model itself.
+
+    So transformers can map it into memory as it lies, which is the best case for the programs that moeinf is measured
+    against. Its tokenizer makes a token of every byte. A folder that has an index already is left as it is.
+    """
+    index = folder / INDEX_NAME
+    if index.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    setattr(config, RANDOM_KEY, name)
+    config.save_pretrained(folder)
+    _write_tokenizer(folder)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(_shards(config)):
+        file = f"model-{number:05d}.safetensors"
+        header = encode_header([(tensor, "BF16", shape) for tensor, shape in shapes.items()], {"format": "pt"})
+        with (folder / file).open("wb") as shard:
+            shard.write(header)
+            for tensor, shape in shapes.items():
+                shard.write(_random(tensor, shape, generator).view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys(shapes, file)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast  # untyped
+    fast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(folder)
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+    # Embeddings outweigh what attention averages over the context, or all tokens would be routed alike; and not by so
+    # much that every layer sees the same: its router then guesses the next one's choice no better than in real models.
+    spread = 1.0 if "embed_tokens" in name else 0.02
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, spread, generator=generator)
+
+
+def _shards(config: PreTrainedConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The shapes of all tensors by name, what stands outside the layers first."""
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for layer in (None, *range(config.num_hidden_layers)):
+        prefix = f"model.layers.{layer}."
+        yield {
+            name: shape
+            for name, shape in shapes.items()
+            if (name.startswith(prefix) if layer is not None else ".layers." not in name)
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m moeinf.testing", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="default: as many as take some ten gigabytes")
+    parser.add_argument("--experts", type=int, help="per layer; default: the model's own")
+    parser.add_argument("--top-k", type=int, help="experts per token; default: the model's own")
+    arguments = parser.parse_args()
+    try:
+        config = SHAPES[arguments.shape].config(arguments.layers, arguments.experts, arguments.top_k)
+    except UsageError as error:
+        parser.error(str(error))
+    write_checkpoint(config, arguments.folder, arguments.shape)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What a forecast needs, gathered: of models here, of folders, of the hub; and what `show_plan` makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fakehub import FakeHub
+from families import make_checkpoint
+from machines import make_machine
+from moeinf import demo, hub, memory, planning
+from moeinf.cli.options import EngineFlags
+from moeinf.cli.output import Mode, Output
+from moeinf.cli.planning import show_plan
+from moeinf.errors import CapacityError, ModelNotFoundError, UnsupportedError
+from moeinf.evidence import CURVE_FILE, add_runs
+from moeinf.forecast import PUBLISHED
+from moeinf.manifest import Manifest
+from moeinf.planning import Subject, find_curve, find_subject
+from moeinf.pull import pull
+from moeinf.simulate import events, replay
+from moeinf.store import TRACES_FOLDER, Store
+from moeinf.trace import ModelIdentity
+from moeinf.tracefile import write_trace
+from test_forecast import run
+from traces import make_trace
+
+GIB = 1 << 30
+TINY_SETTING = {"host_memory": "200MiB", "context": 64}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same model in several weight files and in one."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make_checkpoint("mixtral", folder / "sharded", max_shard_size="25KB")
+    make_checkpoint("mixtral", folder / "single")
+    return {"org/sharded": folder / "sharded", "org/single": folder / "single"}
+
+
+@pytest.fixture
+def fake(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setattr(hub, "_sleep", lambda _: None)
+    with FakeHub(checkpoints) as fake:
+        fake.connect(monkeypatch)
+        yield fake
+
+
+def without_files(manifest: Manifest) -> Manifest:
+    return dataclasses.replace(manifest, files={})
+
+
+def test_a_folder_is_known_as_if_it_were_pulled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    before = find_subject(str(checkpoints["org/sharded"]), store)
+    pull(str(checkpoints["org/sharded"]), store=store)
+    after = find_subject("sharded", store)
+    assert before.traces is None
+    assert after.traces == store.path("sharded") / TRACES_FOLDER
+    assert (before.name, before.shape) == (after.name, after.shape)
+    assert before.manifest == without_files(after.manifest)
+
+
+def test_of_a_hub_repo_configuration_and_index_are_enough(
+    checkpoints: dict[str, Path], fake: FakeHub, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    seen = find_subject("org/sharded", store)
+    assert not any(".safetensors" in request.path and "index" not in request.path for request in fake.requests)
+    pull("org/sharded", store=store)
+    stored = find_subject("sharded", store)
+    assert (seen.shape, seen.manifest) == (stored.shape, without_files(stored.manifest))
+
+
+def test_what_is_here_is_not_asked_for_at_the_hub(fake: FakeHub, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    pull("org/sharded", store=store)
+    fake.requests.clear()
+    find_subject("org/sharded", store)
+    assert fake.requests == []
+
+
+def test_without_an_index_nothing_can_be_said(fake: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="one file without an index") as caught:
+        find_subject("org/single", Store(tmp_path))
+    assert caught.value.hint == "moeinf pull org/single"
+
+
+@pytest.mark.parametrize("model", ["mixtrall", "org/nothing"])
+@pytest.mark.usefixtures("fake")
+def test_what_is_nothing(model: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        find_subject(model, Store(tmp_path))
+
+
+def test_demo_needs_no_pull(tmp_path: Path) -> None:
+    subject = find_subject("demo", Store(tmp_path))
+    assert (subject.name, subject.traces) == (demo.NAME, None)
+    assert subject.manifest.num_experts == 192
+    assert not (tmp_path / "models").exists()
+
+
+# Curves
+
+
+@pytest.fixture
+def subject(tiny: str, tmp_path: Path) -> Subject:
+    """The tiny model, with an empty folder of traces of its own."""
+    return dataclasses.replace(find_subject(tiny, Store()), traces=tmp_path)
+
+
+def keep_trace(subject: Subject, tokens: int, name: str = "trace") -> None:
+    assert subject.traces is not None
+    identity = ModelIdentity.of("tiny", subject.manifest)
+    write_trace(make_trace(identity, tokens), subject.traces / f"{name}.safetensors")
+
+
+def test_without_traces_the_curve_is_the_published_one(subject: Subject) -> None:
+    assert find_curve(subject, "lru") is PUBLISHED
+    assert find_curve(dataclasses.replace(subject, traces=None), "lru") is PUBLISHED
+    keep_trace(subject, 20)
+    assert find_curve(subject, "lru") is PUBLISHED, "20 tokens say nothing"
+
+
+def test_traces_are_replayed_and_their_curve_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert subject.traces is not None
+    keep_trace(subject, 200)
+    curve = find_curve(subject, "lru")
+    assert curve.source == "traces of this model: 198 decoded tokens replayed with lru"
+    assert (subject.traces / CURVE_FILE).exists()
+    monkeypatch.setattr(planning, "_replayed", None)
+    assert find_curve(subject, "lru") == curve
+
+
+def test_the_curve_is_that_of_a_cache_that_has_been_filled(subject: Subject) -> None:
+    keep_trace(subject, 200)
+    history = list(events(make_trace(ModelIdentity.of("tiny", subject.manifest), 200)))
+    half, whole = (replay(part, (8, 8), "lru", 8) for part in (history[: len(history) // 2], history))
+    late = (whole.hits - half.hits) / (whole.requests - half.requests)
+    assert dict(find_curve(subject, "lru").points)[0.5] == late
+
+
+def test_a_new_trace_or_another_policy_makes_a_new_curve(subject: Subject) -> None:
+    keep_trace(subject, 200)
+    first = find_curve(subject, "lru")
+    assert find_curve(subject, "random").source != first.source
+    keep_trace(subject, 300, "more")
+    assert "496 decoded tokens" in find_curve(subject, "lru").source
+
+
+def test_what_is_no_trace_of_this_model_is_left_out(subject: Subject) -> None:
+    assert subject.traces is not None
+    write_trace(make_trace(tokens=200), subject.traces / "other.safetensors")
+    (subject.traces / "damaged.safetensors").write_bytes(b"nothing")
+    (subject.traces / "a.1.draft.safetensors").write_bytes(b"nothing")
+    assert find_curve(subject, "lru") is PUBLISHED
+    keep_trace(subject, 100)
+    assert find_curve(subject, "lru").source.startswith("traces of this model: 98 decoded")
+
+
+# What is shown
+
+
+def show(model: str, mode: Mode = Mode.HUMAN, **flags: object) -> tuple[str, int]:
+    stdout = io.StringIO()
+    output = Output(mode, stdin=io.StringIO(), stdout=stdout, stderr=io.StringIO())
+    code = show_plan(model, make_machine(), EngineFlags(**flags), output)  # type: ignore[arg-type]
+    return stdout.getvalue(), code
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a fixed amount of free memory."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: GIB)
+
+
+@pytest.mark.usefixtures("free")
+def test_word_sentence_arithmetic_chart_and_advice(tmp_path: Path) -> None:
+    text, code = show("demo", experts="25%")
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0] == "comfortable"
+    assert lines[1].endswith(
+        "48 of 192 experts (25%) fit in memory, and the system's page cache has room for the files of the others."
+    )
+    heads = [line.split("  ")[0] for line in lines if line and not line.startswith(" ")]
+    assert heads[2:6] == ["MEMORY", "A TOKEN", "FIRST TOKEN", f"Hit rate from {PUBLISHED.source}."]
+    assert sum("█" in line for line in lines) == 8
+    assert lines[-1].startswith("What would help most: ")
+
+
+@pytest.mark.usefixtures("free")
+def test_as_json() -> None:
+    text, _ = show("demo", Mode.JSON, experts="25%")
+    data = json.loads(text)
+    assert list(data) == [
+        "schema",
+        "model",
+        "verdict",
+        "regime",
+        "reason",
+        "plan",
+        "expected",
+        "curve_source",
+        "corrected_by",
+        "budgets",
+        "advice",
+    ]
+    plan, expected = data["plan"], data["expected"]
+    assert plan["total"] == plan["dense"] + plan["kv_cache"] + plan["workspace"] + plan["experts"] <= plan["budget"]
+    assert {"ttft_s", "tpot_s", "tokens_per_s", "by", "bound_s", "hit_rate"} <= set(expected)
+    assert expected["tokens_per_s"] == pytest.approx(1 / expected["tpot_s"])
+    assert data["corrected_by"] == {"factor": 1.0, "runs": 0}
+    assert len(data["budgets"]) == 8
+
+
+@pytest.mark.usefixtures("free")
+def test_the_word_alone() -> None:
+    assert show("demo", Mode.QUIET) == ("resident\n", 0)
+
+
+@pytest.mark.parametrize(("mode", "shown"), [(Mode.HUMAN, "no\n"), (Mode.QUIET, "no\n")])
+def test_what_cannot_run_is_a_no(mode: Mode, shown: str) -> None:
+    stdout = io.StringIO()
+    output = Output(mode, stdin=io.StringIO(), stdout=stdout, stderr=io.StringIO())
+    with pytest.raises(CapacityError, match="the model needs") as caught:
+        show_plan("demo", make_machine(), EngineFlags(host_memory="20MiB"), output)
+    assert stdout.getvalue() == shown
+    assert caught.value.hint is not None
+
+
+def test_a_no_as_json() -> None:
+    stdout = io.StringIO()
+    output = Output(Mode.JSON, stdin=io.StringIO(), stdout=stdout, stderr=io.StringIO())
+    with pytest.raises(CapacityError) as caught:
+        show_plan("demo", make_machine(), EngineFlags(host_memory="20MiB"), output)
+    data = json.loads(stdout.getvalue())
+    assert (data["schema"], data["verdict"], data["plan"]) == (1, "no", None)
+    assert data["reason"] == str(caught.value)
+    assert data["advice"] == [{"what": caught.value.hint, "tokens_per_s": None}]
+
+
+@pytest.mark.usefixtures("free")
+def test_past_runs_are_said_to_correct(tiny: str) -> None:
+    traces = Store().path(tiny) / TRACES_FOLDER
+    before = json.loads(show(tiny, Mode.JSON, experts="8")[0])
+    slow = run(8, 2 * before["expected"]["tpot_s"], hit_rate=before["expected"]["hit_rate"], reads_files=True)
+    traces.mkdir()
+    try:
+        add_runs(traces, [slow, slow])
+        text, _ = show(tiny, experts="8")
+        assert "Corrected by 2 past runs: times 2.00." in text.splitlines()
+    finally:
+        shutil.rmtree(traces)

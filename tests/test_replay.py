@@ -1,0 +1,116 @@
+"""Replayed routing: that the recorded experts are computed, and what cannot be replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import moeinf
+from moeinf.errors import UsageError
+from moeinf.generation import Sampling
+from moeinf.manifest import Source
+from moeinf.recorder import Recorder
+from moeinf.replay import Replay, check_replay
+from moeinf.store import Store
+from moeinf.trace import NO_EXPERT, ModelIdentity, Trace
+
+
+def make_trace(experts: Any, *, size: int = 8, top_k: int = 2, weights: Any = None) -> Trace:
+    array = np.array(experts, np.int16)
+    tokens, layers, _ = array.shape
+    identity = ModelIdentity("other", "", Source(""), (size,) * layers, (top_k,) * layers)
+    shares = None if weights is None else np.array(weights, np.float16)
+    rows = (np.zeros(tokens, np.int32), np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.bool_))
+    return Trace(identity, array, shares, *rows)
+
+
+class Seen(nn.Module):
+    """An experts module that notes what it is to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[list[Any], list[Any]]] = []
+
+    def forward(self, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert experts.dtype == torch.int64
+        self.calls.append((experts.tolist(), weights.tolist()))
+        return hidden
+
+
+def run(modules: list[Seen], tokens: int) -> None:
+    for module in modules:
+        module(torch.zeros(tokens, 4), torch.full((tokens, 2), 7), torch.full((tokens, 2), 0.5))
+
+
+def test_tokens_follow_the_trace_and_then_the_routers() -> None:
+    trace = make_trace(
+        [[[0, 1], [2, 3]], [[4, 5], [6, 0]], [[1, 2], [3, 4]]],
+        weights=[[[0.75, 0.25], [1, 0.5]], [[0.5, 0.5], [0.5, 0.25]], [[1, 0.5], [1, 0.5]]],
+    )
+    modules = [Seen(), Seen()]
+    replay = Replay([trace], modules)
+    run(modules, 1)
+    replay.begin(0)
+    run(modules, 2)
+    run(modules, 1)
+    run(modules, 1)
+    replay.begin(0, 2)
+    run(modules, 1)
+    routers = ([[7, 7]], [[0.5, 0.5]])
+    last = ([[1, 2]], [[1.0, 0.5]])
+    assert modules[0].calls == [routers, ([[0, 1], [4, 5]], [[0.75, 0.25], [0.5, 0.5]]), last, routers, last]
+    assert modules[1].calls[1] == ([[2, 3], [6, 0]], [[1.0, 0.5], [0.5, 0.25]])
+
+
+def test_empty_places_and_no_weights() -> None:
+    trace = make_trace([[[NO_EXPERT, 3]], [[1, 2]]])
+    module = Seen()
+    replay = Replay([trace], [module])
+    replay.begin(0)
+    run([module], 1)
+    replay.begin(0)
+    run([module], 2)
+    assert module.calls == [([[3]], [[1.0]]), ([[3, 3], [1, 2]], [[0.0, 1.0], [0.5, 0.5]])]
+
+
+def test_a_model_that_replays_itself_says_the_same(tiny: str) -> None:
+    sampling = Sampling(max_tokens=8, temperature=0.0)
+    with moeinf.load(tiny, experts="50%", prefetch="off", context=64) as engine:
+        engine.learns = False
+        recorder = Recorder(ModelIdentity.of(tiny, engine.manifest))
+        engine.runtime.recorder = recorder
+        said = engine.session().generate([5, 6, 7], sampling)
+        engine.runtime.recorder = None
+        trace = recorder.trace()
+        modules = [engine.model.get_submodule(layer.module) for layer in engine.manifest.layers]
+        replay = Replay([trace], modules)
+        again = Recorder(ModelIdentity.of(tiny, engine.manifest))
+        engine.runtime.recorder = again
+        replay.begin(0)
+        engine.session().generate([9, 10, 11], sampling)  # other tokens, and yet the same experts
+        assert np.array_equal(again.trace().experts, trace.experts)
+        replay.begin(0)
+        assert engine.session().generate([5, 6, 7], sampling).tokens == said.tokens
+
+
+@pytest.mark.parametrize(
+    ("trace", "why"),
+    [
+        (make_trace([[[0, 1]]]), "it has 1 MoE layers, the model 2"),
+        (make_trace([[[0, 1]] * 2], size=9), "its layer 0 has 9 experts, the model's 8"),
+        (make_trace([[[0, 1, 2]] * 2], top_k=3), "its layer 0 asks for 3 experts, the model's 2"),
+        (make_trace([[[0, 1]] * 2, [[0, 1], [-1, -1]]]), "token 1 asks for no expert of layer 1"),
+    ],
+)
+def test_what_does_not_fit(tiny: str, trace: Trace, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        check_replay(trace, Store().open(tiny).manifest)
+    assert "moeinf.testing" in (caught.value.hint or "")
+
+
+def test_fewer_experts_and_more_layers_fit(tiny: str) -> None:
+    check_replay(make_trace([[[0], [1], [2]]], size=3, top_k=1), Store().open(tiny).manifest)

@@ -1,0 +1,70 @@
+"""What answers took, beside what was expected: noted while the engine runs, written when it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import moeinf
+from machines import make_machine
+from moeinf.evidence import MACHINE_FILE, RUNS_FILE, read_runs
+from moeinf.planning import find_subject
+from moeinf.settings import home_path
+from moeinf.store import TRACES_FOLDER, Store
+
+
+def answer(name: str, tokens: int, **options: object) -> Path:
+    """An answer of the model; returns its folder of traces."""
+    with moeinf.load(name, **options) as engine:  # type: ignore[arg-type]
+        engine.generation_config.eos_token_id = None
+        engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=tokens))
+    return Store().path(name) / TRACES_FOLDER
+
+
+def test_a_long_answer_is_noted(tiny: str) -> None:
+    [run] = read_runs(answer(tiny, 20, experts="4", prefetch="off", threads=1))
+    assert (run.slots, run.tokens, run.threads, run.prefetch) == (4, 19, 1, "off")
+    assert run.predicted_s is None
+    assert run.tpot_s > 0
+    assert 0 <= run.hit_rate < 1
+
+
+def test_a_short_answer_is_not(tiny: str) -> None:
+    assert read_runs(answer(tiny, 16)) == []
+
+
+def test_what_was_expected_stands_beside_it(tiny: str) -> None:
+    (home_path() / MACHINE_FILE).write_text(json.dumps(make_machine().to_dict()))
+    try:
+        answer(tiny, 20)
+        [run] = read_runs(answer(tiny, 3))
+        assert run.predicted_s is not None
+        assert run.predicted_s > 0
+    finally:
+        (home_path() / MACHINE_FILE).unlink()
+
+
+def test_the_hit_rate_leaves_out_what_was_foreseen(tiny: str) -> None:
+    """With `gate` nearly everything is a hit or a wait; what was read was no find of the cache."""
+    [run] = read_runs(answer(tiny, 40, experts="4", prefetch="gate"))
+    assert run.hit_rate < 0.9
+
+
+def test_a_run_never_fails_for_its_log(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise moeinf.MoeinfError("the disk is full")
+
+    monkeypatch.setattr("moeinf.evidence.add_runs", fail)
+    assert not (answer(tiny, 20) / RUNS_FILE).exists()
+
+
+def test_the_engine_and_a_forecast_divide_memory_alike(tiny: str) -> None:
+    from moeinf import memory
+    from moeinf.settings import EngineOptions
+
+    options = EngineOptions(host_memory="200MiB", context=64)
+    subject = find_subject(tiny, Store())
+    with moeinf.load(tiny, host_memory="200MiB", context=64) as engine:
+        assert engine.plan == memory.plan_memory(subject.manifest, subject.shape, options)
