@@ -61,7 +61,7 @@ def measure_machine(
             memory_rate = measure_memory(pool, min(effort.memory, available // _MEMORY_SHARE), effort.maths_s)
             task.advance(1)
             maths, late = measure_maths(pool, working_set, effort, task)
-            dense = measure_dense(working_set, effort.maths_s)
+            dense = measure_dense(pool, working_set, effort.maths_s)
             task.advance(1)
             layer_s = measure_layer(effort.layer_s)
             task.advance(1)

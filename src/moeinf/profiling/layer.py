@@ -18,7 +18,7 @@ from transformers import DynamicCache, Qwen3MoeConfig
 from moeinf import hooks
 from moeinf.cache import ExpertCache
 from moeinf.collection import ActivationCollection, RequestCounter
-from moeinf.kernels import choose_maths
+from moeinf.kernels import choose_maths, speed_up_dense
 from moeinf.ledger import MemoryPlan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.metamodel import causal_lm_class, is_experts_module
@@ -110,10 +110,12 @@ def _attach_runtime(model: Any, layers: int, stack: ExitStack) -> None:
     sizes = [_EXPERTS] * layers
     slots = layers * _EXPERTS
     pool = SlotPool(layout, slots)
+    maths = choose_maths(modules, layout, "auto", pool.tensors(0), stack)
+    hooks.attend(model, speed_up_dense(model, maths))
     runtime = ExpertRuntime(
         Path(),
         manifest,
-        choose_maths(modules, layout, "auto", pool.tensors(0), stack),
+        maths,
         cache=ExpertCache(slots, slots, make_policy(DEFAULT_POLICY, sizes)),
         pool=pool,
         reader=_NoDisk(),

@@ -15,6 +15,7 @@ from torch import nn
 
 from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
+from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativeMaths, NativePool
 from moeinf.machine import MathsRate
 from moeinf.manifest import NUMBER_BITS, ExpertLayout, TensorSpec
@@ -73,17 +74,29 @@ def measure_maths(
     return tuple(rates), tuple(late)
 
 
-def measure_dense(working_set: int, seconds: float) -> float:
-    """Bytes per second of bfloat16 weights of linear layers, computed for one token by torch."""
+def measure_dense(pool: NativePool | None, working_set: int, seconds: float) -> float:
+    """Bytes per second of bfloat16 weights of linear layers, computed for one token as the engine does it."""
     wide, narrow = 2 * HIDDEN, HIDDEN
     pairs = max(1, working_set // (2 * 2 * wide * narrow))
     with torch.inference_mode():
         weights = _allocate(pairs * 2 * 2 * wide * narrow).view(torch.bfloat16).view(2, pairs, -1)
-        up = weights[0].view(pairs, wide, narrow).copy_(_noise((wide, narrow)))
-        down = weights[1].view(pairs, narrow, wide).copy_(_noise((narrow, wide)))
-        hidden = _noise((1, narrow))
-        calls = [partial(_two_layers, hidden, *each) for each in zip(up, down, strict=True)]
-        return 2 * up[0].nbytes / best_s(calls, seconds)
+        ups = _layers(weights[0].view(pairs, wide, narrow).copy_(_noise((wide, narrow))))
+        downs = _layers(weights[1].view(pairs, narrow, wide).copy_(_noise((narrow, wide))))
+        both = nn.ModuleList([nn.Sequential(up, down) for up, down in zip(ups, downs, strict=True)])
+        if pool is not None:
+            speed_up(both, pool)
+        calls = [partial(pair, _noise((1, narrow))) for pair in both]
+        return 2 * weights[0, 0].nbytes / best_s(calls, seconds)
+
+
+def _layers(weights: torch.Tensor) -> list[nn.Linear]:
+    """A linear layer for each of `weights`, which it uses in place."""
+    layers = []
+    for weight in weights:
+        with torch.device("meta"):
+            layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        layers[-1].weight = nn.Parameter(weight, requires_grad=False)
+    return layers
 
 
 class _Module(nn.Module):
@@ -153,10 +166,6 @@ def _one_token(maths: ExpertMaths, hidden: torch.Tensor, shares: torch.Tensor, e
     step = maths.token(hidden, shares)
     step.compute(places, experts)
     return step.total(places)
-
-
-def _two_layers(hidden: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    return F.linear(F.linear(hidden, up), down)
 
 
 def _allocate(nbytes: int, device: torch.device | str = "cpu") -> torch.Tensor:
