@@ -97,6 +97,7 @@ def quality(
     def load(name: str) -> Iterator[Engine]:
         with output.busy(f"loading {name}"):
             engine = moeinf.load(name, **asdict(options))
+            engine.learns = False  # these are no requests of a person
         with engine:
             yield engine
 
