@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from moeinf.collection import ActivationCollection, RequestCounter
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.policies import make_policy
+from moeinf.profiling.layer import NoDisk
 from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
-from moeinf.steps import Arrival
-from moeinf.transfer import Reader, SlotPool, Urgency
+from moeinf.transfer import SlotPool
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 HIDDEN = 4
@@ -46,24 +45,6 @@ class NoMaths(ExpertMaths):
 
     def total(self, places: Sequence[int]) -> torch.Tensor:
         return self._total
-
-
-class NoReader(Reader):
-    """A disk that takes no time."""
-
-    def __init__(self) -> None:
-        self._done: deque[Arrival] = deque()
-
-    def fetch(
-        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
-    ) -> None:
-        self._done.append(Arrival(key, end - begin))
-
-    def wait(self) -> Arrival:
-        return self._done.popleft()
-
-    def poll(self) -> Arrival | None:
-        return self._done.popleft() if self._done else None
 
 
 def make_runtime(slots: int, policy: str) -> ExpertRuntime:
@@ -88,7 +69,7 @@ def make_runtime(slots: int, policy: str) -> ExpertRuntime:
     sizes = [EXPERTS] * LAYERS
     counter = RequestCounter(sizes, ActivationCollection(sizes))
     return ExpertRuntime(
-        Path(), manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, reader=NoReader(), counter=counter
+        Path(), manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, reader=NoDisk(), counter=counter
     )
 
 

@@ -29,7 +29,7 @@ from moeinf.steps import Arrival
 from moeinf.timing import undisturbed
 from moeinf.transfer import Reader, SlotPool, Urgency
 
-__all__ = ["measure_layer"]
+__all__ = ["NoDisk", "measure_layer"]
 
 _EXPERTS, _TOP_K = 128, 8
 _LAYERS = (4, 12)
@@ -51,7 +51,7 @@ def measure_layer(seconds: float) -> float:
     return max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
 
 
-class _NoDisk(Reader):
+class NoDisk(Reader):
     """A disk that takes no time and brings nothing."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ def _attach_runtime(model: Any, layers: int, stack: ExitStack) -> None:
         maths,
         cache=ExpertCache(slots, slots, make_policy(DEFAULT_POLICY, sizes)),
         pool=pool,
-        reader=_NoDisk(),
+        reader=NoDisk(),
         counter=RequestCounter(sizes, ActivationCollection(sizes)),
     )
     plan = MemoryPlan(
