@@ -88,8 +88,8 @@ def test_resident_is_computing_alone() -> None:
     situation, plan = small("100%")
     expected = foretell(situation, plan)
     assert (expected.hit_rate, expected.stall_s, expected.by) == (1.0, 0.0, "host")
-    assert expected.experts_s == pytest.approx(128 * 3 * MIB / (28 * GB))
-    assert expected.dense_s == pytest.approx(138 * MIB / (15 * GB))
+    assert expected.experts_s == pytest.approx(128 * 3 * MIB / (forecast.SUSTAINED * 28 * GB))
+    assert expected.dense_s == pytest.approx(138 * MIB / (forecast.SUSTAINED * 15 * GB))
     assert expected.bound_s == pytest.approx((138 + 384) * MIB / (30 * GB))
     parts = expected.dense_s + expected.layers_s + expected.experts_s + expected.bookkeeping_s
     assert expected.tpot_s == pytest.approx(parts)
@@ -125,7 +125,7 @@ def test_what_comes_from_the_page_cache_is_copied_by_the_cores() -> None:
 def test_kernels_are_those_that_the_engine_would_take() -> None:
     situation, plan = small("100%")
     torch_s = foretell(dataclasses.replace(situation, kernels="torch"), plan).experts_s
-    assert torch_s == pytest.approx(128 * 3 * MIB / (15 * GB))
+    assert torch_s == pytest.approx(128 * 3 * MIB / (forecast.SUSTAINED * 15 * GB))
     old = dataclasses.replace(
         situation.machine, processor=dataclasses.replace(situation.machine.processor, kernels="avx2")
     )
@@ -147,8 +147,8 @@ def quantised(kernels: str) -> tuple[Situation, MemoryPlan]:
 
 def test_quantised_experts_have_a_rate_of_their_own() -> None:
     stored, plain = 128 * 768 * KIB, 128 * 3 * MIB
-    assert foretell(*quantised("auto")).experts_s == pytest.approx(stored / (12 * GB))
-    by_torch_s = plain / (15 * GB) * (1 + forecast.EXPANDING["int4"])
+    assert foretell(*quantised("auto")).experts_s == pytest.approx(stored / (forecast.SUSTAINED * 12 * GB))
+    by_torch_s = plain / (forecast.SUSTAINED * 15 * GB) * (1 + forecast.EXPANDING["int4"])
     assert foretell(*quantised("torch")).experts_s == pytest.approx(by_torch_s)
 
 

@@ -39,6 +39,9 @@ FORESEE_S = 200e-6
 """Asking the next layer's router (docs/experiments.md)."""
 TOKEN_S = 2e-3
 """What transformers' `generate` takes per token beside the model."""
+SUSTAINED = 0.75
+"""A machine's rates are those of its best moments; over whole tokens weights are computed at this share of them
+(docs/performance.md)."""
 TRIM_S = 3.5e-3
 """Giving freed memory back, per layer of a long step (`runtime.MANY_TOKENS`)."""
 COPIES = 3
@@ -232,11 +235,12 @@ class _Costs:
         if situation.reads_files:
             self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
         self._kind = _kind_of(manifest.layout)
-        self._dense_rate = min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
+        self._dense_rate = SUSTAINED * min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
         self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
         self.dense_s = self.dense_bytes / self._dense_rate
         self.layers_s = shape.layers * machine.layer_s + TOKEN_S
-        self._expert_rate = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
+        best = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
+        self._expert_rate = SUSTAINED * best
         self.experts_s = self.token_bytes / self._expert_rate
 
     def bookkeeping_s(self, hits: float) -> float:
