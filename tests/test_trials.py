@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeinf.trials import _GLANCE_TOKENS, _LEAST_ASKS, _SETTLED_TOKENS, _TRIAL_TOKENS, Trials
+from moeinf.trials import _GLANCE_TOKENS, _LEAST_ASKS, _SETTLED_TOKENS, _TRIAL_TOKENS, _WORTH, Trials
 
 LAYERS = 3
 
@@ -23,7 +23,8 @@ def run(trials: Trials, tokens: int, costs: dict[str, tuple[float, float]]) -> l
 @pytest.mark.parametrize("best", ["off", "eam", "gate"])
 def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
     trials = Trials(["off", "eam", "gate"])
-    costs = {way: (0.0 if way == "off" else 0.1, 1.0 if way == best else 1.3) for way in ("off", "eam", "gate")}
+    stalls = {"off": 1.2, "eam": 1.1, "gate": 1.1, best: 0.9 if best == "off" else 0.75}
+    costs = {way: (0.0 if way == "off" else 0.1, stalls[way]) for way in ("off", "eam", "gate")}
     tried = run(trials, 3 * _TRIAL_TOKENS, costs)
     assert [tried.count(way) for way in costs] == [_TRIAL_TOKENS] * 3
     assert tried[:6] == ["off", "eam", "gate"] * 2  # in turn
@@ -34,13 +35,20 @@ def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
 
 def test_what_wins_again_stays_longer() -> None:
     trials = Trials(["off", "gate"])
-    costs = {"off": (0.0, 1.0), "gate": (0.1, 0.8)}
+    costs = {"off": (0.0, 1.0), "gate": (0.1, 0.6)}
     for expected in (_SETTLED_TOKENS, 2 * _SETTLED_TOKENS, 4 * _SETTLED_TOKENS):
         run(trials, 2 * _TRIAL_TOKENS, costs)
         assert run(trials, expected, costs) == ["gate"] * expected
     run(trials, 2 * _TRIAL_TOKENS, {"off": (0.0, 1.0), "gate": (0.1, 1.2)})
     assert run(trials, _SETTLED_TOKENS, costs) == ["off"] * _SETTLED_TOKENS
     assert not trials.is_settled
+
+
+def test_a_small_gain_is_not_worth_it() -> None:
+    for stall_s, chosen in ((_WORTH - 0.11, "gate"), (_WORTH - 0.09, "off")):
+        trials = Trials(["off", "gate"])
+        run(trials, 2 * _TRIAL_TOKENS, {"off": (0.0, 1.0), "gate": (0.1, stall_s)})
+        assert trials.way == chosen
 
 
 def test_what_cannot_win_is_out_at_once() -> None:

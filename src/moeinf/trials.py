@@ -21,6 +21,9 @@ as many each time that it is the best again.
 _GLANCE_TOKENS = 2
 _HOPELESS = 1.5
 """A way that after so many tokens costs so many times what the best one does is tried no longer."""
+_WORTH = 0.8
+"""A way is worth going if it costs at most this share of what foreseeing nothing does: reads of wrong guesses take the
+processor and the disk from others, which no account shows."""
 _LEAST_ASKS = 4
 """The first asks are slower than those that follow: a way is judged by its fastest after so many."""
 
@@ -72,7 +75,7 @@ class Trials:
         self._accounts[self.way].tokens += 1
         self._exclude()
         if all(self._accounts[way].tokens >= _TRIAL_TOKENS for way in self._candidates) or len(self._candidates) == 1:
-            self._settle(min(self._candidates, key=lambda way: self._accounts[way].layer_s))
+            self._settle(min(self._candidates, key=self._cost_s))
         else:
             self.way = min(self._candidates, key=lambda way: self._accounts[way].tokens)
 
@@ -88,6 +91,10 @@ class Trials:
         self._accounts = {way: _Account() for way in self._ways}
         self._candidates = list(self._ways)
         self.way = self._ways[0]
+
+    def _cost_s(self, way: str) -> float:
+        """Seconds per layer, and what the accounts do not show."""
+        return self._accounts[way].layer_s / (1.0 if way == self._ways[0] else _WORTH)
 
     def _settle(self, best: str) -> None:
         is_again = best == self._best
