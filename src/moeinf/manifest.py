@@ -15,6 +15,7 @@ from typing import Any
 from .errors import IntegrityError, UnsupportedError
 
 __all__ = [
+    "AS_RELEASED",
     "DTYPE_BYTES",
     "EXPERT_ALIGNMENT",
     "GROUPS",
@@ -52,6 +53,7 @@ GROUPS = (32, 64)
 RELEASED_BITS = {"mxfp4": 4}
 """Packed weights that are kept as they were released, so that they stand for what they always did."""
 RELEASED_GROUPS = {"mxfp4": 32}
+AS_RELEASED = "as released"
 _QUANTIZATION_VERSION = 1
 
 
@@ -93,7 +95,7 @@ class Quantization:
     @property
     def text(self) -> str:
         """What people call it."""
-        about = "as released" if self.is_released else f"groups of {self.group}"
+        about = AS_RELEASED if self.is_released else f"groups of {self.group}"
         return f"{self.kind} experts ({about})"
 
     @property

@@ -297,7 +297,11 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
     there = model.manifest
     if request.reference.is_demo and there.source.repo == demo.NAME and there.source.commit != demo.VERSION:
         return None  # of an older program: it is replaced
-    if request.is_met_by(there.layout) and request.reference.is_source_of(there.source) and request.dtype in ("auto", there.dtype):
+    if (
+        request.is_met_by(there.layout)
+        and request.reference.is_source_of(there.source)
+        and request.dtype in ("auto", there.dtype)
+    ):
         return model
     experts = f", {there.layout.quantization.text}" if there.layout.quantization else ""
     raise UsageError(

@@ -27,9 +27,9 @@ _LARGEST_INT8 = 127
 _EXTREMES = tuple(8.0 - 0.25 * step for step in range(-3, 13))
 """The numbers, not all of them whole, that the largest weight of a group is tried as."""
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-_FP4_PAIRS = torch.stack((_FP4.repeat(16), _FP4.repeat_interleave(16)), -1)
-"""The two weights of every byte."""
-_EXPONENT_BIAS = 127
+_FP4_PAIRS = torch.stack((_FP4.repeat(16), _FP4.repeat_interleave(16)), -1).view(torch.int64).flatten()
+"""The two weights of every byte, as one number, so that they are looked up at once."""
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
 _LARGEST_EXPONENT = 252
 """Six, the largest of _FP4, times the next power of two is infinite."""
 
@@ -86,8 +86,8 @@ class Packer:
                 )
 
     def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
-        """The data of an expert's file, from its tensors as they were released: a matrix as bytes [out, groups, bytes of
-        a group], its exponents [out, groups]; and biases. `expert` is what messages call it.
+        """The data of an expert's file, from its tensors as they were released: of a matrix the bytes [out, groups,
+        bytes of a group] and exponents [out, groups]; and biases. `expert` is what messages call it.
 
         Raises IntegrityError for tensors that do not fit, and for exponents that no finite weight has.
         """
@@ -147,9 +147,11 @@ def dequantize(
 
 
 def _expand_rows(numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor) -> None:
-    """What transformers does with MXFP4 (transformers/integrations/mxfp4.py)."""
-    values = F.embedding(numbers.int(), _FP4_PAIRS).view(*factors.shape, quantization.group)
-    into.copy_(torch.ldexp(values, factors.int()[..., None] - _EXPONENT_BIAS).flatten(1))
+    """MXFP4, as transformers expands it (transformers/integrations/mxfp4.py)."""
+    pairs = torch.index_select(_FP4_PAIRS, 0, numbers.flatten().int())
+    values = pairs.view(torch.float32).view(*factors.shape, quantization.group)
+    values *= torch.index_select(_POWERS, 0, factors.flatten().int()).view(*factors.shape, 1)
+    into.copy_(values.flatten(1))
 
 
 def _dequantize_rows(

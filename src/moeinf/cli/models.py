@@ -258,7 +258,7 @@ def _read_quality(stored: StoredModel, output: Output) -> Quality | None:
 def _quality_rows(stored: StoredModel, quality: Quality | None) -> list[tuple[str, str]]:
     if quality is not None:
         return [("quality", quality.text)]
-    if stored.manifest.layout.quantization is None:
+    if stored.manifest.layout.is_released:
         return []
     return [("quality", f"not measured: moeinf quality {stored.name} --against MODEL")]
 

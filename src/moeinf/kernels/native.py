@@ -3,8 +3,8 @@
 Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
 packed ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
 where torch rounds; sums of products are added in another order. Prompts are left to torch, whose matrix products are
-good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded. Weights that were
-released packed are expanded for torch.
+good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded. For torch it
+expands weights that were released packed.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class NativePool:
 
 
 class ExpandingMaths(ExpertMaths):
-    """torch's maths, with weights that were released packed expanded by the library, for as long as the pool is open."""
+    """torch's maths. The library expands weights that were released packed, as long as the pool is open."""
 
     def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool, reason: str = "") -> None:
         super().__init__(module, layout.quantization, reason)

@@ -86,7 +86,6 @@ class ExpertMaths:
         product = rows @ weight if self._is_transposed else F.linear(rows, weight)
         return product if bias is None else product + bias
 
-
     def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """A weight for products with `rows`, which lies as the module has it."""
         assert self._quantization is not None, "plain weights are used as they are"
