@@ -41,7 +41,7 @@ TARGET static inline void transpose_few(const uint8_t *rows, size_t stride, size
 /* Both halves of every word become what these two of its bytes are; 0x80 stands for 0. */
 TARGET static inline __m512i spread(__m512i words, int first, int second) {
     __m512i begins = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-    __m512i which = _mm512_set1_epi32((first | second << 8) * 0x00010001);
+    __m512i which = _mm512_set1_epi32((int)((uint32_t)(first | second << 8) * 0x00010001u));
     return _mm512_shuffle_epi8(words, _mm512_or_si512(begins, which));
 }
 
