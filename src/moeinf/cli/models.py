@@ -33,7 +33,7 @@ def pull(
     ] = "auto",
     experts: Annotated[
         str | None,
-        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as they are."),
+        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as released."),
     ] = None,
     group: Group = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be downloaded and written.")] = False,
