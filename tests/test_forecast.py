@@ -156,7 +156,7 @@ def test_quantised_experts_have_a_rate_of_their_own() -> None:
 def test_a_prompt_expands_quantised_experts() -> None:
     situation, plan = quantised("auto")
     as_plain = dataclasses.replace(situation, manifest=make_manifest())
-    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING["int4"]
+    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING_NATIVELY["int4"]
     many = [foretell(each, plan, prompt_tokens=1000).ttft_s for each in (situation, as_plain)]
     assert many[0] - many[1] == pytest.approx(expanding_s, rel=0.01)
     one_token_s = [foretell(each, plan, prompt_tokens=1).ttft_s for each in (situation, as_plain)]

@@ -347,6 +347,26 @@ def test_the_library_expands_as_torch_does(pool: NativePool, is_transposed: bool
             assert torch.equal(by_library._expand(numbers, factors, rows), wanted)
 
 
+@pytest.mark.parametrize("experts_in", NUMBER_BITS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_library_expands_whole_numbers_as_torch_does(pool: NativePool, experts_in: str, group: int) -> None:
+    """More rows than a ticket has, rows that end within a group, a vector and a byte."""
+    module = Experts()
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in ((1, 1), (33, 65), (96, 160), (259, 130)):
+        plain = make_layout(module, hidden_size, inner, torch.bfloat16)
+        quantizer = Quantizer(plain, False, experts_in, group)
+        tensors = quantized(make_expert(plain, generator), quantizer)
+        by_library, about = ExpandingMaths(module, quantizer.layout, pool), quantizer.quantization
+        for name, width in about.widths.items():
+            numbers, factors = tensors[name], tensors[scales_name(name)]
+            numbers.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)[: numbers.numel()]
+            factors.view(-1)[0] = 6e-8  # the smallest that float16 has
+            rows = torch.empty(1, width, dtype=torch.bfloat16)
+            wanted = dequantize(numbers, factors, about, width, torch.bfloat16)
+            assert torch.equal(by_library._expand(numbers, factors, rows), wanted)
+
+
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
 def test_many_rows_of_released_experts_are_torch_s(pool: NativePool, kind: str) -> None:
     module = Experts(**KINDS[kind])

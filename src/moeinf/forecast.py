@@ -54,7 +54,7 @@ right."""
 EXPANDING = {"int8": 3.6, "int4": 6.7, "mxfp4": 9.0}
 """Expanding a packed expert takes torch so many times as long as computing the plain one for a token
 (docs/planning.md)."""
-EXPANDING_NATIVELY = {"mxfp4": 2.0}
+EXPANDING_NATIVELY = {"int8": 0.5, "int4": 0.5, "mxfp4": 2.0}
 """As much where the library expands it."""
 
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}

@@ -41,9 +41,9 @@ _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
-_INTERFACE = 3
+_INTERFACE = 4
 
-_FEW_ROWS = 16
+_FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
 
 _PROBE = 1024
@@ -110,6 +110,7 @@ def _load(path: Path | None) -> Any:
         ("moe_sum", None, (layer, c_int, c_void_p, c_void_p, c_int, c_void_p)),
         ("moe_activate", None, (layer, c_void_p, c_void_p)),
         ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
+        ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
         ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
         ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
         ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
@@ -137,6 +138,7 @@ class NativePool:
 
     def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
         self.lib = _load(path)
+        self._room = torch.empty(0, dtype=torch.bfloat16)
         known = variants(path)
         self.variant = variant or known[-1]
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
@@ -156,26 +158,37 @@ class NativePool:
             self.lib.moe_close(self.handle)
             self.handle = None
 
+    def room(self, count: int) -> torch.Tensor:
+        """Memory for `count` numbers in bfloat16, until it is asked for again. It is kept: new memory of many MiB takes
+        longer to get than to fill.
+        """
+        if self._room.numel() < count:
+            self._room = torch.empty(count, dtype=torch.bfloat16)
+        return self._room[:count]
+
     def read(self, memory: torch.Tensor) -> int:
         """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
         return int(self.lib.moe_read(self.handle, memory.data_ptr(), memory.nbytes))
 
 
 class ExpandingMaths(ExpertMaths):
-    """torch's maths. The library expands weights that were released packed, as long as the pool is open."""
+    """torch's maths. The library expands packed weights, as long as the pool is open."""
 
     def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool, reason: str = "") -> None:
         super().__init__(module, layout.quantization, reason)
         self.pool = pool
 
     def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        is_released = self._quantization is not None and self._quantization.is_released
-        if not is_released or rows.dtype != torch.bfloat16 or self.pool.handle is None:
+        about = self._quantization
+        if about is None or rows.dtype != torch.bfloat16 or self.pool.handle is None:
             return super()._expand(numbers, factors, rows)
         out, width = len(numbers), rows.shape[1]
-        weight = torch.empty((width, out) if self._is_transposed else (out, width), dtype=rows.dtype)
-        addresses = numbers.data_ptr(), factors.data_ptr(), out, width, self._is_transposed, weight.data_ptr()
-        self.pool.lib.moe_expand(self.pool.handle, *addresses)
+        weight = self.pool.room(out * width).view((width, out) if self._is_transposed else (out, width))
+        packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
+        if about.is_released:
+            self.pool.lib.moe_expand(self.pool.handle, *packed, self._is_transposed, into)
+        else:
+            self.pool.lib.moe_expand_int(self.pool.handle, _WEIGHTS[about.kind], about.group, *packed, into)
         return weight
 
 

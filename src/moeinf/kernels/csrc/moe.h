@@ -45,7 +45,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 3 };
+enum { MOE_INTERFACE = 4 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -72,6 +72,10 @@ MOE_API void moe_activate(const moe_layer *layer, const float *projected, float 
  * 32. */
 MOE_API void moe_expand(moe_pool *pool, const void *weights, const void *scales, int64_t rows, int64_t width,
                         int is_transposed, void *output);
+
+/* Expands whole numbers of that kind, [rows, width], to bfloat16, [rows, width]. */
+MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales,
+                            int64_t rows, int64_t width, void *output);
 
 /* A linear layer of the dense part in bfloat16: weight is [outputs, inputs], bias [outputs] or NULL. */
 typedef struct {
