@@ -142,6 +142,7 @@ class NativePool:
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     @property
     def adds_as_torch_does(self) -> bool:
@@ -155,6 +156,19 @@ class NativePool:
         if self.handle is not None:
             self.lib.moe_close(self.handle)
             self.handle = None
+            self._scratch = torch.empty(0, dtype=torch.bfloat16)
+
+    def expand(self, numbers: torch.Tensor, exponents: torch.Tensor, *, is_transposed: bool) -> torch.Tensor:
+        """MXFP4 [out, in / 2], with exponents [out, in / 32], as bfloat16 [out, in], or [in, out] if `is_transposed`.
+        It lies where the next one will: fresh memory takes the system longer than all of the rest.
+        """
+        out, width = len(numbers), 2 * numbers.shape[1]
+        if self._scratch.numel() < out * width:
+            self._scratch = torch.empty(out * width, dtype=torch.bfloat16)
+        weight = self._scratch[: out * width].view((width, out) if is_transposed else (out, width))
+        addresses = numbers.data_ptr(), exponents.data_ptr(), out, width, is_transposed, weight.data_ptr()
+        self.lib.moe_expand(self.handle, *addresses)
+        return weight
 
     def read(self, memory: torch.Tensor) -> int:
         """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
@@ -172,11 +186,7 @@ class ExpandingMaths(ExpertMaths):
         is_released = self._quantization is not None and self._quantization.is_released
         if not is_released or rows.dtype != torch.bfloat16 or self.pool.handle is None:
             return super()._expand(numbers, factors, rows)
-        out, width = len(numbers), rows.shape[1]
-        weight = torch.empty((width, out) if self._is_transposed else (out, width), dtype=rows.dtype)
-        addresses = numbers.data_ptr(), factors.data_ptr(), out, width, self._is_transposed, weight.data_ptr()
-        self.pool.lib.moe_expand(self.pool.handle, *addresses)
-        return weight
+        return self.pool.expand(numbers, factors, is_transposed=self._is_transposed)
 
 
 class NativeMaths(ExpandingMaths):
