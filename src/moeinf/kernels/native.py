@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeinf.manifest import ExpertLayout, TensorSpec, scales_name
+from moeinf.manifest import ExpertLayout, Quantization, TensorSpec, scales_name
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
 
@@ -138,12 +138,12 @@ class NativePool:
 
     def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
         self.lib = _load(path)
-        self._room = torch.empty(0, dtype=torch.bfloat16)
         known = variants(path)
         self.variant = variant or known[-1]
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     @property
     def adds_as_torch_does(self) -> bool:
@@ -157,14 +157,24 @@ class NativePool:
         if self.handle is not None:
             self.lib.moe_close(self.handle)
             self.handle = None
+            self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
-    def room(self, count: int) -> torch.Tensor:
-        """Memory for `count` numbers in bfloat16, until it is asked for again. It is kept: new memory of many MiB takes
-        longer to get than to fill.
+    def expand(
+        self, numbers: torch.Tensor, factors: torch.Tensor, about: Quantization, width: int, *, is_transposed: bool
+    ) -> torch.Tensor:
+        """A packed weight as bfloat16 [out, width], or [width, out] if `is_transposed`, as only released ones are. It
+        lies where the next one will: fresh memory takes the system longer than all of the rest.
         """
-        if self._room.numel() < count:
-            self._room = torch.empty(count, dtype=torch.bfloat16)
-        return self._room[:count]
+        out = len(numbers)
+        if self._scratch.numel() < out * width:
+            self._scratch = torch.empty(out * width, dtype=torch.bfloat16)
+        weight = self._scratch[: out * width].view((width, out) if is_transposed else (out, width))
+        packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
+        if about.is_released:
+            self.lib.moe_expand(self.handle, *packed, is_transposed, into)
+        else:
+            self.lib.moe_expand_int(self.handle, _WEIGHTS[about.kind], about.group, *packed, into)
+        return weight
 
     def read(self, memory: torch.Tensor) -> int:
         """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
@@ -182,14 +192,7 @@ class ExpandingMaths(ExpertMaths):
         about = self._quantization
         if about is None or rows.dtype != torch.bfloat16 or self.pool.handle is None:
             return super()._expand(numbers, factors, rows)
-        out, width = len(numbers), rows.shape[1]
-        weight = self.pool.room(out * width).view((width, out) if self._is_transposed else (out, width))
-        packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
-        if about.is_released:
-            self.pool.lib.moe_expand(self.pool.handle, *packed, self._is_transposed, into)
-        else:
-            self.pool.lib.moe_expand_int(self.pool.handle, _WEIGHTS[about.kind], about.group, *packed, into)
-        return weight
+        return self.pool.expand(numbers, factors, about, rows.shape[1], is_transposed=self._is_transposed)
 
 
 class NativeMaths(ExpandingMaths):

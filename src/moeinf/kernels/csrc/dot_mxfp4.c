@@ -14,7 +14,6 @@
 enum {
     TOGETHER = 2,               /* sixteens of rows: one chain alone would wait for itself */
     GROUPS = CHAIN / FP4_GROUP, /* of a row in a chain */
-    INPUTS = 2 * LINE_BYTES,    /* in a line of a row */
     LARGEST = 252,              /* of powers: 6 times the next one is infinite */
     SMALLEST = 2,               /* half of the one before is below what an exponent can say */
 };
@@ -69,7 +68,8 @@ TARGET static inline void add_group(const uint8_t *w, size_t stride, size_t sets
         transpose_few(w + s * ROWS * stride, stride, FP4_GROUP / 2, words[s]);
     for (int i = 0; i < FP4_GROUP / 4; i++, x += 4)
         for (size_t s = 0; s < sets; s++) {
-            /* Four weights in each half of a word. The first two, then the others are moved to where a table looks. */
+            /* Each half of a word has four weights: of the first two and of the others, one in each half is moved to the lowest
+             * bits, where the table is looked into; its second half makes it no matter what the next bit is. */
             __m512i four = spread(words[s][i / 2], i % 2 * 2, i % 2 * 2 + 1);
             __m512i early = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
             __m512i late = _mm512_mulhi_epu16(four, _mm512_set1_epi32(1 << (4 + 16) | 1 << 8));

@@ -1,7 +1,5 @@
 #include "library.h"
 
-enum { TILE = 64 }; /* columns that are laid out anew together */
-
 /* One call of moe_expand. A ticket is PAD rows. */
 typedef struct {
     const kernels *kernels;
@@ -11,29 +9,14 @@ typedef struct {
     uint16_t *output;
 } expansion;
 
-/* `count` rows from `first` on, columns of TILE at a time. */
-static void expand_across(const expansion *all, size_t first, size_t count) {
-    uint16_t tile[PAD][TILE];
-    for (size_t column = 0; column < all->width; column += TILE) {
-        size_t columns = smaller(TILE, all->width - column);
-        for (size_t r = 0; r < count; r++) {
-            size_t at = (first + r) * all->width + column;
-            all->kernels->expand_mxfp4(all->weights + at / 2, all->scales + at / FP4_GROUP, columns, 1, tile[r]);
-        }
-        for (size_t c = 0; c < columns; c++)
-            for (size_t r = 0; r < count; r++)
-                all->output[(column + c) * all->rows + first + r] = tile[r][c];
-    }
-}
-
 static void run_ticket(void *job, size_t ticket) {
     const expansion *all = job;
     size_t first = ticket * PAD, count = smaller(PAD, all->rows - first), at = first * all->width;
+    const uint8_t *weights = all->weights + at / 2, *scales = all->scales + at / FP4_GROUP;
     if (all->is_transposed)
-        expand_across(all, first, count);
+        all->kernels->turn_mxfp4(weights, scales, all->width, count, all->rows, all->output + first);
     else
-        all->kernels->expand_mxfp4(all->weights + at / 2, all->scales + at / FP4_GROUP, all->width, count,
-                                   all->output + at);
+        all->kernels->expand_mxfp4(weights, scales, all->width, count, all->output + at);
 }
 
 void moe_expand(moe_pool *pool, const void *weights, const void *scales, int64_t rows, int64_t width,

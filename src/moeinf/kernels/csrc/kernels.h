@@ -59,7 +59,8 @@ static inline float from_e8m0(uint8_t exponent) {
  * dot_int*: weights are whole numbers of 8 or 4 bits, the lower half of a byte first, rows beginning at whole bytes; a
  * group of 32 or 64 in a row has a common factor in float16 in `scales`, and scales of a row stand together.
  * dot_mxfp4: `width` is a multiple of FP4_GROUP, and x laid out and added as by dot_bf16, so that the sums are those of
- * dot_bf16 with the weights that `expand_mxfp4` writes.
+ * dot_bf16 with the weights that expand_mxfp4 writes, out[r * width + i]. `turn_mxfp4`: out[i * stride + r], for up to PAD
+ * rows.
  * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
 typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
@@ -75,6 +76,8 @@ typedef struct {
     dot_int *dot_int8, *dot_int4;
     dot_fp4 *dot_mxfp4;
     void (*expand_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
+    void (*turn_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, size_t stride,
+                       uint16_t *out);
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     uint64_t (*read)(const void *memory, size_t bytes);
