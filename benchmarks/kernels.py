@@ -3,11 +3,13 @@ this machine reads memory.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --weights int4
+    python benchmarks/kernels.py --weights mxfp4 --shapes gpt-oss-20b
     python benchmarks/kernels.py --shapes small --busy 2     # two other programs want the cores
 
 Every step takes the next experts of a working set far beyond the cache. Reading, torch and native take turns, so what
 else the machine does meets all three. Prints the median time per layer and the rate at which weights are read. With
-whole numbers for weights, torch's side is its own kernels for them, and the two projections alone.
+whole numbers for weights, torch's side is its own kernels for them, and the two projections alone. torch has none for
+mxfp4: its side expands weights and multiplies, as `--kernels torch` does.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeinf.dtypes import TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
-from moeinf.manifest import ExpertLayout, TensorSpec
-from moeinf.quantized import quantize
+from moeinf.manifest import ExpertLayout, TensorSpec, scales_name
+from moeinf.quantized import Packer, quantize
 
 GB = 1e9
 TURN = 16
 """Layers that each computes before it is another's turn."""
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
+RELEASED = ("mxfp4",)
+EXPONENTS = (118, 122)
 GROUP = 64
 COPIES = 4
 """Experts that differ; the others are copies of them, each with memory of its own."""
@@ -161,11 +166,25 @@ def token(maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor, exper
     return step.total(places)
 
 
+def released(layout: ExpertLayout, generator: torch.Generator) -> torch.Tensor:
+    """A random expert as it lies packed: any bytes are weights, and these exponents make them as large as others."""
+    image = torch.empty(layout.nbytes, dtype=torch.uint8).random_(0, 256, generator=generator)
+    exponents = [scales_name(spec.name) for spec in layout.tensors]
+    for spec in layout.tensors:
+        if spec.name in exponents:
+            image[spec.offset : spec.offset + spec.nbytes].random_(*EXPONENTS, generator=generator)
+    return image
+
+
 def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats: int) -> Result:
-    shape, bits = SHAPES[name], BITS[weights]
+    shape, bits = SHAPES[name], BITS.get(weights, 16)
     generator = torch.Generator().manual_seed(0)
+    layout = shape.layout
     samples = [make_expert(shape, generator) for _ in range(COPIES)]
     images = [as_bytes(sample, bits) for sample in samples]
+    if weights in RELEASED:
+        layout = Packer(layout, shape.is_transposed, weights).layout
+        images = [released(layout, generator) for _ in range(COPIES)]
     size = images[0].numel()
     count = max(2, working_set // (size * shape.top_k)) * shape.top_k
     memory = torch.empty(count, size, dtype=torch.uint8)
@@ -180,8 +199,8 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
             maths: NativeMaths = NumberMaths(shape, bits, pool)
             experts: list[Tensors] = [{"all": image} for image in memory]
         else:
-            maths = NativeMaths(Experts(shape), shape.layout, pool)
-            experts = [views(shape, image) for image in memory]
+            maths = NativeMaths(Experts(shape), layout, pool)
+            experts = [views(layout, image) for image in memory]
         for group in cycle(groups):
             yield partial(token, maths, hidden, shares, [experts[number] for number in group])
 
@@ -194,8 +213,8 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
             ]
             for group in cycle(groups):
                 yield partial(torch_numbers, hidden, [all_numbers[number] for number in group])
-        maths = ExpertMaths(Experts(shape))
-        experts = [views(shape, image) for image in memory]
+        maths = ExpertMaths(Experts(shape), layout.quantization)
+        experts = [views(layout, image) for image in memory]
         for group in cycle(groups):
             yield partial(token, maths, hidden, shares, [experts[number] for number in group])
 
@@ -213,10 +232,10 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
     return Result(name, weights, layer_bytes, layer_bytes / read_s, torch_s, native_s)
 
 
-def views(shape: Shape, image: torch.Tensor) -> Tensors:
+def views(layout: ExpertLayout, image: torch.Tensor) -> Tensors:
     return {
-        spec.name: image[spec.offset : spec.offset + spec.nbytes].view(torch.bfloat16).view(spec.shape)
-        for spec in shape.layout.tensors
+        spec.name: image[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        for spec in layout.tensors
     }
 
 
@@ -249,14 +268,14 @@ def busy(count: int) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--weights", choices=BITS, default="bf16")
+    parser.add_argument("--weights", choices=(*BITS, *RELEASED), default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--working-set", type=float, default=2.0, metavar="GB")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--busy", type=int, default=0, help="programs beside it that never rest")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.weights != "bf16":
+    if arguments.weights in ("int8", "int4"):
         arguments.shapes = [name for name in arguments.shapes if not SHAPES[name].is_transposed]
     torch.set_num_threads(arguments.threads)
     pool = NativePool(arguments.threads)

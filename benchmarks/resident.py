@@ -2,6 +2,7 @@
 
     python benchmarks/resident.py                       # the small shape
     python benchmarks/resident.py --shape qwen3-30b-a3b
+    python benchmarks/resident.py --prompt 4000         # behind so many tokens
 
 Loads the same random checkpoint twice, once per kind of kernels, and lets both decode the same tokens in turn. Says
 whether they produced the same ones.
@@ -19,21 +20,19 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-from moeinf.engine import Engine
-from moeinf.generation import Sampling
+from moeinf.generation import Sampling, Session
 from moeinf.testing import SHAPES, write_checkpoint
 
-PROMPT = list(range(5, 21))
 KINDS = ("torch", "native")
 
 
-def decode(engine: Engine, new_tokens: int) -> tuple[list[float], list[int]]:
+def decode(session: Session, prompt: list[int], new_tokens: int) -> tuple[list[float], list[int]]:
     """(times per token after the first, tokens): sampled with a fixed seed, since greedy decoding of a random model
     falls into a loop.
     """
     times: list[float] = []
     sampling = Sampling(max_tokens=new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=1)
-    completion = engine.session().generate(PROMPT, sampling, on_token=lambda _: times.append(time.perf_counter()))
+    completion = session.generate(prompt, sampling, on_token=lambda _: times.append(time.perf_counter()))
     return [after - before for before, after in pairwise(times)], list(completion.tokens)
 
 
@@ -42,6 +41,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--folder", type=Path, default=Path("bench-data"), help="where checkpoints and the store go")
     parser.add_argument("--tokens", type=int, default=32, help="tokens per run")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -53,20 +53,23 @@ def main() -> None:
         subprocess.run(pull, check=True)
     import moeinf
 
+    prompt = [5 + token % 90 for token in range(arguments.prompt)]
+    context = arguments.prompt + arguments.tokens
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     tokens: dict[str, list[int]] = {}
     with ExitStack() as stack:
         engines = {
             kind: stack.enter_context(
-                moeinf.load(arguments.shape, experts="100%", context=512, kernels=kind, threads=arguments.threads)
+                moeinf.load(arguments.shape, experts="100%", context=context, kernels=kind, threads=arguments.threads)
             )
             for kind in KINDS
         }
-        for engine in engines.values():
-            decode(engine, arguments.tokens)  # every expert it will need is in memory afterwards
+        sessions = {kind: engine.session() for kind, engine in engines.items()}
+        for session in sessions.values():
+            decode(session, prompt, arguments.tokens)  # every expert it will need is in memory afterwards
         for _ in range(arguments.repeats):
-            for kind, engine in engines.items():
-                found, tokens[kind] = decode(engine, arguments.tokens)
+            for kind, session in sessions.items():
+                found, tokens[kind] = decode(session, prompt, arguments.tokens)
                 times[kind] += found
     medians = {kind: statistics.median(figures) for kind, figures in times.items()}
     for kind in KINDS:

@@ -520,16 +520,18 @@ UNSUPPORTED: dict[str, str] = {
 }
 
 
-def make_config(family: str, dtype: str = "bfloat16") -> PreTrainedConfig:
+def make_config(family: str, dtype: str = "bfloat16", **sizes: int) -> PreTrainedConfig:
     config = FAMILIES[family]()
     config.dtype = dtype
+    for name, size in sizes.items():
+        setattr(config, name, size)
     return config
 
 
-def make_model(family: str, dtype: str = "bfloat16", *, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of the family with random weights, ready to run."""
+def make_model(family: str, dtype: str = "bfloat16", *, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    """A tiny model of the family with random weights, ready to run, with other `sizes` than the family's own."""
     set_seed(seed)
-    config = make_config(family, dtype)
+    config = make_config(family, dtype, **sizes)
     auto: Any = AutoModelForCausalLM  # untyped
     model: PreTrainedModel = auto.from_config(config)
     model.train(False)
@@ -578,10 +580,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_checkpoint(
-    family: str, folder: Path, dtype: str = "bfloat16", *, seed: int = 0, max_shard_size: str = "5GB"
+    family: str, folder: Path, dtype: str = "bfloat16", *, seed: int = 0, max_shard_size: str = "5GB", **sizes: int
 ) -> PreTrainedModel:
     """Write the family's tiny checkpoint under the hub's names of its tensors, and return the model that was saved."""
-    model = make_model(family, dtype, seed=seed)
+    model = make_model(family, dtype, seed=seed, **sizes)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer().save_pretrained(folder)
     return model

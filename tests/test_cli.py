@@ -35,6 +35,7 @@ from moeinf.store import Store
 from moeinf.trace import Trace
 from moeinf.tracefile import write_trace
 from moeinf.units import format_bytes
+from packing import pack_mxfp4
 from test_simulate import make_trace
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -275,6 +276,20 @@ def test_quantize_run_and_show(cli: CommandLine, checkpoint: Path) -> None:
     assert "small has int4 experts (groups of 32): it does not answer exactly as released\n" in stderr
     assert "\nint4 experts (groups of 32), computed by " in stderr
     assert stderr.endswith("quality not measured (moeinf quality)\n")
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers on the rotary embedding of a context as short as this
+def test_experts_as_released_are_named_and_are_no_lesser_model(cli: CommandLine, tmp_path: Path) -> None:
+    make_checkpoint("gpt_oss", tmp_path / "oss")
+    pack_mxfp4(tmp_path / "oss")
+    cli.run("pull", str(tmp_path / "oss"))
+    shown = cli.run("show", "oss")[0]
+    assert "\nprecision      mxfp4 experts (as released), computed in bfloat16\n" in shown
+    assert "quality" not in shown
+    stderr = cli.run("run", "oss", "Hi", "--stats", "--max-tokens", "4")[1]
+    assert "does not answer exactly" not in stderr
+    assert "quality" not in stderr
+    assert "\nmxfp4 experts (as released), computed by " in stderr
 
 
 def test_quality_is_kept_and_shown(cli: CommandLine, checkpoint: Path) -> None:

@@ -35,7 +35,7 @@ def test_results_are_torchs_but_for_the_last_bit(inputs: int, outputs: int, has_
     x = torch.randn(1, 1, inputs).bfloat16()
     with torch.inference_mode():
         expected = layer(x)
-        result = dense._NativeLinear(layer, pool)(x)
+        result = dense._NativeLinear(layer.forward, pool, layer.weight, layer.bias)(x)
     assert result.shape == expected.shape
     torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-8)
 
@@ -70,6 +70,49 @@ def test_what_is_not_one_token_of_bfloat16_is_torchs(pool: NativePool, monkeypat
         )
         pool.close()
         assert torch.equal(plain(many[:, :1]), F.linear(many[:, :1], plain.weight, plain.bias))
+
+
+class Router(nn.Module):
+    """Multiplies by a matrix of its own, as the routers of most families do, and does other things with it."""
+
+    def __init__(self, inputs: int, outputs: int, has_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.randn(outputs)) if has_bias else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wide = F.linear(x.float(), self.weight.float(), bias=None)
+        return (
+            F.linear(x, self.weight, self.bias),
+            F.linear(x, self.weight, torch.ones(64).bfloat16()),
+            wide,
+            x @ self.weight.t(),
+        )
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_what_a_router_multiplies_is_torchs(has_bias: bool, pool: NativePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    router = Router(256, 64, has_bias).bfloat16()
+    weight = router.weight
+    one, many = torch.randn(1, 256).bfloat16(), torch.randn(3, 256).bfloat16()
+    computed: list[torch.Tensor] = []
+    compute = dense._NativeLinear.compute
+
+    def count(linear: dense._NativeLinear, x: torch.Tensor) -> torch.Tensor:
+        computed.append(x)
+        return compute(linear, x)
+
+    with torch.inference_mode():
+        expected = [*router(one), *router(many)]
+        taken = speed_up(router, pool)
+        monkeypatch.setattr(dense._NativeLinear, "compute", count)
+        results = [*router(one), *router(many)]
+    assert all(map(torch.equal, results, expected))
+    assert {type(result) for result in results} == {torch.Tensor}
+    assert taken == len(computed) == (1 if pool.adds_as_torch_does else 0)
+    assert router.weight.data_ptr() == weight.data_ptr()
+    assert "weight" in router.state_dict()
 
 
 class Norm(nn.Module):

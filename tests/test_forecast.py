@@ -15,6 +15,7 @@ from moeinf.forecast import PUBLISHED, Correction, HitCurve, PastRun, Situation,
 from moeinf.ledger import MemoryPlan, make_plan
 from moeinf.machine import MathsRate
 from moeinf.manifest import ExpertLayout, Quantization, TensorSpec
+from moeinf.quantized import Packer
 from moeinf.units import KIB
 
 WHOLE = HitCurve(((0.5, 0.5),), "a straight line")
@@ -155,7 +156,7 @@ def test_quantised_experts_have_a_rate_of_their_own() -> None:
 def test_a_prompt_expands_quantised_experts() -> None:
     situation, plan = quantised("auto")
     as_plain = dataclasses.replace(situation, manifest=make_manifest())
-    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING["int4"]
+    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING_NATIVELY["int4"]
     many = [foretell(each, plan, prompt_tokens=1000).ttft_s for each in (situation, as_plain)]
     assert many[0] - many[1] == pytest.approx(expanding_s, rel=0.01)
     one_token_s = [foretell(each, plan, prompt_tokens=1).ttft_s for each in (situation, as_plain)]
@@ -169,6 +170,38 @@ def test_the_first_prompt_waits_for_memory_that_nobody_used_before() -> None:
         there = dataclasses.replace(situation, machine=make_machine(disk=1e6 * GB, fresh=fresh))
         times.append(foretell(there, plan, prompt_tokens=1000).ttft_s)
     assert times[1] - times[0] == pytest.approx(256 * 3 * MIB / (1 * GB), rel=0.01)
+
+
+def released(kernels: str, instructions: str) -> tuple[Situation, MemoryPlan]:
+    """The small model in MXFP4, on a machine that computes it natively with such instructions."""
+    plain = make_manifest().layout
+    situation, plan = quantised(kernels)
+    machine = dataclasses.replace(
+        situation.machine,
+        processor=dataclasses.replace(situation.machine.processor, kernels=instructions),
+        maths=(*situation.machine.maths, MathsRate("native", "mxfp4", 1, 10 * GB)),
+    )
+    manifest = dataclasses.replace(situation.manifest, layout=Packer(plain, False, "mxfp4").layout)
+    return dataclasses.replace(situation, machine=machine, manifest=manifest), plan
+
+
+def test_experts_as_released_are_computed_by_what_gives_torch_s_bits() -> None:
+    stored, plain = 128 * 3 * MIB * 17 // 64, 128 * 3 * MIB
+    natively = pytest.approx(stored / (forecast.SUSTAINED * 10 * GB))
+    assert foretell(*released("auto", "avx512bf16")).experts_s == natively
+    assert foretell(*released("native", "avx2")).experts_s == natively
+    for kernels, expanding in (("auto", forecast.EXPANDING_NATIVELY), ("torch", forecast.EXPANDING)):
+        by_torch_s = plain / (forecast.SUSTAINED * 15 * GB) * (1 + expanding["mxfp4"])
+        assert foretell(*released(kernels, "avx2")).experts_s == pytest.approx(by_torch_s)
+
+
+def test_a_prompt_expands_experts_as_released_whole() -> None:
+    """However few its tokens are: what torch computes is what it always was."""
+    situation, plan = released("auto", "avx512bf16")
+    as_plain = dataclasses.replace(situation, manifest=make_manifest())
+    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING_NATIVELY["mxfp4"]
+    many = [foretell(each, plan, prompt_tokens=1000).ttft_s for each in (situation, as_plain)]
+    assert many[0] - many[1] == pytest.approx(expanding_s, rel=0.01)
 
 
 def test_a_prompt_reads_every_expert_it_needs_once_per_piece() -> None:

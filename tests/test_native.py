@@ -26,10 +26,10 @@ from moeinf import kernels
 from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.errors import UnsupportedError
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
-from moeinf.kernels.native import NativeMaths, NativePool, NotNativeError
-from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec
+from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool, NotNativeError
+from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
-from moeinf.quantized import Quantizer
+from moeinf.quantized import Packer, Quantizer, dequantize
 
 LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else native.built_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
@@ -279,6 +279,145 @@ def test_experts_in_whole_numbers(pool: NativePool, kind: str, experts_in: str, 
         many = torch.randn(17, hidden_size, generator=generator), torch.ones(17, 1)
         results = [maths.expert(many[0], experts[0], many[1]) for maths in (native_maths, torch_maths)]
         assert torch.equal(*results)
+
+
+def released(
+    plain: ExpertLayout, is_transposed: bool, exponents: tuple[int, int], seed: int = 0
+) -> tuple[ExpertLayout, Tensors]:
+    """A random expert as it was released, in a piece of memory of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = Packer(plain, is_transposed, "mxfp4").layout
+    memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    tensors = {}
+    for spec in layout.tensors:
+        tensor = memory[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        if spec.dtype == "U8":
+            limits = exponents if spec.name.endswith("_scales") else (0, 256)
+            tensor.copy_(torch.randint(*limits, spec.shape, generator=generator))
+        else:
+            tensor.copy_(torch.randn(spec.shape, generator=generator))
+        tensors[spec.name] = tensor
+    return layout, tensors
+
+
+def expanded(layout: ExpertLayout, tensors: Tensors, plain: ExpertLayout) -> Tensors:
+    """The same expert as `plain` has it, [out, in]."""
+    made, whole = layout.quantization, make_expert(plain, torch.Generator())
+    assert made is not None
+    for name, tensor in whole.items():
+        if name in made.widths:
+            tensor.copy_(dequantize(tensors[name], tensors[scales_name(name)], made, tensor.shape[1], tensor.dtype))
+        else:
+            tensor.copy_(tensors[name])
+    return whole
+
+
+@pytest.mark.parametrize("exponents", [(118, 126), (0, 4), (130, 160)], ids=str)
+@pytest.mark.parametrize("kind", ["silu", "no-gate", "gelu-tanh", "interleaved"])
+def test_released_experts_give_what_they_give_expanded(pool: NativePool, kind: str, exponents: tuple[int, int]) -> None:
+    """To the last bit, with any instruction set, whatever is too small to be a normal number."""
+    module = Experts(**KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in ((32, 32), (64, 96), (544, 160), (2080, 64)):
+        plain = make_layout(module, hidden_size, inner, torch.bfloat16)
+        experts = [released(plain, False, exponents, seed) for seed in range(3)]
+        layout = experts[0][0]
+        hidden = (torch.randn(1, hidden_size, generator=generator) * 2.0 ** (120 - exponents[0])).bfloat16()
+        weights = torch.rand(1, 3, generator=generator)
+        whole = [expanded(*expert, plain) for expert in experts]
+        wanted = compute(NativeMaths(module, plain, pool), hidden, weights, whole)
+        found = compute(NativeMaths(module, layout, pool), hidden, weights, [tensors for _, tensors in experts])
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_library_expands_as_torch_does(pool: NativePool, is_transposed: bool) -> None:
+    """Every power that a finite weight may have, and sizes that fill no tile."""
+    module = Experts(transposed=is_transposed)
+    for hidden_size, inner in ((32, 32), (96, 160), (352, 224)):
+        layout, tensors = released(make_layout(module, hidden_size, inner, torch.bfloat16), is_transposed, (0, 253))
+        by_library = ExpandingMaths(module, layout, pool)
+        about = layout.quantization
+        assert about is not None
+        for name, width in about.widths.items():
+            numbers, factors = tensors[name], tensors[scales_name(name)]
+            rows = torch.empty(1, width, dtype=torch.bfloat16)
+            wanted = ExpertMaths(module, about)._expand(numbers, factors, rows)
+            assert wanted.isfinite().all()
+            assert torch.equal(by_library._expand(numbers, factors, rows), wanted)
+
+
+@pytest.mark.parametrize("experts_in", NUMBER_BITS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_library_expands_whole_numbers_as_torch_does(pool: NativePool, experts_in: str, group: int) -> None:
+    """More rows than a ticket has, rows that end within a group, a vector and a byte."""
+    module = Experts()
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in ((1, 1), (33, 65), (96, 160), (259, 130)):
+        plain = make_layout(module, hidden_size, inner, torch.bfloat16)
+        quantizer = Quantizer(plain, False, experts_in, group)
+        tensors = quantized(make_expert(plain, generator), quantizer)
+        by_library, about = ExpandingMaths(module, quantizer.layout, pool), quantizer.quantization
+        for name, width in about.widths.items():
+            numbers, factors = tensors[name], tensors[scales_name(name)]
+            numbers.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)[: numbers.numel()]
+            factors.view(-1)[0] = 6e-8  # the smallest that float16 has
+            rows = torch.empty(1, width, dtype=torch.bfloat16)
+            wanted = dequantize(numbers, factors, about, width, torch.bfloat16)
+            assert torch.equal(by_library._expand(numbers, factors, rows), wanted)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
+def test_many_rows_of_released_experts_are_torch_s(pool: NativePool, kind: str) -> None:
+    module = Experts(**KINDS[kind])
+    plain = make_layout(module, 96, 64, torch.bfloat16)
+    layout, tensors = released(plain, module.is_transposed, (118, 126))
+    generator = torch.Generator().manual_seed(0)
+    native_maths, torch_maths = NativeMaths(module, layout, pool), ExpertMaths(module, layout.quantization)
+    for rows in (2, 40):
+        hidden = torch.randn(rows, 96, generator=generator).bfloat16()
+        weights = torch.rand(rows, 1, generator=generator)
+        wanted = torch_maths.expert(hidden, tensors, weights)
+        assert torch.equal(native_maths.expert(hidden, tensors, weights), wanted)
+
+
+@pytest.mark.skipif(not torch_adds_in_pairs(), reason="torch adds in another order on this processor")
+@pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
+def test_released_experts_are_native_by_themselves_where_that_is_exact(kind: str) -> None:
+    """As large as real ones: a token's output is torch's, and so the trial at load finds it."""
+    module = Experts(**KINDS[kind])
+    plain = make_layout(module, 1056, 800, torch.bfloat16)
+    layout, tensors = released(plain, module.is_transposed, (118, 126))
+    _, scratch = released(plain, module.is_transposed, (118, 126))
+    generator = torch.Generator().manual_seed(1)
+    with ExitStack() as stack:
+        [maths] = choose_maths([module], layout, "auto", scratch, stack)
+        assert isinstance(maths, NativeMaths)
+        for _ in range(4):
+            hidden, weights = torch.randn(1, 1056, generator=generator).bfloat16(), torch.ones(1, 1)
+            wanted = compute(ExpertMaths(module, layout.quantization), hidden, weights, [tensors])
+            assert torch.equal(compute(maths, hidden, weights, [tensors]), wanted)
+
+
+def test_where_released_experts_are_not_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maths is torch's, to the last bit; the library still expands."""
+    monkeypatch.setattr(NativePool, "adds_as_torch_does", False)
+    module = Experts(**KINDS["gpt-oss"])
+    plain = make_layout(module, 64, 32, torch.bfloat16)
+    layout, tensors = released(plain, True, (118, 126))
+    _, scratch = released(plain, True, (118, 126))
+    hidden, weights = torch.ones(1, 64).bfloat16(), torch.ones(1, 1)
+    wanted = compute(ExpertMaths(module, layout.quantization), hidden, weights, [tensors])
+    with ExitStack() as stack:
+        [maths] = choose_maths([module], layout, "auto", scratch, stack)
+        assert "another order than torch" in maths.computed_by
+        assert torch.equal(compute(maths, hidden, weights, [tensors]), wanted)
+        [explicit] = choose_maths([module], layout, "native", scratch, stack)
+        assert isinstance(explicit, NativeMaths)
+        wide = Packer(make_layout(module, 64, 32, torch.float32), True, "mxfp4").layout
+        [maths] = choose_maths([module], wide, "auto", scratch, stack)
+        assert maths.computed_by == "torch: it does not compute mxfp4 experts in F32"
+    assert torch.equal(compute(explicit, hidden, weights, [tensors]), wanted), "after the pool is closed"
 
 
 def test_infinities_and_nans_come_through(pool: NativePool) -> None:

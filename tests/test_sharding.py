@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from moeinf.errors import IntegrityError, UnsupportedError
 from moeinf.manifest import expert_path
 from moeinf.sharding import DENSE_NAME, Sharder
 from moeinf.tensorfile import TensorFile, encode_header
+from packing import edit, edit_config, pack_mxfp4
 
 Bytes = bytes | bytearray | memoryview
 BLOCK = 8
@@ -157,17 +158,6 @@ def test_files_are_aligned_and_sound(tmp_path: Path) -> None:
 # Packed weights
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    tensors = change(load_file(folder / "model.safetensors"))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return tensors
-
-
-def edit_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def to_float8_blocks(tensors: dict[str, torch.Tensor], rows: int, columns: int) -> dict[str, torch.Tensor]:
     """The weights of linear layers as DeepSeek-V3 releases them: float8 values and one float32 scale per block."""
     packed: dict[str, torch.Tensor] = {}
@@ -273,22 +263,7 @@ def test_mxfp4_is_expanded(tmp_path: Path) -> None:
     """gpt_oss's experts as released: two 4-bit floats a byte, one exponent for 32, rows and columns exchanged."""
     folder, out = tmp_path / "model", tmp_path / "store"
     make_checkpoint("gpt_oss", folder)
-    generator = torch.Generator().manual_seed(0)
-
-    def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        packed: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                packed[name] = tensor
-                continue
-            experts, columns, rows = tensor.shape
-            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator)
-            scales = torch.randint(118, 130, (experts, rows, columns // 32), generator=generator)
-            packed |= {f"{name}_blocks": blocks.to(torch.uint8), f"{name}_scales": scales.to(torch.uint8)}
-        return packed
-
-    tensors = edit(folder, pack)
-    edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]})
+    tensors = pack_mxfp4(folder, (118, 130))
     plan = shard(folder, out)
     assert plan.precision == "mxfp4 expanded to bfloat16"
     check_against_transformers(folder, out, plan)

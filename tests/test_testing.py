@@ -16,6 +16,7 @@ import moeinf
 from families import make_config
 from moeinf.errors import UsageError
 from moeinf.generation import Sampling
+from moeinf.manifest import expert_path
 from moeinf.metamodel import is_experts_module
 from moeinf.pull import pull
 from moeinf.store import Store
@@ -63,6 +64,22 @@ def test_a_checkpoint_says_that_it_is_random_and_runs(home: Path, tmp_path: Path
         ids = engine.tokenizer("naïve")["input_ids"]
         assert len(ids) == len("naïve".encode())
         assert len(engine.session().generate(ids, Sampling(max_tokens=3)).tokens) == 3
+
+
+def test_a_checkpoint_in_mxfp4_is_one_as_it_is_released(home: Path, tmp_path: Path) -> None:
+    config = make_config("gpt_oss")
+    config.dtype, config.vocab_size = torch.bfloat16, 300
+    write_checkpoint(config, tmp_path / "random-oss", "tiny", is_mxfp4=True)
+    stored = pull(str(tmp_path / "random-oss"), store=Store(home))
+    assert stored.manifest.precision == "mxfp4 experts (as released)"
+    plain = pull(str(tmp_path / "random-oss"), store=Store(home), name="plain", experts="bf16")
+    spread = torch.frombuffer(bytearray((plain.path / expert_path(0, 0)).read_bytes()[4096:]), dtype=torch.bfloat16)
+    assert 0.01 < float(spread.float().std()) < 0.05
+    with moeinf.load("random-oss", experts="50%", context=64) as engine:
+        assert len(engine.session().generate([5, 6], Sampling(max_tokens=3)).tokens) == 3
+    with pytest.raises(UsageError, match="qwen3_moe is not released in MXFP4"):
+        write_checkpoint(make_config("qwen3_moe"), tmp_path / "other", "tiny", is_mxfp4=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_same_seed_writes_the_same(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def _check_rivals(stored: StoredModel, wishes: Wishes) -> None:
     if quantization is not None and (unable := [rival for rival in wishes.rivals if rival in _ON_DISK]):
         raise UnsupportedError(
             f"{stored.name} has {quantization.text}, which {unable[0]} cannot read",
-            hint="leave out --against, or measure the model that it was made of",
+            hint="leave out --against, or measure the same model with plain experts",
         )
 
 

@@ -94,6 +94,14 @@ class ExpertPart:
     recipe: Recipe
     is_fused: bool
 
+    @property
+    def packing(self) -> str | None:
+        """What the tensor is released in, of the kinds that a store can keep (manifest.RELEASED_BITS)."""
+        match self.recipe.converter and self.recipe.converter.operations:
+            case [Mxfp4Dequantize()]:
+                return "mxfp4"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class _LayerPart:
@@ -148,6 +156,13 @@ class Plan:
     def is_transposed(self) -> bool:
         """Whether the weights of experts are [in, out]."""
         return self._meta.is_transposed(self.layers[0].module)
+
+    @property
+    def packing(self) -> str | None:
+        """What all matrices of all experts are released in, of the kinds that a store can keep; None for another."""
+        parts = (part.of_expert(0) for layer in self._parts for part in layer)
+        kinds = {part.packing for part in parts if len(part.spec.shape) == 2}
+        return kinds.pop() if len(kinds) == 1 else None
 
     def expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
         """The tensors of an expert, in the order of `layout`. `layer` counts MoE layers."""

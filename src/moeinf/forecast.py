@@ -51,9 +51,11 @@ _FORESEEN = {"gate": 0.8, "auto": 0.8, "eam": 0.4, "off": 0.0}
 """Of a layer's choice, what each way of foreseeing names: the middle of the 72 to 89 % that are published for the next
 router, and what tokens alike told of misses on the demo model (docs/experiments.md). As much of what is named is
 right."""
-EXPANDING = {"int8": 3.6, "int4": 6.7}
-"""Expanding a quantised expert takes torch so many times as long as computing the plain one for a token
+EXPANDING = {"int8": 3.6, "int4": 6.7, "mxfp4": 8.0}
+"""Expanding a packed expert takes torch so many times as long as computing the plain one for a token
 (docs/planning.md)."""
+EXPANDING_NATIVELY = {"int8": 0.5, "int4": 0.5, "mxfp4": 2.5}
+"""As much where the library expands it."""
 
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 _WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -230,6 +232,7 @@ class _Costs:
         self.token_bytes = manifest.token_experts * self.expert_bytes
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
         self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
+        self._kernels = situation.kernels
         self.disk_rate = _disk_rate(machine, self.expert_bytes)
         self.fetch_rate = self.disk_rate
         if situation.reads_files:
@@ -276,8 +279,9 @@ class _Costs:
     def _expert_s(self, tokens: float) -> float:
         """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
         layout, machine = self._manifest.layout, self._machine
-        at_once_s = layout.plain_bytes / _step_rate(machine, self._kind, tokens) + _expanding_s(machine, layout)
-        return at_once_s if layout.quantization is None else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
+        expanding_s = _expanding_s(machine, layout, self._kernels)
+        at_once_s = layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s
+        return at_once_s if layout.is_released else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
     def prompt_s(self, tokens: int) -> float:
         """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
@@ -325,20 +329,23 @@ def _disk_rate(machine: Machine, size: int) -> float:
 def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     """Bytes of experts per second for one token, with the kernels that the engine would choose."""
     kind, quantization = _kind_of(layout), layout.quantization
-    if quantization is not None:
-        natively = {rate.weights for rate in machine.maths if rate.kernels == "native"}
-        if kernels != "torch" and quantization.kind in natively:
-            return machine.maths_rate(quantization.kind)
-        return layout.nbytes / (layout.plain_bytes / _rate(machine, kind, 1, "torch") + _expanding_s(machine, layout))
     is_exact = kind == "bfloat16" and machine.processor.kernels == "avx512bf16"
-    return _rate(machine, kind, 1, "native" if kernels == "native" or (kernels == "auto" and is_exact) else "torch")
+    is_native = kernels == "native" or (kernels == "auto" and (is_exact or not layout.is_released))
+    if quantization is None:
+        return _rate(machine, kind, 1, "native" if is_native else "torch")
+    if is_native and quantization.kind in {rate.weights for rate in machine.maths if rate.kernels == "native"}:
+        return machine.maths_rate(quantization.kind)
+    plain_s = layout.plain_bytes / _rate(machine, kind, 1, "torch")
+    return layout.nbytes / (plain_s + _expanding_s(machine, layout, kernels))
 
 
-def _expanding_s(machine: Machine, layout: ExpertLayout) -> float:
-    """What an expert for many tokens takes beside its maths, which is torch's."""
+def _expanding_s(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
+    """What an expert takes beside torch's maths."""
     if layout.quantization is None:
         return 0.0
-    return EXPANDING[layout.quantization.kind] * layout.plain_bytes / _rate(machine, _kind_of(layout), 1, "torch")
+    has_library = kernels != "torch" and any(rate.kernels == "native" for rate in machine.maths)
+    times = EXPANDING | (EXPANDING_NATIVELY if has_library else {})
+    return times[layout.quantization.kind] * layout.plain_bytes / _rate(machine, _kind_of(layout), 1, "torch")
 
 
 def _step_rate(machine: Machine, kind: str, tokens: float) -> float:

@@ -38,8 +38,10 @@ class ExpertForm:
 
     @classmethod
     def of(cls, quantization: Quantization | None) -> ExpertForm | None:
-        """What experts are stored as; None for plain ones."""
-        return None if quantization is None else cls(quantization.kind, quantization.group)
+        """What experts were made to be stored as; None for plain ones, and for those that are as they were released."""
+        if quantization is None or quantization.is_released:
+            return None
+        return cls(quantization.kind, quantization.group)
 
     def quantizer(self, layout: ExpertLayout, *, is_transposed: bool) -> Quantizer:
         """What brings experts of that layout into this form."""
@@ -50,4 +52,6 @@ class ExpertForm:
 
 def name_precision(before: str, layout: ExpertLayout) -> str:
     """What a manifest calls the precision of weights that had `before` as theirs and are stored in this layout."""
-    return before if layout.quantization is None else f"{layout.quantization.text}, from {before}"
+    if layout.quantization is None:
+        return before
+    return layout.quantization.text if layout.is_released else f"{layout.quantization.text}, from {before}"

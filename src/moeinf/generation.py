@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import UsageError
 from .hooks import quiet
+from .kvcache import can_crop, make_cache
 from .runtime import StepStopped
 from .stats import Stats
 
@@ -162,14 +163,14 @@ class Session:
                 break
             shared += 1
         if shared < len(self._tokens):
-            if shared and _can_crop(self._cache):
-                assert self._cache is not None
+            if shared and self._cache is not None and can_crop(self._cache):
                 self._cache.crop(shared - len(self._tokens))  # negative: how many to remove
                 self._tokens = self._tokens[:shared]
             else:
                 self.clear()
         if self._cache is None and self._engine.uses_dynamic_cache:
-            self._cache = DynamicCache(config=self._engine.model.config.get_text_config(decoder=True))
+            config = self._engine.model.config.get_text_config(decoder=True)
+            self._cache = make_cache(config, self._engine.plan.context)
         return len(self._tokens)
 
     def _prefill(self, ids: list[int], clock: _Clock) -> None:
@@ -263,9 +264,3 @@ def make_generation_config(base: GenerationConfig, sampling: Sampling, max_token
     else:
         config.temperature = config.top_p = config.top_k = config.min_p = config.typical_p = None
     return config
-
-
-def _can_crop(cache: Cache | None) -> bool:
-    """Whether the state of every layer can be cut back: that of recurrent layers and of full sliding windows cannot."""
-    layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)

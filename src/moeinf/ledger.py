@@ -14,7 +14,7 @@ from .errors import CapacityError, UsageError
 from .manifest import Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
-__all__ = ["MemoryPlan", "ModelShape", "Regime", "can_cache_files", "make_plan", "parse_slots"]
+__all__ = ["SPARE_WINDOW", "MemoryPlan", "ModelShape", "Regime", "can_cache_files", "make_plan", "parse_slots"]
 
 Regime = Literal["resident", "streaming"]
 
@@ -23,6 +23,8 @@ _MOST_RESERVE_BYTES = 1024 * MIB
 """Left free for everybody else when no budget is given: this, or a twentieth of what is available if that is less."""
 _WORKSPACE_BYTES = 128 * MIB
 _DEFAULT_CONTEXT = 4096
+SPARE_WINDOW = 16
+"""What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
 _STEP_TOKENS = 64
 """The workspace has room for this many tokens at once, always."""
 _PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
@@ -204,8 +206,9 @@ def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
-    """Bytes that any step takes: programs of matrix products, one layer's KV cache while it grows, logits, and a weight
-    of a quantised expert, expanded.
+    """Bytes that any step takes: programs of matrix products, one layer's KV cache repeated for heads that share it,
+    the spare room of sliding windows, logits, and a weight of a quantised expert, expanded.
     """
-    growth = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
-    return _WORKSPACE_BYTES + growth + shape.vocabulary * 4 * 6 + manifest.layout.expanded_bytes
+    repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
+    spare = manifest.kv_fixed_bytes // SPARE_WINDOW
+    return _WORKSPACE_BYTES + repeated + spare + shape.vocabulary * 4 * 6 + manifest.layout.expanded_bytes

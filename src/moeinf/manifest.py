@@ -15,12 +15,15 @@ from typing import Any
 from .errors import IntegrityError, UnsupportedError
 
 __all__ = [
+    "AS_RELEASED",
     "DTYPE_BYTES",
     "EXPERT_ALIGNMENT",
     "GROUPS",
     "MANIFEST_NAME",
     "NUMBER_BITS",
     "QUANTIZED_SCHEMA",
+    "RELEASED_BITS",
+    "RELEASED_GROUPS",
     "SCHEMA",
     "ExpertLayout",
     "FileRecord",
@@ -47,6 +50,10 @@ DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16"
 NUMBER_BITS = {"int8": 8, "int4": 4}
 GROUPS = (32, 64)
 """Weights of a row that share a factor."""
+RELEASED_BITS = {"mxfp4": 4}
+"""Packed weights that are kept as they were released, so that they stand for what they always did."""
+RELEASED_GROUPS = {"mxfp4": 32}
+AS_RELEASED = "as released"
 _QUANTIZATION_VERSION = 1
 
 
@@ -62,8 +69,9 @@ def scales_name(weight: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the weights of experts are whole numbers, `kind` being one of NUMBER_BITS, with a factor for each `group` of
-    a row; `dtype` is what they were and are expanded to.
+    """How the weights of experts are numbers of few bits with a factor for each `group` of a row; `dtype` is what they
+    are expanded to. `kind` is one of NUMBER_BITS, whole numbers that are near what the weights were, or one of
+    RELEASED_BITS, which are the weights.
 
     `widths` has the quantised tensors, and how many weights a row of each has. Rows are outputs, whatever the model's
     module has them as. docs/store-format.md has the layout of each `version`.
@@ -77,12 +85,23 @@ class Quantization:
 
     @property
     def bits(self) -> int:
-        return NUMBER_BITS[self.kind]
+        return (NUMBER_BITS | RELEASED_BITS)[self.kind]
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the experts are as they were released, and the output is, too."""
+        return self.kind in RELEASED_BITS
 
     @property
     def text(self) -> str:
         """What people call it."""
-        return f"{self.kind} experts (groups of {self.group})"
+        about = AS_RELEASED if self.is_released else f"groups of {self.group}"
+        return f"{self.kind} experts ({about})"
+
+    @property
+    def scales_dtype(self) -> str:
+        """Of factors, as safetensors calls it: float16, or bytes that are exponents of 2."""
+        return "U8" if self.is_released else "F16"
 
     def row_bytes(self, weight: str) -> int:
         """Bytes of a row's numbers."""
@@ -126,6 +145,11 @@ class ExpertLayout:
     @property
     def file_bytes(self) -> int:
         return self.data_offset + self.nbytes
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the experts' weights are those that were released."""
+        return self.quantization is None or self.quantization.is_released
 
     @property
     def expanded_bytes(self) -> int:
@@ -270,17 +294,20 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
     if raw is None:
         return None
     made = Quantization(**raw)
-    if made.version != _QUANTIZATION_VERSION or made.kind not in NUMBER_BITS or made.group not in GROUPS:
+    groups = dict.fromkeys(NUMBER_BITS, GROUPS) | {kind: (group,) for kind, group in RELEASED_GROUPS.items()}
+    if made.version != _QUANTIZATION_VERSION or made.group not in groups.get(made.kind, ()):
         raise UnsupportedError(
             f"its experts are {made.kind} in groups of {made.group}, version {made.version}, which this program does"
             " not know",
-            hint="update moeinf, or quantize the model again",
+            hint="update moeinf, or make the model again",
         )
-    for name in made.widths:
+    for name, width in made.widths.items():
+        if made.is_released and width % made.group:
+            raise ValueError(f"a row of {name} has {width} weights, which are no groups of {made.group}")
         rows = specs[name].shape[0]
         for tensor, dtype, columns in (
             (name, "U8", made.row_bytes(name)),
-            (scales_name(name), "F16", made.row_groups(name)),
+            (scales_name(name), made.scales_dtype, made.row_groups(name)),
         ):
             if (specs[tensor].dtype, specs[tensor].shape) != (dtype, (rows, columns)):
                 raise ValueError(f"{tensor} is not {dtype} of {rows} x {columns}")

@@ -32,7 +32,7 @@ from .units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from .conversion import Plan
-    from .quantized import Quantizer
+    from .quantized import Packer, Quantizer
 
 __all__ = ["Preview", "PullPlan", "plan_pull", "preview", "pull", "resolve"]
 
@@ -96,8 +96,8 @@ def pull(
     `source` is a folder, an alias, a hub id with or without `@revision`, or the name of a model that is here. What is
     here already from the same source is returned as it is, unless `force` asks for it anew. A pull that did not finish
     is continued if its source is still the same. `experts` "int8" or "int4" writes them quantised, in groups of `group`
-    (docs/quantization.md); "bf16" as they are, in a model that is bfloat16. `notify` gets a sentence about what a
-    person might not expect.
+    (docs/quantization.md); "bf16" expanded, where they are released packed, in a model that is bfloat16. `notify` gets
+    a sentence about what a person might not expect.
 
     Raises UsageError when the name is taken by another model, CapacityError when the disk is too small (before any
     weights are downloaded, where that can be known), MoeinfError while another process pulls or uses the model, and
@@ -119,7 +119,7 @@ def pull(
         checkpoint = origin.read(incoming.source, progress)
         plan = _plan(checkpoint, dtype)
         _check_dtype(plan, experts)
-        stored = _Stored.of(plan, request.form)
+        stored = _Stored.of(plan, request)
         if stored.precision != plan.dtype:
             notify(f"precision: {stored.precision}")
         _copy_companions(incoming, checkpoint, plan)
@@ -153,7 +153,7 @@ def plan_pull(
         plan = None if checkpoint is None else _plan(checkpoint, dtype)
     if plan is not None:
         _check_dtype(plan, experts)
-    stored = None if plan is None else _Stored.of(plan, request.form)
+    stored = None if plan is None else _Stored.of(plan, request)
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
     guess = sum(sizes) if request.form is None else sum(sizes) * NUMBER_BITS[request.form.kind] // 15
@@ -188,7 +188,7 @@ def preview(source: str, *, store: Store) -> Preview:
                 hint=f"moeinf pull {source}",
             )
         plan = _plan(checkpoint, request.dtype)
-    return Preview(request.name, _manifest(origin.source, _Stored.of(plan, request.form)), plan.config)
+    return Preview(request.name, _manifest(origin.source, _Stored.of(plan, request)), plan.config)
 
 
 def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> StoredModel:
@@ -208,10 +208,19 @@ def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> St
 
 @dataclass(frozen=True, slots=True)
 class _Request:
+    """`form`: of quantised experts; others are stored as they were released, or plain if `is_plain`."""
+
     reference: Reference
     name: str
     dtype: str
     form: ExpertForm | None
+    is_plain: bool
+
+    def is_met_by(self, layout: ExpertLayout) -> bool:
+        """Whether experts that lie so are what is asked for."""
+        if self.is_plain:
+            return layout.quantization is None
+        return ExpertForm.of(layout.quantization) == self.form
 
 
 def _read_request(
@@ -232,23 +241,20 @@ def _read_request(
         store.path(name)
     reference, stored = _read_source(source, store)
     if stored is not None and experts is None:
-        form = _form_of(stored)
+        form = ExpertForm.of(stored.manifest.layout.quantization)
     if revision is not None:
         reference = _at_revision(reference, revision)
-    if name is None:
-        found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
-        same = (model.name for model in ([stored] if stored else found) if _form_of(model) == form)
-        name = next(same, _default_name(reference, form))
-    return _Request(reference, name, dtype, form)
+    request = _Request(reference, name or _default_name(reference, form), dtype, form, experts == "bf16")
+    if name is not None:
+        return request
+    found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
+    same = (model.name for model in ([stored] if stored else found) if request.is_met_by(model.manifest.layout))
+    return dataclasses.replace(request, name=next(same, request.name))
 
 
 def _default_name(reference: Reference, form: ExpertForm | None) -> str:
     suffix = f"-{form.kind}" if form else ""
     return f"{reference.default_name[: MAX_NAME - len(suffix)]}{suffix}"
-
-
-def _form_of(model: StoredModel) -> ExpertForm | None:
-    return ExpertForm.of(model.manifest.layout.quantization)
 
 
 def _read_source(source: str, store: Store) -> tuple[Reference, StoredModel | None]:
@@ -291,8 +297,11 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
     there = model.manifest
     if request.reference.is_demo and there.source.repo == demo.NAME and there.source.commit != demo.VERSION:
         return None  # of an older program: it is replaced
-    is_form = _form_of(model) == request.form
-    if is_form and request.reference.is_source_of(there.source) and request.dtype in ("auto", there.dtype):
+    if (
+        request.is_met_by(there.layout)
+        and request.reference.is_source_of(there.source)
+        and request.dtype in ("auto", there.dtype)
+    ):
         return model
     experts = f", {there.layout.quantization.text}" if there.layout.quantization else ""
     raise UsageError(
@@ -328,18 +337,24 @@ def _plan_of_stored(model: StoredModel, free_bytes: int) -> PullPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What is stored of a plan: experts in its layout, or in that of the quantizer."""
+    """What is stored of a plan: experts in its layout, or in that of the encoder."""
 
     plan: Plan
-    quantizer: Quantizer | None
+    encoder: Quantizer | Packer | None
 
     @classmethod
-    def of(cls, plan: Plan, form: ExpertForm | None) -> _Stored:
-        return cls(plan, form.quantizer(plan.layout, is_transposed=plan.is_transposed) if form else None)
+    def of(cls, plan: Plan, request: _Request) -> _Stored:
+        if request.form is not None:
+            return cls(plan, request.form.quantizer(plan.layout, is_transposed=plan.is_transposed))
+        if plan.packing is None or request.is_plain:
+            return cls(plan, None)
+        from .quantized import Packer
+
+        return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing))
 
     @property
     def layout(self) -> ExpertLayout:
-        return self.quantizer.layout if self.quantizer else self.plan.layout
+        return self.encoder.layout if self.encoder else self.plan.layout
 
     @property
     def precision(self) -> str:
@@ -403,6 +418,8 @@ def _begin(incoming: Incoming, origin: Origin, request: _Request, notify: Callab
     key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
     if request.form is not None:
         key["experts"] = dataclasses.asdict(request.form)
+    elif not request.is_plain:
+        key["experts"] = "as released"
     if incoming.begin(key):
         notify(
             f"going on with an unfinished pull of {request.name}: {format_bytes(incoming.written_bytes)} are written"
@@ -440,7 +457,7 @@ def _shard(
     total_bytes, done_bytes = stored.nbytes, stored.done_bytes(incoming)
     with (
         progress.task("shard", total_bytes, "bytes", done=done_bytes) as task,
-        Sharder(stored.plan, _ReportingSink(incoming, task), stored.quantizer) as sharder,
+        Sharder(stored.plan, _ReportingSink(incoming, task), stored.encoder) as sharder,
     ):
         finished = set(sharder.finished_files())
         origin.forget(finished, incoming.source)

@@ -1,4 +1,5 @@
 """Weights as whole numbers of 8 or 4 bits with a factor for every group of them within a row: into that form, and back.
+And weights that were released packed, which are kept as they are, and expanded like the others.
 
 Owns how the numbers are chosen (docs/quantization.md), and how an expert of them lies in its file
 (docs/store-format.md). Works on some rows at a time, and takes little memory beside what it makes. Knows nothing of
@@ -12,18 +13,25 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.nn.functional as F
 
+from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
 from .files import Bytes
-from .manifest import DTYPE_BYTES, ExpertLayout, Quantization, TensorSpec, scales_name
+from .manifest import DTYPE_BYTES, RELEASED_GROUPS, ExpertLayout, Quantization, TensorSpec, scales_name
 from .tensorfile import encode_expert_header
 
-__all__ = ["Quantizer", "dequantize", "quantize"]
+__all__ = ["Packer", "Quantizer", "dequantize", "quantize"]
 
 _CHUNK_WEIGHTS = 1 << 18
 _LARGEST_FLOAT16 = 65504.0
 _LARGEST_INT8 = 127
 _EXTREMES = tuple(8.0 - 0.25 * step for step in range(-3, 13))
 """The numbers, not all of them whole, that the largest weight of a group is tried as."""
+_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_FP4_PAIRS = torch.stack((_FP4.repeat(16), _FP4.repeat_interleave(16)), -1).view(torch.int64).flatten()
+"""The two weights of every byte, as one number, so that they are looked up at once."""
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
+_LARGEST_EXPONENT = 252
+"""Six, the largest of _FP4, times the next power of two is infinite."""
 
 
 class Quantizer:
@@ -34,18 +42,8 @@ class Quantizer:
     """
 
     def __init__(self, plain: ExpertLayout, is_transposed: bool, kind: str, group: int) -> None:
-        matrices = {spec.name: spec.shape for spec in plain.tensors if len(spec.shape) == 2}
-        dtypes = {spec.dtype for spec in plain.tensors if spec.name in matrices}
-        if len(dtypes) != 1:
-            raise UnsupportedError(f"experts in {' and '.join(sorted(dtypes)) or 'no matrices'} are not quantised")
-        rows = {name: shape[1 if is_transposed else 0] for name, shape in matrices.items()}
-        widths = {name: shape[0 if is_transposed else 1] for name, shape in matrices.items()}
         self._is_transposed = is_transposed
-        self.quantization = made = Quantization(kind, group, dtypes.pop(), widths)
-        others = [(spec.name, spec.dtype, spec.shape) for spec in plain.tensors if spec.name not in widths]
-        scales = [(scales_name(name), "F16", (rows[name], made.row_groups(name))) for name in widths]
-        numbers = [(name, "U8", (rows[name], made.row_bytes(name))) for name in widths]
-        self.layout = _lay_out([*others, *scales, *numbers], made)
+        self.layout, self.quantization = _lay_out(plain, is_transposed, kind, group)
 
     def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
         """The data of an expert's file, from its tensors in the plain layout. `expert` is what messages call it.
@@ -57,7 +55,7 @@ class Quantizer:
             weight = tensors[name].t() if self._is_transposed else tensors[name]
             made |= zip((name, scales_name(name)), self._quantize(weight, f"{name} of {expert}"), strict=True)
         for spec in self.layout.tensors:
-            yield made[spec.name].contiguous().view(-1).view(torch.uint8).numpy().data
+            yield _bytes_of(made[spec.name])
 
     def _quantize(self, weight: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
         if not weight.isfinite().all():
@@ -69,6 +67,48 @@ class Quantizer:
         if largest > _LARGEST_FLOAT16:
             raise IntegrityError(f"{what} holds {largest:.1e}, and its factors would be more than float16 has")
         return quantize(weight, self.quantization.bits, self.quantization.group)
+
+
+class Packer:
+    """Keeps experts that were released packed; `layout` says how they lie then.
+
+    `plain` is how they would lie expanded, and has [out, in] or, if `is_transposed`, [in, out]. Raises UnsupportedError
+    for rows that are no whole number of groups.
+    """
+
+    def __init__(self, plain: ExpertLayout, is_transposed: bool, kind: str) -> None:
+        self.layout, self.quantization = _lay_out(plain, is_transposed, kind, RELEASED_GROUPS[kind])
+        for name, width in self.quantization.widths.items():
+            if width % self.quantization.group:
+                raise UnsupportedError(
+                    f"{name} has rows of {width} weights, and {kind} has groups of {self.quantization.group}",
+                    hint="use the model's original weights",
+                )
+
+    def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
+        """The data of an expert's file, from its tensors as they were released: of a matrix the bytes [out, groups,
+        bytes of a group] and exponents [out, groups]; and biases. `expert` is what messages call it.
+
+        Raises IntegrityError for tensors that do not fit, and for exponents that no finite weight has.
+        """
+        made = self.quantization
+        for spec in self.layout.tensors:
+            tensor = tensors[spec.name]
+            shape = spec.shape
+            if spec.name in made.widths:
+                shape = (shape[0], made.row_groups(spec.name), made.group * made.bits // 8)
+            if tensor.shape != shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+                raise IntegrityError(
+                    f"{spec.name} of {expert} is {tensor.dtype} {list(tensor.shape)}, not {spec.dtype} {list(shape)}"
+                )
+        for name in map(scales_name, made.widths):
+            if (largest := int(tensors[name].max())) > _LARGEST_EXPONENT:
+                raise IntegrityError(
+                    f"{name} of {expert} holds the exponent {largest}, which no finite weights have",
+                    hint="the checkpoint is damaged",
+                )
+        for spec in self.layout.tensors:
+            yield _bytes_of(tensors[spec.name])
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,21 +125,39 @@ def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
 
 
 def dequantize(
-    numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, width: int, dtype: torch.dtype
+    numbers: torch.Tensor,
+    factors: torch.Tensor,
+    quantization: Quantization,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    is_transposed: bool = False,
 ) -> torch.Tensor:
-    """What `quantize` made, as weights [out, width] in `dtype`: the products in float32, rounded to it."""
-    weights = torch.empty(len(numbers), width, dtype=dtype)
+    """Numbers as weights [out, width] in `dtype`, or [width, out] if `is_transposed`: the products in float32, rounded
+    to it.
+    """
+    weights = torch.empty((width, len(numbers)) if is_transposed else (len(numbers), width), dtype=dtype)
+    by_rows = weights.t() if is_transposed else weights
+    expand = _expand_rows if quantization.is_released else _dequantize_rows
     rows = max(1, _CHUNK_WEIGHTS // max(1, width))
-    parts = (torch.split(tensor, rows) for tensor in (numbers, factors, weights))
+    parts = (torch.split(tensor, rows) for tensor in (numbers, factors, by_rows))
     for some, theirs, into in zip(*parts, strict=True):
-        _dequantize_rows(some, theirs.float(), quantization, into)
+        expand(some, theirs, quantization, into)
     return weights
+
+
+def _expand_rows(numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor) -> None:
+    """MXFP4, as transformers expands it (transformers/integrations/mxfp4.py)."""
+    pairs = torch.index_select(_FP4_PAIRS, 0, numbers.flatten().int())
+    values = pairs.view(torch.float32).view(*factors.shape, quantization.group)
+    values *= torch.index_select(_POWERS, 0, factors.flatten().int()).view(*factors.shape, 1)
+    into.copy_(values.flatten(1))
 
 
 def _dequantize_rows(
     numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor
 ) -> None:
-    signed = numbers.view(torch.int8)
+    signed, factors = numbers.view(torch.int8), factors.float()
     if quantization.bits == 4:
         signed = torch.stack(((numbers << 4).view(torch.int8) >> 4, signed >> 4), -1).flatten(1)
     group = quantization.group
@@ -149,10 +207,26 @@ def _numbers(weights: torch.Tensor, factors: torch.Tensor, bits: int) -> torch.T
     return torch.where(factors != 0, weights / factors, 0).round_().clamp_(-largest, largest - 1)
 
 
-def _lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], quantization: Quantization) -> ExpertLayout:
-    """Tensors of the widest dtype first, so that each starts at a multiple of its element's size."""
+def _lay_out(plain: ExpertLayout, is_transposed: bool, kind: str, group: int) -> tuple[ExpertLayout, Quantization]:
+    """How experts lie whose matrices are numbers. Tensors of the widest dtype come first, so that each starts at a
+    multiple of its element's size.
+    """
+    matrices = {spec.name: spec.shape for spec in plain.tensors if len(spec.shape) == 2}
+    dtypes = {spec.dtype for spec in plain.tensors if spec.name in matrices}
+    if len(dtypes) != 1:
+        raise UnsupportedError(f"experts in {' and '.join(sorted(dtypes)) or 'no matrices'} are not quantised")
+    rows = {name: shape[1 if is_transposed else 0] for name, shape in matrices.items()}
+    widths = {name: shape[0 if is_transposed else 1] for name, shape in matrices.items()}
+    made = Quantization(kind, group, dtypes.pop(), widths)
+    others = [(spec.name, spec.dtype, spec.shape) for spec in plain.tensors if spec.name not in widths]
+    scales = [(scales_name(name), made.scales_dtype, (rows[name], made.row_groups(name))) for name in widths]
+    numbers = [(name, "U8", (rows[name], made.row_bytes(name))) for name in widths]
     specs, offset = [], 0
-    for name, dtype, shape in sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
+    for name, dtype, shape in sorted([*others, *scales, *numbers], key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
         specs.append(TensorSpec(name, dtype, shape, offset))
         offset += specs[-1].nbytes
-    return ExpertLayout(len(encode_expert_header(specs)), tuple(specs), quantization)
+    return ExpertLayout(len(encode_expert_header(specs)), tuple(specs), made), made
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

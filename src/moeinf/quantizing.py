@@ -7,6 +7,7 @@ torch and transformers are imported inside functions: what is refused is refused
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -49,8 +50,10 @@ def quantize_model(
     """
     there = model.manifest.layout.quantization
     if there is not None:
+        pulling = shlex.join(["moeinf", "pull", model.manifest.source.repo, "--experts", form.kind, "--name", name])
         raise UnsupportedError(
-            f"{model.name} has {there.text} already", hint="quantize the model that it was made of, or pull that again"
+            f"{model.name} has {there.text} already",
+            hint=pulling if there.is_released else "quantize the model that it was made of, or pull that again",
         )
     if name == model.name:
         raise UsageError(f"{name} is the model itself", hint=f"choose another --name, like {name}-{form.kind}")

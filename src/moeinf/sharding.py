@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -18,8 +19,8 @@ import torch
 from .conversion import DenseTensor, ExpertPart, Plan, Recipe
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
-from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, expert_path
-from .quantized import Quantizer
+from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, expert_path, scales_name
+from .quantized import Packer, Quantizer
 from .tensorfile import TensorEntry, TensorFile, encode_expert_header, encode_header
 from .units import MIB
 
@@ -73,16 +74,16 @@ class _Job:
 
 class Sharder:
     """Writes all outputs of `plan` to `sink`, but for those that it has. One thread uses it, as a context manager.
-    With a `quantizer` for the plan's layout, experts are written as that makes them.
+    With an `encoder` for the plan's layout, experts are written as that makes them.
 
     Raises IntegrityError for a weight file that is damaged, or whose tensors are not what the plan was made of.
     """
 
-    def __init__(self, plan: Plan, sink: Sink, quantizer: Quantizer | None = None) -> None:
+    def __init__(self, plan: Plan, sink: Sink, encoder: Quantizer | Packer | None = None) -> None:
         self._plan = plan
         self._sink = sink
-        self._quantizer = quantizer
-        layout = quantizer.layout if quantizer else plan.layout
+        self._encoder = encoder
+        layout = encoder.layout if encoder else plan.layout
         self._expert_header = encode_expert_header(layout.tensors)
         self._dense: dict[str, tuple[DenseTensor, int]] = {}
         self._writer = self._open_dense()
@@ -184,11 +185,22 @@ class Sharder:
     def _expert_chunks(self, layer: int, expert: int) -> Iterator[Bytes]:
         yield self._expert_header
         parts = self._plan.expert_parts(layer, expert)
-        made = ((part.spec.name, self._make(part, layer, expert)) for part in parts)
-        if self._quantizer is None:
-            yield from (_bytes_of(tensor) for _, tensor in made)
+        tensors = chain.from_iterable(self._tensors(part, layer, expert) for part in parts)
+        if self._encoder is None:
+            yield from (_bytes_of(tensor) for _, tensor in tensors)
         else:
-            yield from self._quantizer.encode(dict(made), f"expert {expert} of {self._plan.layers[layer].module}")
+            yield from self._encoder.encode(dict(tensors), f"expert {expert} of {self._plan.layers[layer].module}")
+
+    def _tensors(self, part: ExpertPart, layer: int, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is written of a part, by name: itself, or as it was released its numbers and their scales."""
+        name = part.spec.name
+        if part.packing is None or not isinstance(self._encoder, Packer):
+            yield name, self._make(part, layer, expert)
+            return
+        self._check_rows(part, self._plan.layers[layer].num_experts)
+        sources = part.recipe.sources
+        for stored, source in zip((name, scales_name(name)), sources, strict=True):
+            yield stored, self._read(self._entry(source.name), (expert, expert + 1))[0]
 
     def _make(self, part: ExpertPart, layer: int, expert: int) -> torch.Tensor:
         rows = (expert, expert + 1) if part.is_fused else None

@@ -77,8 +77,8 @@ class MemoryStats:
 class Stats:
     """Times in seconds. `ttft_s`: from the request to the first token. `tpot_s`: per token after the first. `stall_s`:
     waiting for bytes. `kernels`: what computed the experts of a token, and why if it was torch where it need not be.
-    `quantization`: how experts are quantised, empty where they are as released; `quality`: what that was measured to
-    cost, if it was.
+    `quantization`: how experts are packed, empty where they are plain; `quality`: what that was measured to cost, if it
+    was, which it is not where they are packed as they were released.
     """
 
     load_s: float = 0.0

@@ -1,6 +1,7 @@
 """Checkpoints of random weights in the shapes of real models, so that anybody can repeat a measurement.
 
     python -m moeinf.testing qwen3-30b-a3b FOLDER --layers 12
+    python -m moeinf.testing gpt-oss-20b FOLDER --mxfp4
 
 Such a checkpoint times a machine, and says nothing about the model whose shapes it has: its config.json calls it
 random, and so does the store that it is pulled into. Holds one tensor in memory at a time.
@@ -25,6 +26,9 @@ from .errors import UsageError
 from .tensorfile import encode_header
 
 __all__ = ["RANDOM_KEY", "SHAPES", "Shape", "write_checkpoint"]
+
+_BLOCKS, _EXPONENTS = "_blocks", "_scales"
+"""What gpt-oss calls the two tensors of a weight in MXFP4."""
 
 RANDOM_KEY = "random_weights"
 """The key of config.json that says whose shapes these are."""
@@ -171,13 +175,20 @@ SHAPES = {
 }
 
 
-def write_checkpoint(config: PreTrainedConfig, folder: Path, name: str, seed: int = 0) -> None:
+def write_checkpoint(
+    config: PreTrainedConfig, folder: Path, name: str, seed: int = 0, *, is_mxfp4: bool = False
+) -> None:
     """Write a random checkpoint of `config`, marked as of the shapes of `name`: a shard per layer, under the names and
     in the shapes of the transformers model itself.
 
     So transformers can map it into memory as it lies, which is the best case for the programs that moeinf is measured
-    against. Its tokenizer makes a token of every byte. A folder that has an index already is left as it is.
+    against. With `is_mxfp4`, experts are packed as gpt-oss is released. Its tokenizer makes a token of every byte. A
+    folder that has an index already is left as it is.
     """
+    if is_mxfp4:
+        if config.model_type != "gpt_oss":
+            raise UsageError(f"{config.model_type} is not released in MXFP4", hint="leave out --mxfp4")
+        config.quantization_config = {"quant_method": "mxfp4"}
     index = folder / INDEX_NAME
     if index.exists():
         return
@@ -189,12 +200,12 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path, name: str, seed: in
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(_shards(config)):
         file = f"model-{number:05d}.safetensors"
-        header = encode_header([(tensor, "BF16", shape) for tensor, shape in shapes.items()], {"format": "pt"})
+        described = [each for shape in shapes.items() for each in (_packed if is_mxfp4 else _plain)(*shape)]
         with (folder / file).open("wb") as shard:
-            shard.write(header)
-            for tensor, shape in shapes.items():
+            shard.write(encode_header(described, {"format": "pt"}))
+            for tensor, _, shape in described:
                 shard.write(_random(tensor, shape, generator).view(torch.uint8).numpy().data)
-        weight_map |= dict.fromkeys(shapes, file)
+        weight_map |= dict.fromkeys((tensor for tensor, _, _ in described), file)
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
@@ -207,7 +218,24 @@ def _write_tokenizer(folder: Path) -> None:
     fast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False).save_pretrained(folder)
 
 
+def _plain(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """A parameter as the checkpoint has it: (name, dtype, shape) of one tensor."""
+    return [(name, "BF16", shape)]
+
+
+def _packed(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The same of MXFP4, where a weight of experts is two tensors, with rows and columns exchanged."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return _plain(name, shape)
+    experts, width, rows = shape
+    groups = (experts, rows, width // 32)
+    return [(f"{name}{_BLOCKS}", "U8", (*groups, 16)), (f"{name}{_EXPONENTS}", "U8", groups)]
+
+
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith((_BLOCKS, _EXPONENTS)):
+        limits = (0, 256) if name.endswith(_BLOCKS) else (118, 122)
+        return torch.empty(shape, dtype=torch.uint8).random_(*limits, generator=generator)
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
     # Embeddings outweigh what attention averages over the context, or all tokens would be routed alike; and not by so
@@ -238,12 +266,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="default: as many as take some ten gigabytes")
     parser.add_argument("--experts", type=int, help="per layer; default: the model's own")
     parser.add_argument("--top-k", type=int, help="experts per token; default: the model's own")
+    parser.add_argument("--mxfp4", action="store_true", help="pack experts as gpt-oss is released")
     arguments = parser.parse_args()
     try:
         config = SHAPES[arguments.shape].config(arguments.layers, arguments.experts, arguments.top_k)
+        write_checkpoint(config, arguments.folder, arguments.shape, is_mxfp4=arguments.mxfp4)
     except UsageError as error:
         parser.error(str(error))
-    write_checkpoint(config, arguments.folder, arguments.shape)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def pull(
     ] = "auto",
     experts: Annotated[
         str | None,
-        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as they are."),
+        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as released."),
     ] = None,
     group: Group = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be downloaded and written.")] = False,
@@ -258,7 +258,7 @@ def _read_quality(stored: StoredModel, output: Output) -> Quality | None:
 def _quality_rows(stored: StoredModel, quality: Quality | None) -> list[tuple[str, str]]:
     if quality is not None:
         return [("quality", quality.text)]
-    if stored.manifest.layout.quantization is None:
+    if stored.manifest.layout.is_released:
         return []
     return [("quality", f"not measured: moeinf quality {stored.name} --against MODEL")]
 

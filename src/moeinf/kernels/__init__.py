@@ -14,17 +14,18 @@ import torch
 from torch import nn
 
 from moeinf.errors import UnsupportedError
-from moeinf.manifest import ExpertLayout
+from moeinf.manifest import ExpertLayout, scales_name
 
 from .attention import NativeAttention
 from .dense import speed_up
-from .native import NativeMaths, NativePool, NotNativeError
+from .native import ExpandingMaths, NativeMaths, NativePool, NotNativeError
 from .torch_maths import ExpertMaths, Tensors, TokenMaths, route
 
 __all__ = ["ExpertMaths", "NativeAttention", "Tensors", "TokenMaths", "choose_maths", "route", "speed_up_dense"]
 
 _TRIALS = 2
 _TRIAL_NUMBERS = 1 << 20
+_TRIAL_EXPONENTS = (118, 126)
 _OTHER_ORDER = "native kernels add in another order than torch on this processor; --kernels native takes them anyway"
 
 
@@ -35,9 +36,9 @@ def choose_maths(
 
     `kernels` is the engine's option: `torch`; `native`, which raises UnsupportedError where that cannot be had; or
     `auto`, which takes native maths for the layers that can have it, if it then gives torch's results to the last bit.
-    That is tried, on numbers that are written to `scratch`, the tensors of a slot. Quantised experts are never those
-    that were released, and native maths rounds them less than torch does: `auto` takes it untried. `on_close` gets what
-    ends the native threads.
+    That is tried, on numbers that are written to `scratch`, the tensors of a slot. Quantised experts are not those that
+    were released, and native maths rounds them less than torch does: `auto` takes it untried. `on_close` gets what ends
+    the native threads.
     """
     modules = list(modules)
     if kernels == "torch":
@@ -48,11 +49,11 @@ def choose_maths(
         return [_fall_back(module, layout, error, kernels) for module in modules]
     on_close.callback(pool.close)
     maths = [_native_maths(module, layout, pool, kernels) for module in modules]
-    if layout.quantization is not None:
+    if not layout.is_released:
         return maths
     native = [(one, module) for one, module in zip(maths, modules, strict=True) if isinstance(one, NativeMaths)]
-    if kernels == "auto" and native and not _is_exact(*native[0], scratch):
-        return [ExpertMaths(module, reason=_OTHER_ORDER) for module in modules]
+    if kernels == "auto" and native and not _is_exact(*native[0], layout, scratch):
+        return [ExpandingMaths(module, layout, pool, _OTHER_ORDER) for module in modules]
     return maths
 
 
@@ -80,25 +81,36 @@ def _fall_back(module: nn.Module, layout: ExpertLayout, error: NotNativeError, k
     return ExpertMaths(module, layout.quantization, str(error))
 
 
-def _is_exact(native: NativeMaths, module: nn.Module, scratch: Tensors) -> bool:
+def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scratch: Tensors) -> bool:
     """Whether it gives what torch gives for an expert of random numbers, to the last bit."""
     generator = torch.Generator().manual_seed(0)
-    for tensor in scratch.values():
-        numbers = torch.randn(min(tensor.numel(), _TRIAL_NUMBERS), generator=generator) * 0.02
-        for piece in torch.split(tensor.view(-1), len(numbers)):
-            piece.copy_(numbers[: len(piece)])
-    down = scratch["down_proj"]
-    if down.dtype == torch.bfloat16 and not native.pool.adds_as_torch_does:
+    _fill(scratch, layout, generator)
+    if native.dtype == torch.bfloat16 and not native.pool.adds_as_torch_does:
         return False
-    width = down.shape[1 if module.is_transposed else 0]
-    weights = torch.ones(1, 1, dtype=down.dtype)
+    weights = torch.ones(1, 1, dtype=native.dtype)
     for _ in range(_TRIALS):
-        hidden = torch.randn(1, width, generator=generator).to(down.dtype)
+        hidden = torch.randn(1, native.layer.hidden, generator=generator).to(native.dtype)
         results = []
-        for maths in (native, ExpertMaths(module)):
+        for maths in (native, ExpandingMaths(module, layout, native.pool)):
             token = maths.token(hidden, weights)
             token.compute([0], [scratch])
             results.append(token.total([0]))
         if not torch.equal(*results):
             return False
     return True
+
+
+def _fill(scratch: Tensors, layout: ExpertLayout, generator: torch.Generator) -> None:
+    """Write random weights."""
+    packed = layout.quantization.widths if layout.quantization else {}
+    exponents = {scales_name(name) for name in packed}
+    for name, tensor in scratch.items():
+        count = min(tensor.numel(), _TRIAL_NUMBERS)
+        if name in exponents:
+            numbers = torch.randint(*_TRIAL_EXPONENTS, (count,), generator=generator)
+        elif name in packed:
+            numbers = torch.randint(0, 256, (count,), generator=generator)
+        else:
+            numbers = torch.randn(count, generator=generator) * 0.02
+        for piece in torch.split(tensor.view(-1), count):
+            piece.copy_(numbers[: len(piece)])

@@ -1,4 +1,5 @@
-"""The dense part between the experts, by the native library where one token goes through it: linear layers and norms.
+"""The dense part between the experts, by the native library where one token goes through it: linear layers, routers and
+norms.
 
 While decoding they are read once per token like the experts, and torch reads a matrix for one vector at half the rate
 at which memory gives it; a norm takes it eight small operations. The library adds in torch's own order where the
@@ -12,9 +13,11 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .native import NativePool
@@ -27,11 +30,11 @@ _MOST_NUMBERS = 1 << 15
 
 
 def speed_up(model: nn.Module, pool: NativePool) -> int:
-    """Let `pool` compute the linear layers and root-mean-square norms of `model` in bfloat16, in steps of one token, if
-    it gives torch's results to the last bit. Other steps are torch's as before. From then on
-    weights have to stay where they are.
+    """Let `pool` compute the linear layers and root-mean-square norms of `model` in bfloat16, and what other modules
+    multiply by their own weights with `F.linear`, in steps of one token, if it gives torch's results to the last bit.
+    Other steps are torch's as before. From then on weights have to stay where they are.
 
-    Returns how many modules it computes.
+    Returns how many modules and weights it computes.
     """
     if not pool.adds_as_torch_does:
         return 0
@@ -42,31 +45,48 @@ def speed_up(model: nn.Module, pool: NativePool) -> int:
         if native is not None:
             module.forward = native  # type: ignore[method-assign, assignment, unused-ignore]  # of this one alone
             replaced += 1
+        elif not isinstance(module, nn.Linear | nn.Embedding):
+            replaced += _wrap_matrices(module, pool, exact_shapes)
     return replaced
+
+
+def _wrap_matrices(module: nn.Module, pool: NativePool, exact_shapes: dict[tuple[int, ...], bool]) -> int:
+    """Have the products by the module's own matrices computed, as routers take them; returns how many there are."""
+    own = dict(module.named_parameters(recurse=False))
+    wrapped = 0
+    for name, weight in own.items():
+        bias = own.get("bias")
+        if weight.dim() == 2 and all(each is None or _is_plain(each) for each in (weight, bias)):
+            linear = _NativeLinear(partial(F.linear, weight=weight, bias=bias), pool, weight, bias)
+            if linear.is_exact(exact_shapes):
+                setattr(module, name, _NativeWeight.of(weight, bias, linear))
+                wrapped += 1
+    return wrapped
 
 
 def _stand_in(module: nn.Module, pool: NativePool, exact_shapes: dict[tuple[int, ...], bool]) -> _Native | None:
     """What computes `module` from now on; None for most."""
     weights = list(module.parameters(recurse=False))
-    if not weights or not all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in weights):
+    if not weights or not all(map(_is_plain, weights)):
         return None
     if type(module) is nn.Linear:
-        linear = _NativeLinear(module, pool)
-        shape = (*module.weight.shape, len(weights))
-        if shape not in exact_shapes:
-            exact_shapes[shape] = linear.gives_the_same()
-        return linear if exact_shapes[shape] else None
+        linear = _NativeLinear(module.forward, pool, module.weight, module.bias)
+        return linear if linear.is_exact(exact_shapes) else None
     if len(weights) == 1 and weights[0].dim() == 1 and _epsilon(module) and not list(module.children()):
         norms = (_NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
         return next((norm for norm in norms if norm.gives_the_same()), None)
     return None
 
 
+def _is_plain(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous()
+
+
 class _Native(ABC):
     """The forward of a module of one input, which the library computes or leaves to the module."""
 
-    def __init__(self, module: nn.Module, pool: NativePool) -> None:
-        self._forward: Callable[..., torch.Tensor] = module.forward
+    def __init__(self, forward: Callable[..., torch.Tensor], pool: NativePool) -> None:
+        self._forward = forward
         self._pool = pool
 
     def __call__(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
@@ -103,12 +123,26 @@ class _LinearLayer(ctypes.Structure):
 
 
 class _NativeLinear(_Native):
-    def __init__(self, module: nn.Linear, pool: NativePool) -> None:
-        super().__init__(module, pool)
-        self._outputs, self._inputs = module.weight.shape
-        bias = None if module.bias is None else module.bias.data_ptr()
-        self._layer = _LinearLayer(self._inputs, self._outputs, module.weight.data_ptr(), bias)
+    def __init__(
+        self,
+        forward: Callable[..., torch.Tensor],
+        pool: NativePool,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        super().__init__(forward, pool)
+        self._outputs, self._inputs = weight.shape
+        self._has_bias = bias is not None
+        addresses = weight.data_ptr(), None if bias is None else bias.data_ptr()
+        self._layer = _LinearLayer(self._inputs, self._outputs, *addresses)
         self._address = ctypes.addressof(self._layer)
+
+    def is_exact(self, known: dict[tuple[int, ...], bool]) -> bool:
+        """Whether layers of this shape come out the same, which is tried once for each."""
+        shape = (self._inputs, self._outputs, self._has_bias)
+        if shape not in known:
+            known[shape] = self.gives_the_same()
+        return known[shape]
 
     def takes(self, x: torch.Tensor) -> bool:
         return x.numel() == self._inputs
@@ -123,6 +157,33 @@ class _NativeLinear(_Native):
         return torch.randn(1, self._inputs, generator=generator)
 
 
+class _NativeWeight(nn.Parameter):
+    """A matrix that a module multiplies by without a linear layer, as routers do: `F.linear` is the library's where it
+    can, and whatever else is done with the matrix is torch's.
+    """
+
+    _linear: _NativeLinear
+    _bias: nn.Parameter | None
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, bias: nn.Parameter | None, linear: _NativeLinear) -> _NativeWeight:
+        """`weight`, and what computes products with it and that `bias`."""
+        made: _NativeWeight = torch.Tensor._make_subclass(cls, weight.data, weight.requires_grad)
+        made._linear, made._bias = linear, bias
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is F.linear and not kwargs and isinstance(args[1], cls):
+            x, weight, bias = (*args, None)[:3]
+            if bias is weight._bias:
+                return weight._linear(x)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
 class _NormLayer(ctypes.Structure):
     """`moe_norm_layer` of moe.h."""
 
@@ -133,7 +194,7 @@ class _NativeNorm(_Native):
     """Families differ in whether they round before they multiply by the weight."""
 
     def __init__(self, module: nn.Module, pool: NativePool, weight: torch.Tensor, *, rounds_first: bool) -> None:
-        super().__init__(module, pool)
+        super().__init__(module.forward, pool)
         self._size = weight.numel()
         self._layer = _NormLayer(self._size, _epsilon(module), rounds_first, weight.data_ptr())
         self._address = ctypes.addressof(self._layer)

@@ -1,9 +1,10 @@
 """Experts computed by the native library (csrc/), a whole layer's worth of them per call.
 
 Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
-quantised ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
+packed ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
 where torch rounds; sums of products are added in another order. Prompts are left to torch, whose matrix products are
-good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded.
+good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded. For torch it
+expands weights that were released packed.
 """
 
 from __future__ import annotations
@@ -19,22 +20,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeinf.manifest import ExpertLayout, TensorSpec, scales_name
+from moeinf.manifest import ExpertLayout, Quantization, TensorSpec, scales_name
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
 
-__all__ = ["NativeLayer", "NativeMaths", "NativePool", "NotNativeError", "built_library", "variants"]
+__all__ = [
+    "ExpandingMaths",
+    "NativeLayer",
+    "NativeMaths",
+    "NativePool",
+    "NotNativeError",
+    "built_library",
+    "variants",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_WEIGHTS = {"int8": 1, "int4": 2}
+_WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
-_INTERFACE = 2
+_INTERFACE = 4
 
-_FEW_ROWS = 16
+_FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
 
 _PROBE = 1024
@@ -100,6 +109,8 @@ def _load(path: Path | None) -> Any:
         ),
         ("moe_sum", None, (layer, c_int, c_void_p, c_void_p, c_int, c_void_p)),
         ("moe_activate", None, (layer, c_void_p, c_void_p)),
+        ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
+        ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
         ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
         ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
         ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
@@ -132,6 +143,7 @@ class NativePool:
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     @property
     def adds_as_torch_does(self) -> bool:
@@ -145,13 +157,45 @@ class NativePool:
         if self.handle is not None:
             self.lib.moe_close(self.handle)
             self.handle = None
+            self._scratch = torch.empty(0, dtype=torch.bfloat16)
+
+    def expand(
+        self, numbers: torch.Tensor, factors: torch.Tensor, about: Quantization, width: int, *, is_transposed: bool
+    ) -> torch.Tensor:
+        """A packed weight as bfloat16 [out, width], or [width, out] if `is_transposed`, as only released ones are. It
+        lies where the next one will: fresh memory takes the system longer than all of the rest.
+        """
+        out = len(numbers)
+        if self._scratch.numel() < out * width:
+            self._scratch = torch.empty(out * width, dtype=torch.bfloat16)
+        weight = self._scratch[: out * width].view((width, out) if is_transposed else (out, width))
+        packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
+        if about.is_released:
+            self.lib.moe_expand(self.handle, *packed, is_transposed, into)
+        else:
+            self.lib.moe_expand_int(self.handle, _WEIGHTS[about.kind], about.group, *packed, into)
+        return weight
 
     def read(self, memory: torch.Tensor) -> int:
         """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
         return int(self.lib.moe_read(self.handle, memory.data_ptr(), memory.nbytes))
 
 
-class NativeMaths(ExpertMaths):
+class ExpandingMaths(ExpertMaths):
+    """torch's maths. The library expands packed weights, as long as the pool is open."""
+
+    def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool, reason: str = "") -> None:
+        super().__init__(module, layout.quantization, reason)
+        self.pool = pool
+
+    def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        about = self._quantization
+        if about is None or rows.dtype != torch.bfloat16 or self.pool.handle is None:
+            return super()._expand(numbers, factors, rows)
+        return self.pool.expand(numbers, factors, about, rows.shape[1], is_transposed=self._is_transposed)
+
+
+class NativeMaths(ExpandingMaths):
     """The experts of one MoE layer: one token by the library, many by torch, which also takes over when the pool is
     closed.
 
@@ -159,9 +203,8 @@ class NativeMaths(ExpertMaths):
     """
 
     def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool) -> None:
-        super().__init__(module, layout.quantization)
+        super().__init__(module, layout, pool)
         self.computed_by = f"native, {pool.variant}"
-        self.pool = pool
         self._anchor, self._offset = layout.tensors[0].name, layout.tensors[0].offset
         specs = {spec.name: spec for spec in layout.tensors}
         self.dtype = self._check(module, specs)
@@ -174,7 +217,9 @@ class NativeMaths(ExpertMaths):
         return _NativeToken(self, hidden, weights)
 
     def expert(self, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
-        if self._quantization is None or len(hidden) > _FEW_ROWS or not self._computes(hidden, weights):
+        quantization = self._quantization
+        is_torch_s = quantization is None or quantization.is_released
+        if is_torch_s or len(hidden) > _FEW_ROWS or not self._computes(hidden, weights):
             return super().expert(hidden, tensors, weights)
         rows = [
             _NativeToken(self, *token) for token in zip(torch.split(hidden, 1), torch.split(weights, 1), strict=True)
@@ -203,6 +248,8 @@ class NativeMaths(ExpertMaths):
             factors = {scales_name(name) for name in weights}
             dtypes = {quantization.dtype, *(specs[name].dtype for name in specs.keys() - {*weights, *factors})}
             expected |= factors
+            if quantization.is_released and quantization.dtype != "BF16":
+                raise NotNativeError(f"it does not compute {quantization.kind} experts in {quantization.dtype}")
         if len(dtypes) > 1 or not dtypes <= set(_NAMES):
             raise NotNativeError(f"it does not compute experts in {' and '.join(sorted(dtypes))}")
         if self._norm is not None:
@@ -214,17 +261,18 @@ class NativeMaths(ExpertMaths):
     def _describe(self, module: nn.Module, specs: Mapping[str, TensorSpec]) -> NativeLayer:
         flags: Any = module
         hidden, inner = specs["down_proj"].shape
-        kind, group = 0, 0
-        if self._is_transposed:
-            hidden, inner = inner, hidden
+        kind, group, is_transposed = 0, 0, self._is_transposed
         if quantization := self._quantization:
-            kind, group, inner = _WEIGHTS[quantization.kind], quantization.group, quantization.widths["down_proj"]
+            kind, group, is_transposed = _WEIGHTS[quantization.kind], quantization.group, False
+            inner = quantization.widths["down_proj"]
+        elif is_transposed:
+            hidden, inner = inner, hidden
         offsets = {name: spec.offset for name, spec in specs.items()}
         return NativeLayer(
             dtype=_DTYPES[self.dtype],
             weights=kind,
             group=group,
-            is_transposed=self._is_transposed,
+            is_transposed=is_transposed,
             is_interleaved=flags.has_gate and not flags.is_concatenated,
             limit=_attribute(module, "limit", "swiglu_limit"),
             alpha=_attribute(module, "alpha", "swiglu_alpha"),

@@ -3,8 +3,8 @@ lie in slots.
 
 Bit for bit theirs: the same operations on the same rows in the same order (transformers/integrations/moe.py and the
 `forward` of each experts class). A module's flags say what its experts look like; two families differ in one more
-thing, the dtype they add up in. Quantised weights are expanded first, every time. Owns nothing, and knows nothing of
-caches.
+thing, the dtype they add up in. Packed weights are expanded first, every time; those that were released packed, to what
+transformers makes of them, the same way round. Owns nothing, and knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ExpertMaths:
         self.computed_by = f"torch: {reason}" if reason else "torch"
         self._quantization = quantization
         self._up = "gate_up_proj" if flags.has_gate else "up_proj"
-        self._is_transposed: bool = flags.is_transposed and quantization is None
+        self._is_transposed: bool = flags.is_transposed and (quantization is None or quantization.is_released)
         self._activate = flags._apply_gate if flags.has_gate else flags.act_fn
         self._norm = flags.post_expert_norm if flags.has_post_expert_norm else None
         self._kind = type(module).__name__
@@ -82,10 +82,15 @@ class ExpertMaths:
     def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         weight, bias = tensors[name], tensors.get(f"{name}_bias")
         if self._quantization is not None:
-            factors = tensors[scales_name(name)]
-            weight = dequantize(weight, factors, self._quantization, rows.shape[1], rows.dtype)
+            weight = self._expand(weight, tensors[scales_name(name)], rows)
         product = rows @ weight if self._is_transposed else F.linear(rows, weight)
         return product if bias is None else product + bias
+
+    def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A weight for products with `rows`, which lies as the module has it."""
+        assert self._quantization is not None, "plain weights are used as they are"
+        width, dtype = rows.shape[1], rows.dtype
+        return dequantize(numbers, factors, self._quantization, width, dtype, is_transposed=self._is_transposed)
 
 
 class _TorchToken:

@@ -9,16 +9,18 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
 from moeinf import hooks
 from moeinf.cache import ExpertCache
 from moeinf.collection import ActivationCollection, RequestCounter
 from moeinf.kernels import choose_maths, speed_up_dense
+from moeinf.kvcache import make_cache
 from moeinf.ledger import MemoryPlan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.metamodel import causal_lm_class, is_experts_module
@@ -34,6 +36,7 @@ __all__ = ["NoDisk", "measure_layer"]
 _EXPERTS, _TOP_K = 128, 8
 _LAYERS = (4, 12)
 _LEAST_TOKENS = 2
+_CONTEXT = 256
 
 
 def measure_layer(seconds: float) -> float:
@@ -72,9 +75,11 @@ class NoDisk(Reader):
 def _decode(layers: int, stack: ExitStack) -> Iterator[float]:
     """A tiny model with the engine's runtime, and the seconds of each token that it decodes."""
     model = _tiny_model(layers)
-    cache, token = DynamicCache(config=model.config), torch.tensor([[1]])
+    token = torch.tensor([[1]])
     _attach_runtime(model, layers, stack)
-    while True:
+    for position in count():
+        if position % _CONTEXT == 0:
+            cache = make_cache(model.config, _CONTEXT)
         begin = time.perf_counter()
         logits = model(token, past_key_values=cache, use_cache=True).logits
         taken = time.perf_counter() - begin

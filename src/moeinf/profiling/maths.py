@@ -18,9 +18,9 @@ from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativeMaths, NativePool
 from moeinf.machine import MathsRate
-from moeinf.manifest import NUMBER_BITS, ExpertLayout, TensorSpec
+from moeinf.manifest import NUMBER_BITS, RELEASED_BITS, ExpertLayout, Quantization, TensorSpec, scales_name
 from moeinf.progress import Task
-from moeinf.quantized import Quantizer
+from moeinf.quantized import Packer, Quantizer
 from moeinf.timing import Call, best_of_each, best_s
 from moeinf.transfer import allocate_buffer
 
@@ -38,15 +38,16 @@ HIDDEN, INNER, TOP_K = 2048, 768, 8
 """The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
 TOKENS = (1, 16, 256)
 _GROUP = 64
+_EXPONENTS = (118, 122)
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
 MATHS = (
     *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
-    *(("native", weights, 1) for weights in NUMBER_BITS),
+    *(("native", weights, 1) for weights in NUMBER_BITS | RELEASED_BITS),
     *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
 )
-"""(kernels, weights, tokens) that are measured. Whole numbers: one token, which is what the library has for them."""
+"""(kernels, weights, tokens) that are measured. Packed weights: one token, which is what the library has for them."""
 
 
 def measure_maths(
@@ -57,7 +58,7 @@ def measure_maths(
     rates: list[MathsRate] = []
     late = []
     with torch.inference_mode():
-        for weights in ("bfloat16", "float32", *NUMBER_BITS):
+        for weights in ("bfloat16", "float32", *NUMBER_BITS, *RELEASED_BITS):
             wanted = [(kernels, tokens) for kernels, kind, tokens in MATHS if kind == weights]
             wanted = [each for each in wanted if pool is not None or each[0] == "torch"]
             if not wanted:
@@ -118,8 +119,12 @@ class Experts:
         up, down = (2 * INNER, HIDDEN), (HIDDEN, INNER)
         first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
         self._plain = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
-        self._quantizer = Quantizer(self._plain, False, weights, _GROUP) if weights in NUMBER_BITS else None
-        self._layout = self._quantizer.layout if self._quantizer else self._plain
+        self._encoder: Quantizer | Packer | None = None
+        if weights in NUMBER_BITS:
+            self._encoder = Quantizer(self._plain, False, weights, _GROUP)
+        elif weights in RELEASED_BITS:
+            self._encoder = Packer(self._plain, False, weights)
+        self._layout = self._encoder.layout if self._encoder else self._plain
         images = [self._image(number).to(device) for number in range(_DISTINCT)]
         count = max(2, working_set // (images[0].nbytes * TOP_K)) * TOP_K
         memory = _allocate(count * images[0].nbytes, device).view(count, -1)
@@ -149,10 +154,21 @@ class Experts:
     def _image(self, seed: int) -> torch.Tensor:
         """One expert's bytes."""
         tensors = {spec.name: _noise(spec.shape, self._dtype, seed) for spec in self._plain.tensors}
-        if self._quantizer is None:
-            return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
-        data = b"".join(self._quantizer.encode(tensors, "an expert"))
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if isinstance(self._encoder, Quantizer):
+            data = b"".join(self._encoder.encode(tensors, "an expert"))
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if made := self._layout.quantization:
+            return self._packed_image(made, seed)
+        return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
+
+    def _packed_image(self, made: Quantization, seed: int) -> torch.Tensor:
+        """Any bytes are weights; with these exponents they are as large as others."""
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.empty(self._layout.nbytes, dtype=torch.uint8).random_(0, 256, generator=generator)
+        for spec in self._layout.tensors:
+            if spec.name in map(scales_name, made.widths):
+                image[spec.offset : spec.offset + spec.nbytes].random_(*_EXPONENTS, generator=generator)
+        return image
 
     def _tensors(self, place: torch.Tensor) -> Tensors:
         return {

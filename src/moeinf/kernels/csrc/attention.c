@@ -17,6 +17,7 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,fma")))
 
 enum { BLOCK = 512, WAYS = 4, LANES = 16, AT_A_TIME = 4, ALONE = 1 << 16 /* products that are not worth a wake-up */ };
+enum { MOST_HEADS = 4, MOST_VECTORS = 2 }; /* whose totals are in registers together */
 
 /* One head over the blocks so far. */
 typedef struct {
@@ -50,8 +51,12 @@ TARGET static inline __m512 widen(const uint16_t *values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-/* Scores of AT_A_TIME keys for each of `heads` queries [heads, size], in the four lanes of a vector's quarters alike. */
-TARGET static void score(const uint16_t *const *keys, size_t size, size_t heads, const float *queries, __m512 *sums) {
+/* Scores of AT_A_TIME keys for each of `heads` queries [heads, size], written behind each other from `place` on in the
+ * heads' blocks. */
+TARGET static inline __attribute__((always_inline)) void score_some(const uint16_t *const *keys, size_t size,
+                                                                    size_t heads, const float *queries,
+                                                                    const head *each, size_t place) {
+    __m512 sums[MOST_HEADS];
     for (size_t h = 0; h < heads; h++)
         sums[h] = _mm512_setzero_ps();
     for (size_t i = 0; i < size; i += LANES) {
@@ -69,21 +74,43 @@ TARGET static void score(const uint16_t *const *keys, size_t size, size_t heads,
     }
     for (size_t h = 0; h < heads; h++) {
         __m512 pairs = _mm512_add_ps(sums[h], _mm512_permute_ps(sums[h], 0x4e));
-        sums[h] = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+        __m512 scores = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+        _mm_storeu_ps(each[h].chances + place, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, scores)));
+    }
+}
+
+/* Scores of `count` keys for all heads that share them. Past `count` there is room in the block. */
+TARGET static void score(const head *each, size_t heads, const float *queries, const uint16_t *keys, size_t apart,
+                         size_t size, size_t count) {
+    for (size_t t = 0; t < count; t += AT_A_TIME) {
+        const uint16_t *four[AT_A_TIME];
+        for (size_t n = 0; n < AT_A_TIME; n++)
+            four[n] = keys + smaller(t + n, count - 1) * apart;
+        size_t h = 0;
+        for (; h + MOST_HEADS <= heads; h += MOST_HEADS)
+            score_some(four, size, MOST_HEADS, queries + h * size, each + h, t);
+        for (; h < heads; h++)
+            score_some(four, size, 1, queries + h * size, each + h, t);
     }
 }
 
 /* Scores of a block become chances, rounded, and the head's maximum and sum take them in; what earlier blocks gave shrinks
  * as the maximum grows. */
 TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
-    float *scores = head->chances, most = -INFINITY;
-    for (size_t t = 0; t < count; t++) {
+    float *scores = head->chances, most = head->most;
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps(), largest = _mm512_set1_ps(most);
+    size_t t = 0;
+    for (; t + LANES <= count; t += LANES) {
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(scale));
+        largest = _mm512_max_ps(scaled, largest); /* of a NaN and a number, the number */
+        _mm512_storeu_ps(scores + t, scaled);
+    }
+    most = _mm512_reduce_max_ps(largest);
+    for (; t < count; t++) {
         scores[t] *= scale;
         most = scores[t] > most ? scores[t] : most;
     }
-    most = head->most > most ? head->most : most;
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    size_t t = 0;
+    t = 0;
     for (; t + LANES <= count; t += LANES) {
         __m512 chances = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(most)));
         __m512 *sums = t / LANES % 2 == 0 ? &even : &odd;
@@ -109,24 +136,53 @@ TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
         head->total[i] *= shrink;
 }
 
-/* Adds the values of a block, weighed, to a head's total. */
-TARGET static void weigh(const head *head, const uint16_t *values, size_t apart, size_t size, size_t count) {
-    const float *chances = head->chances;
-    for (size_t i = 0; i < size; i += LANES) {
-        const uint16_t *value = values + i;
-        __m512 total = _mm512_loadu_ps(head->total + i);
-        size_t t = 0;
-        for (; t + AT_A_TIME <= count; t += AT_A_TIME, value += AT_A_TIME * apart) {
-            __m512 even = _mm512_mul_ps(widen(value), _mm512_set1_ps(chances[t]));
-            __m512 odd = _mm512_mul_ps(widen(value + apart), _mm512_set1_ps(chances[t + 1]));
-            even = _mm512_fmadd_ps(widen(value + 2 * apart), _mm512_set1_ps(chances[t + 2]), even);
-            odd = _mm512_fmadd_ps(widen(value + 3 * apart), _mm512_set1_ps(chances[t + 3]), odd);
-            total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+/* Adds the values of a block, weighed, to the totals of `heads` heads; vectors from `begin` on, `vectors` of them. */
+TARGET static inline __attribute__((always_inline)) void weigh_some(const head *each, size_t heads, size_t begin,
+                                                                    size_t vectors, const uint16_t *values, size_t apart,
+                                                                    size_t count) {
+    __m512 totals[MOST_HEADS][MOST_VECTORS];
+    for (size_t h = 0; h < heads; h++)
+        for (size_t v = 0; v < vectors; v++)
+            totals[h][v] = _mm512_loadu_ps(each[h].total + begin + v * LANES);
+    size_t t = 0;
+    for (; t + AT_A_TIME <= count; t += AT_A_TIME)
+        for (size_t v = 0; v < vectors; v++) {
+            const uint16_t *value = values + t * apart + begin + v * LANES;
+            __m512 v0 = widen(value), v1 = widen(value + apart), v2 = widen(value + 2 * apart);
+            __m512 v3 = widen(value + 3 * apart);
+            for (size_t h = 0; h < heads; h++) {
+                const float *chances = each[h].chances + t;
+                __m512 even = _mm512_mul_ps(v0, _mm512_set1_ps(chances[0]));
+                __m512 odd = _mm512_mul_ps(v1, _mm512_set1_ps(chances[1]));
+                even = _mm512_fmadd_ps(v2, _mm512_set1_ps(chances[2]), even);
+                odd = _mm512_fmadd_ps(v3, _mm512_set1_ps(chances[3]), odd);
+                totals[h][v] = _mm512_add_ps(totals[h][v], _mm512_add_ps(even, odd));
+            }
         }
-        for (size_t left = count; left > t; left--)
-            total = _mm512_fmadd_ps(widen(values + (left - 1) * apart + i), _mm512_set1_ps(chances[left - 1]), total);
-        _mm512_storeu_ps(head->total + i, total);
+    for (size_t h = 0; h < heads; h++)
+        for (size_t v = 0; v < vectors; v++) {
+            for (size_t left = count; left > t; left--) {
+                __m512 value = widen(values + (left - 1) * apart + begin + v * LANES);
+                totals[h][v] = _mm512_fmadd_ps(value, _mm512_set1_ps(each[h].chances[left - 1]), totals[h][v]);
+            }
+            _mm512_storeu_ps(each[h].total + begin + v * LANES, totals[h][v]);
+        }
+}
+
+/* Adds the values of a block, weighed, to the totals of all heads that share them. */
+TARGET static void weigh(const head *each, size_t heads, const uint16_t *values, size_t apart, size_t size,
+                         size_t count) {
+    size_t i = 0;
+    for (; i + MOST_VECTORS * LANES <= size; i += MOST_VECTORS * LANES) {
+        size_t h = 0;
+        for (; h + MOST_HEADS <= heads; h += MOST_HEADS)
+            weigh_some(each + h, MOST_HEADS, i, MOST_VECTORS, values, apart, count);
+        for (; h < heads; h++)
+            weigh_some(each + h, 1, i, MOST_VECTORS, values, apart, count);
     }
+    if (i < size)
+        for (size_t h = 0; h < heads; h++)
+            weigh_some(each + h, 1, i, 1, values, apart, count);
 }
 
 /* The heads that share one KV head. */
@@ -138,8 +194,7 @@ TARGET static void attend(const attending *job, size_t shared) {
     size_t key_token = (size_t)what->key_token, value_token = (size_t)what->value_token;
     float *numbers = (float *)(job->scratch + shared * job->scratch_bytes);
     float *queries = numbers, *totals = queries + heads * size, *chances = totals + heads * size;
-    __m512 *sums = (__m512 *)(chances + heads * BLOCK);
-    head *each = (head *)(sums + heads);
+    head *each = (head *)(chances + heads * BLOCK);
     memset(totals, 0, heads * size * sizeof *totals);
     for (size_t i = 0; i < heads * size; i++)
         queries[i] = from_bf16(((const uint16_t *)what->query)[shared * heads * size + i]);
@@ -147,22 +202,10 @@ TARGET static void attend(const attending *job, size_t shared) {
         each[h] = (head){-INFINITY, 0, chances + h * BLOCK, totals + h * size};
     for (size_t start = 0; start < tokens; start += BLOCK) {
         size_t count = smaller(BLOCK, tokens - start);
-        for (size_t t = 0; t < count; t += AT_A_TIME) {
-            const uint16_t *four[AT_A_TIME];
-            for (size_t n = 0; n < AT_A_TIME; n++)
-                four[n] = keys + (start + smaller(t + n, count - 1)) * key_token;
-            score(four, size, heads, queries, sums);
-            for (size_t h = 0; h < heads; h++) {
-                float quarters[LANES];
-                _mm512_storeu_ps(quarters, sums[h]);
-                for (size_t n = 0; n < AT_A_TIME && t + n < count; n++)
-                    each[h].chances[t + n] = quarters[4 * n];
-            }
-        }
-        for (size_t h = 0; h < heads; h++) {
+        score(each, heads, queries, keys + start * key_token, key_token, size, count);
+        for (size_t h = 0; h < heads; h++)
             take_in(&each[h], what->scale, count, size);
-            weigh(&each[h], values + start * value_token, value_token, size, count);
-        }
+        weigh(each, heads, values + start * value_token, value_token, size, count);
     }
     for (size_t h = 0; h < heads; h++) {
         float share = 1 / each[h].sum;
@@ -180,7 +223,7 @@ static void run_ticket(void *job, size_t ticket) {
 
 int moe_attend(moe_pool *pool, const moe_attention *what, void *output) {
     size_t size = (size_t)what->size, all = (size_t)what->kv_heads, heads = (size_t)what->heads / all;
-    size_t numbers = heads * (2 * size + BLOCK + LANES) * sizeof(float) + heads * sizeof(head);
+    size_t numbers = heads * (2 * size + BLOCK) * sizeof(float) + heads * sizeof(head);
     attending job = {.what = what, .output = output, .scratch_bytes = ceil_div(numbers, 64) * 64};
     if (!reserve(pool, all * job.scratch_bytes))
         return -1;

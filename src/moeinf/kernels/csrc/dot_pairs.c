@@ -7,72 +7,34 @@
  * The order asks for one output per lane, while weights lie one output per row: 16 rows of 16 pairs are transposed in
  * registers. That takes three quarters of the time that 16 loads from memory take, so the next rows have to be fetched
  * meanwhile, in the order in which they lie: the processor cannot guess it from 16 rows read side by side. */
-#include "kernels.h"
+#include "pairs.h"
 
 #ifdef HAS_DOT_PAIRS
 
-#include <immintrin.h>
-
 #define TARGET __attribute__((target("avx512f,avx512bf16")))
 
-enum {
-    ROWS = 16,           /* lanes */
-    STEP = 32,           /* inputs in a vector of pairs */
-    LINE_BYTES = 64,
-    WIDE = 4096,         /* rows of more inputs are fetched chain by chain: 16 whole ones would crowd the cache */
-};
+enum { WIDE = 4096 }; /* rows of more inputs are fetched chain by chain: 16 whole ones would crowd the cache */
 
 void pack_pairs(const float *values, size_t count, void *packed) {
     for (size_t i = 0; i < PAD; i++)
         ((uint16_t *)packed)[i] = i < count ? to_bf16(values[i]) : 0;
 }
 
-/* One row, the slow way: for rows that are left over, and to be read. */
-static float dot_row(const uint16_t *w, size_t width, const uint16_t *x) {
-    float total = 0;
-    for (size_t start = 0; start < width; start += CHAIN) {
-        float chain = 0;
-        for (size_t i = start; i < width && i < start + CHAIN; i += 2) {
-            if (i + 1 < width)
-                chain += from_bf16(w[i + 1]) * from_bf16(x[i + 1]);
-            chain += from_bf16(w[i]) * from_bf16(x[i]);
-        }
-        total += chain;
-    }
-    return total;
-}
-
-/* Adds STEP inputs of 16 rows, `stride` bytes apart, to their chains. */
-TARGET static inline __m512 add_step(const char *w, size_t stride, const uint16_t *x, __m512 chain) {
-    __m512i quads[16], pairs[16];
-    for (int j = 0; j < 4; j++) {
-        /* quads[4 j + c] will have, in 128-bit lane l, pair 4 l + c of rows 4 j to 4 j + 3. */
-        const char *row = w + (size_t)(4 * j) * stride;
-        __m512i r0 = _mm512_loadu_si512(row), r1 = _mm512_loadu_si512(row + stride);
-        __m512i r2 = _mm512_loadu_si512(row + 2 * stride), r3 = _mm512_loadu_si512(row + 3 * stride);
-        __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
-        __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
-        quads[4 * j] = _mm512_unpacklo_epi64(low01, low23);
-        quads[4 * j + 1] = _mm512_unpackhi_epi64(low01, low23);
-        quads[4 * j + 2] = _mm512_unpacklo_epi64(high01, high23);
-        quads[4 * j + 3] = _mm512_unpackhi_epi64(high01, high23);
-    }
-    for (int c = 0; c < 4; c++) {
-        __m512i low0 = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x44);
-        __m512i low1 = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x44);
-        __m512i high0 = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xee);
-        __m512i high1 = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xee);
-        pairs[c] = _mm512_shuffle_i32x4(low0, low1, 0x88);
-        pairs[4 + c] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
-        pairs[8 + c] = _mm512_shuffle_i32x4(high0, high1, 0x88);
-        pairs[12 + c] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) {
-        int32_t pair;
-        memcpy(&pair, x + 2 * i, sizeof pair);
-        chain = _mm512_dpbf16_ps(chain, (__m512bh)pairs[i], (__m512bh)_mm512_set1_epi32(pair));
+float dot_chain(const uint16_t *w, size_t count, const uint16_t *x) {
+    float chain = 0;
+    for (size_t i = 0; i < count; i += 2) {
+        if (i + 1 < count)
+            chain += from_bf16(w[i + 1]) * from_bf16(x[i + 1]);
+        chain += from_bf16(w[i]) * from_bf16(x[i]);
     }
     return chain;
+}
+
+static float dot_row(const uint16_t *w, size_t width, const uint16_t *x) {
+    float total = 0;
+    for (size_t start = 0; start < width; start += CHAIN)
+        total += dot_chain(w + start, width - start < CHAIN ? width - start : CHAIN, x + start);
+    return total;
 }
 
 /* The inputs after the last whole step, with zeros behind them. */

@@ -50,7 +50,7 @@ static packing choose_packing(const moe_layer *layer, const kernels *kernels) {
         return kernels->bytes;
     if (layer->weights == MOE_INT4)
         return kernels->nibbles;
-    if (layer->dtype == MOE_BF16 && !layer->is_transposed)
+    if (layer->weights == MOE_MXFP4 || (layer->dtype == MOE_BF16 && !layer->is_transposed))
         return kernels->pairs;
     return (packing){pack_plain, PAD * sizeof(float)};
 }
@@ -62,7 +62,10 @@ static void dot(const step *step, const projection *projection, const char *expe
     const moe_layer *layer = step->layer;
     const char *w = expert + projection->weight;
     size_t inputs = projection->inputs, group = (size_t)layer->group;
-    if (layer->weights != MOE_PLAIN) {
+    if (layer->weights == MOE_MXFP4) {
+        const uint8_t *scales = (const uint8_t *)expert + projection->scales + first * (inputs / FP4_GROUP);
+        kernels->dot_mxfp4((const uint8_t *)w + first * inputs / 2, scales, inputs, count, x, out);
+    } else if (layer->weights != MOE_PLAIN) {
         bool is_int8 = layer->weights == MOE_INT8;
         size_t row = is_int8 ? inputs : ceil_div(inputs, 2);
         const uint16_t *scales = (const uint16_t *)(expert + projection->scales) + first * ceil_div(inputs, group);

@@ -34,6 +34,9 @@ static const kernels avx512bf16 = {
     .dot_f32 = dot_f32_avx512,
     .dot_int8 = dot_vnni8,
     .dot_int4 = dot_vnni4,
+    .dot_mxfp4 = dot_mxfp4,
+    .expand_mxfp4 = expand_mxfp4_avx512,
+    .turn_mxfp4 = turn_mxfp4_avx512,
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
     .read = read_avx512,
@@ -53,7 +56,7 @@ const kernels *find_kernels(int number) {
 #endif
 #ifdef HAS_DOT_PAIRS
     if (number == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"))
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         return &avx512bf16;
 #endif
     return NULL;

@@ -42,26 +42,48 @@ typedef struct {
     size_t bytes;
 } packing;
 
+/* MXFP4: a power of two for every FP4_GROUP weights of a row, which each have a sign, two bits of exponent and one of
+ * fraction. The power lies in a byte, as the exponent of a float32 does; see `from_e8m0`. Two weights share a byte, the
+ * first one in its lower half. */
+enum { FP4_GROUP = 32 };
+static const float FP4_VALUES[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+static inline float from_e8m0(uint8_t exponent) {
+    uint32_t bits = exponent == 0 ? 0x400000 : (uint32_t)exponent << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width; x as the packing of that name lays it out.
  * dot_int*: weights are whole numbers of 8 or 4 bits, the lower half of a byte first, rows beginning at whole bytes; a
  * group of 32 or 64 in a row has a common factor in float16 in `scales`, and scales of a row stand together.
+ * dot_mxfp4: `width` is a multiple of FP4_GROUP, and x laid out and added as by dot_bf16, so that the sums are those of
+ * dot_bf16 with the weights that expand_mxfp4 writes, out[r * width + i]. `turn_mxfp4`: out[i * stride + r], for up to PAD
+ * rows.
  * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
 typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
                      const void *packed, float *out);
 
+typedef void dot_fp4(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out);
+
 typedef struct {
     const char *name;
-    packing pairs, bytes, nibbles; /* for dot_bf16, dot_int8, dot_int4; x is plain for dot_f32 */
+    packing pairs, bytes, nibbles; /* for dot_bf16 and dot_mxfp4, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
     dot_int *dot_int8, *dot_int4;
+    dot_fp4 *dot_mxfp4;
+    void (*expand_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
+    void (*turn_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, size_t stride,
+                       uint16_t *out);
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
 
-/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c) and bytes (dot_vnni.c). */
+/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c) and bytes (dot_vnni.c). */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
 void pack_pairs(const float *values, size_t count, void *packed);
@@ -69,6 +91,7 @@ void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed,
 void pack_vnni8(const float *values, size_t count, void *packed);
 void pack_vnni4(const float *values, size_t count, void *packed);
 dot_int dot_vnni8, dot_vnni4;
+dot_fp4 dot_mxfp4;
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 

@@ -15,8 +15,10 @@ enum moe_dtype { MOE_F32, MOE_BF16 };
 enum moe_activation { MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU2 };
 
 /* Weights are of the layer's dtype, or whole numbers with a factor (float16) for each group of them within a row; a byte
- * holds one, or two, the first one in its lower half. Such weights are [out, in]; rows begin at whole bytes. */
-enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4 };
+ * holds one, or two, the first one in its lower half. Such weights are [out, in]; rows begin at whole bytes. MXFP4 lies
+ * like whole numbers of 4 bits in groups of 32, with a power of two (a byte) for each; the layer is of bfloat16, and its
+ * widths are multiples of 32. */
+enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4, MOE_MXFP4 };
 
 /* What becomes of gate g and up u, a being the activation:
  *   NONE     a(u); there is no gate
@@ -30,7 +32,7 @@ enum moe_gate { MOE_NONE, MOE_PRODUCT, MOE_CLAMPED, MOE_SIGMOID };
 typedef struct {
     int32_t dtype;          /* of biases and hidden states, and of plain weights */
     int32_t weights;
-    int32_t group;          /* 32 or 64; of no use to plain weights */
+    int32_t group;          /* 32 or 64; of use to whole numbers alone */
     int32_t gate;
     int32_t activation;
     int32_t is_transposed;  /* weights are [in, out] */
@@ -43,7 +45,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 2 };
+enum { MOE_INTERFACE = 4 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -65,6 +67,15 @@ MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, c
 
 /* The activation by itself, on `count` outputs of the up projection, as a layer of that width holds them. */
 MOE_API void moe_activate(const moe_layer *layer, const float *projected, float *inner);
+
+/* Expands MXFP4, [rows, width], to bfloat16: [rows, width], or [width, rows] if is_transposed. `width` is a multiple of
+ * 32. */
+MOE_API void moe_expand(moe_pool *pool, const void *weights, const void *scales, int64_t rows, int64_t width,
+                        int is_transposed, void *output);
+
+/* Expands whole numbers of that kind, [rows, width], to bfloat16, [rows, width]. */
+MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales,
+                            int64_t rows, int64_t width, void *output);
 
 /* A linear layer of the dense part in bfloat16: weight is [outputs, inputs], bias [outputs] or NULL. */
 typedef struct {

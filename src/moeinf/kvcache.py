@@ -1,0 +1,132 @@
+"""A KV cache that grows in place: attention layers have room for the whole context, and hand out what is filled of it.
+
+transformers' own layers make room for a token by copying all keys and values, which takes longer than attending to
+them. Memory that is set aside is not held by the process before it is written, so there is no need to grow by steps.
+Owns that memory. State of other kinds (recurrent, compressed, shared) is kept as transformers keeps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .ledger import SPARE_WINDOW
+
+__all__ = ["can_crop", "make_cache"]
+
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+def make_cache(config: PreTrainedConfig, context: int) -> Cache:
+    """An empty cache for a model of `config` and one sequence of at most `context` tokens."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_in_place(layer, context) for layer in cache.layers]
+    return cache
+
+
+def can_crop(cache: Cache) -> bool:
+    """Whether the state of every layer can be cut back: that of recurrent layers and of full sliding windows cannot."""
+    layers = getattr(cache, "layers", None) or []
+    return bool(layers) and all(type(layer) in (DynamicLayer, _GrowingLayer) for layer in layers)
+
+
+def _in_place(layer: Any, context: int) -> Any:
+    """What holds the same as `layer`, in place if it is of a kind that is known here."""
+    if type(layer) is DynamicLayer:
+        return _GrowingLayer(context)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _MovingLayer(layer.sliding_window, context)
+    return layer
+
+
+class _Room:
+    """Memory for the keys and values of `capacity` tokens, both shaped like `states` [1, heads, tokens, size]."""
+
+    def __init__(self, states: States, capacity: int) -> None:
+        self._capacity = capacity
+        self._memory = [each.new_empty(*each.shape[:2], capacity, each.shape[3]) for each in states]
+
+    def nothing(self) -> States:
+        keys, values = (memory[:, :, :0] for memory in self._memory)
+        return keys, values
+
+    def fits(self, held: States, new: States) -> bool:
+        """Whether there is room for both."""
+        return held[0].shape[2] + new[0].shape[2] <= self._capacity
+
+    def put(self, held: States, new: States) -> States:
+        """`held` and `new`, one behind the other. `held` is copied only if it is not a part of what was put here last,
+        or has no room behind it.
+        """
+        keys, values = map(self._put, self._memory, held, new)
+        return keys, values
+
+    def _put(self, memory: torch.Tensor, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        begin, middle = self._position(memory, held), held.shape[2]
+        end = middle + new.shape[2]
+        if begin is None or begin + end > self._capacity:
+            begin = 0
+            memory[:, :, :middle] = held.clone()
+        memory[:, :, begin + middle : begin + end] = new
+        return memory[:, :, begin : begin + end]
+
+    def _position(self, memory: torch.Tensor, held: torch.Tensor) -> int | None:
+        """How many tokens lie before `held`; None if it lies elsewhere."""
+        tokens = (held.data_ptr() - memory.data_ptr()) // (memory.stride(2) * memory.itemsize)
+        return tokens if 0 <= tokens <= self._capacity - held.shape[2] else None
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of all tokens. What is cut off is written over."""
+
+    def __init__(self, context: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._context = context
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._room = _Room((key_states, value_states), self._context)
+        self.keys, self.values = self._room.nothing()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> States:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        everything = self._room.put(_held(self), (key_states, value_states))
+        self.keys, self.values = everything
+        return everything
+
+
+class _MovingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of the last tokens, one fewer than the window has; where the room ends they move to its front."""
+
+    def __init__(self, window: int, context: int) -> None:
+        super().__init__(window)
+        self._capacity = min(context, window + window // SPARE_WINDOW)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._room = _Room((key_states, value_states), self._capacity)
+        self.keys, self.values = self._room.nothing()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *more: Any, **named: Any) -> States:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (key_states, value_states)
+        if self.record_past or not self._room.fits(_held(self), new):
+            everything = super().update(key_states, value_states, *more, **named)
+            if not self.record_past:
+                self.keys, self.values = self._room.put(self._room.nothing(), _held(self))
+            return everything
+        self.cumulative_length += key_states.shape[2]
+        everything = self._room.put(_held(self), new)
+        self.keys, self.values = (states[:, :, -self.sliding_window + 1 :] for states in everything)
+        return everything
+
+
+def _held(layer: DynamicLayer) -> States:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
