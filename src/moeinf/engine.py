@@ -44,7 +44,7 @@ from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
 from .trace import ModelIdentity
-from .transfer import Reader, SlotPool, allocate_buffer, can_read_direct
+from .transfer import ExpertReader, Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up
 
 __all__ = ["Engine", "load"]
@@ -261,17 +261,16 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
     eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
     pool = SlotPool(manifest.layout, plan.slots)
-    reader = Reader(threads=READERS, direct=direct)
-    stack.callback(reader.close)
+    fetcher = ExpertReader(Reader(threads=READERS, direct=direct), pool, *_expert_files(folder, manifest))
+    stack.callback(fetcher.close)
     maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
     hooks.attend(model, speed_up_dense(model, maths))
     runtime = ExpertRuntime(
-        folder,
         manifest,
         maths,
         cache=ExpertCache(manifest.num_experts, plan.slots, policy),
         pool=pool,
-        reader=reader,
+        fetcher=fetcher,
         counter=counter,
         predictors=_predictors(options.prefetch, plan.regime, eam, lambda: GatePredictor(model, modules)),
     )
@@ -294,6 +293,13 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+def _expert_files(folder: Path, manifest: Manifest) -> tuple[list[Path], tuple[int, int]]:
+    """The file of every expert, numbered over all layers, and where its data lies in it."""
+    sizes = (layer.num_experts for layer in manifest.layers)
+    paths = [folder / expert_path(layer, expert) for layer, size in enumerate(sizes) for expert in range(size)]
+    return paths, (manifest.layout.data_offset, manifest.layout.file_bytes)
 
 
 def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[], Predictor]) -> dict[str, Predictor]:

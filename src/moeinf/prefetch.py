@@ -4,25 +4,22 @@ While one MoE layer is computed, a predictor names the experts that the next one
 that are not here are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
 become ordinary fetches and wrong ones are given up. Among several predictors, of which one names nothing, the one that
 costs least time is found by trying. A cache that begins empty is filled with what past requests used most. Owns the
-guesses; the cache, the reader and the bytes are others'.
+guesses; the cache, the bytes and what brings them are others'.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from .cache import ExpertCache
 from .predictors import Predictor
 from .steps import Arrival
-from .transfer import Reader, Urgency
+from .transfer import Fetcher, Urgency
 from .trials import Trials
 
-__all__ = ["Fetch", "PrefetchCounters", "Prefetcher", "WarmUp"]
-
-Fetch = Callable[[int, int, Urgency], None]
-"""Begins to read an expert into a slot."""
+__all__ = ["PrefetchCounters", "Prefetcher", "WarmUp"]
 
 
 @dataclass(slots=True)
@@ -42,8 +39,7 @@ class Prefetcher:
 
     Args:
         predictors: name experts of the next layer; if there are several, the first of them names none.
-        cache, reader: where guessed experts take slots, and what reads them.
-        fetch: begins to read an expert into its slot.
+        cache, fetcher: where guessed experts take slots, and what brings them there.
         first: per MoE layer, the number of its first expert when experts are counted over all layers.
         most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left.
     """
@@ -52,8 +48,7 @@ class Prefetcher:
         self,
         predictors: Mapping[str, Predictor],
         cache: ExpertCache,
-        reader: Reader,
-        fetch: Fetch,
+        fetcher: Fetcher,
         first: list[int],
         most_guesses: int,
     ) -> None:
@@ -62,8 +57,7 @@ class Prefetcher:
         self._trials = Trials(list(predictors))
         self._foreseeing_s = 0.0
         self._cache = cache
-        self._reader = reader
-        self._fetch = fetch
+        self._fetcher = fetcher
         self._first = first
         self._most = most_guesses
         self._named: list[int] = []
@@ -107,9 +101,9 @@ class Prefetcher:
         self._held.clear()
         for expert in self._on_their_way:
             if expert in chosen:
-                self._reader.promote(expert)
+                self._fetcher.promote(expert)
             else:
-                self._reader.cancel(expert)
+                self._fetcher.cancel(expert)
                 self._given_up.add(expert)
         self._on_their_way.clear()
         if chosen and self._named:
@@ -139,7 +133,7 @@ class Prefetcher:
                 self._on_their_way.add(expert)
                 self._unread.add(expert)
                 self._hold(expert)
-                self._fetch(expert, slot, Urgency.GUESS)
+                self._fetcher.fetch(expert, slot, Urgency.GUESS)
 
     def _hold(self, expert: int) -> None:
         self._cache.hold(expert)
@@ -167,21 +161,20 @@ class WarmUp:
 
     Args:
         experts: what to fetch, the most wanted first.
-        cache, reader: where they take slots, and what reads them.
-        fetch: begins to read an expert into its slot.
+        cache, fetcher: where they take slots, and what brings them there.
         spare: so many slots stay empty, for what is asked for meanwhile.
     """
 
-    def __init__(self, experts: Iterable[int], cache: ExpertCache, reader: Reader, fetch: Fetch, spare: int) -> None:
+    def __init__(self, experts: Iterable[int], cache: ExpertCache, fetcher: Fetcher, spare: int) -> None:
         self._cache = cache
-        self._reader = reader
+        self._fetcher = fetcher
         self._unread: dict[int, None] = {}
         for expert in experts:
             if cache.num_free <= spare:
                 break
             slot = cache.preload(expert)
             self._unread[expert] = None
-            fetch(expert, slot, Urgency.WARM_UP)
+            fetcher.fetch(expert, slot, Urgency.WARM_UP)
 
     def make_room(self) -> bool:
         """Somebody needs a slot: if none is empty, the least wanted expert that is not there yet gives its own up.
@@ -189,7 +182,7 @@ class WarmUp:
         """
         if not self._unread or self._cache.num_free:
             return False
-        self._reader.cancel(self._unread.popitem()[0])
+        self._fetcher.cancel(self._unread.popitem()[0])
         return True
 
     def ended(self, arrival: Arrival) -> None:

@@ -1,7 +1,7 @@
 """What happens when a forward pass reaches an MoE layer: the experts of the step are leased, fetched, computed and
 added up.
 
-Owns the cache, the slots and the readers, and ties them together; one thread calls it, the model's. Decides nothing
+Owns the cache, the slots and what fetches, and ties them together; one thread calls it, the model's. Decides nothing
 that the cache decides and computes nothing that the kernels compute. Rows are added in ascending order of expert
 whatever order the experts arrived in, so the result depends on nothing but the input.
 """
@@ -12,20 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from .cache import CacheCounters, ExpertCache, Outcome
 from .collection import RequestCounter
 from .kernels import ExpertMaths, route
-from .manifest import Manifest, expert_path
+from .manifest import Manifest
 from .memory import return_free_memory
 from .predictors import NoPredictor, Predictor
 from .prefetch import PrefetchCounters, Prefetcher, WarmUp
 from .recorder import Recorder
 from .steps import OBSERVED_TOKENS, Arrival, Step
-from .transfer import Reader, SlotPool, Urgency
+from .transfer import Fetcher, Pool, Urgency
 
 __all__ = ["ExpertRuntime", "StepStopped"]
 
@@ -58,10 +57,10 @@ class ExpertRuntime:
     """The experts of one loaded model.
 
     Args:
-        folder: the model's folder in the store.
-        manifest: what lies there.
+        manifest: what the model's experts are.
         maths: the experts' functions, one per MoE layer, in the manifest's order.
-        cache, pool, reader: theirs is the bookkeeping, the memory and the threads; `close` ends the threads.
+        cache, pool, fetcher: of the tier that the maths reads, theirs is the bookkeeping, the memory, and bringing
+            experts there; `close` ends the last.
         counter: counts what each request asks for.
         predictors: name the experts to prefetch while decoding; of several, the one that pays best is found by trying,
             and the first of them names none.
@@ -69,13 +68,12 @@ class ExpertRuntime:
 
     def __init__(
         self,
-        folder: Path,
         manifest: Manifest,
         maths: list[ExpertMaths],
         *,
         cache: ExpertCache,
-        pool: SlotPool,
-        reader: Reader,
+        pool: Pool,
+        fetcher: Fetcher,
         counter: RequestCounter,
         predictors: Mapping[str, Predictor] | None = None,
     ) -> None:
@@ -89,32 +87,27 @@ class ExpertRuntime:
         """Arrivals that were entered in the cache before the step that may wait for them was told."""
         self.cache = cache
         self._pool = pool
-        self._reader = reader
+        self._fetcher = fetcher
         self._maths = maths
-        self._span = (manifest.layout.data_offset, manifest.layout.file_bytes)
         self._layers = manifest.layers
         self._sizes = [layer.num_experts for layer in manifest.layers]
         self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
-        self._paths = [
-            folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
-        ]
         self._prefetcher = Prefetcher(
             predictors or {"off": NoPredictor()},
             cache,
-            reader,
-            self._fetch,
+            fetcher,
             self._first,
             cache.num_slots - max(layer.top_k for layer in manifest.layers),
         )
         self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
-        self._warm_up = WarmUp((), cache, reader, self._fetch, 0)
+        self._warm_up = WarmUp((), cache, fetcher, 0)
 
     def warm_up(self, experts: Iterable[int]) -> None:
         """Begin to fill empty slots with `experts` (numbers over all layers), the most wanted first, in the
         background. Some slots are left for what is asked for meanwhile.
         """
         spare = self._window + max(layer.top_k for layer in self._layers)
-        self._warm_up = WarmUp(experts, self.cache, self._reader, self._fetch, spare)
+        self._warm_up = WarmUp(experts, self.cache, self._fetcher, spare)
 
     def begin_request(self, position: int) -> None:
         """A person asks for something, and the first token that is new has this position in the conversation."""
@@ -165,7 +158,7 @@ class ExpertRuntime:
         self._lent = []
 
     def close(self) -> None:
-        self._reader.close()
+        self._fetcher.close()
 
     def forward(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -253,7 +246,7 @@ class ExpertRuntime:
         size = self._sizes[layer]
         return [[expert for expert in row if expert < size] for row in top_k_index[-OBSERVED_TOKENS:].tolist()]
 
-    # What a step does to the cache, the slots and the readers.
+    # What a step does to the cache, the slots and what fetches.
 
     def lease(self, key: int, *, keep: bool) -> Outcome | None:
         """Lease an expert, and fetch it on a miss; None if no slot can be had now."""
@@ -264,9 +257,9 @@ class ExpertRuntime:
             return None
         slot, outcome = leased
         if outcome is Outcome.MISS:
-            self._fetch(key, slot, Urgency.DEMAND)
+            self._fetcher.fetch(key, slot, Urgency.DEMAND)
         elif outcome is Outcome.WAIT:
-            self._reader.promote(key)
+            self._fetcher.promote(key)
         return outcome
 
     def _tensors(self, key: int) -> dict[str, torch.Tensor]:
@@ -278,10 +271,10 @@ class ExpertRuntime:
         """The next arrival, counted and entered in the cache; time spent here is a stall."""
         if self._entered:
             return self._entered.popleft()
-        arrival = self._reader.poll()
+        arrival = self._fetcher.poll()
         if arrival is None:
             begin = time.perf_counter()
-            arrival = self._reader.wait()
+            arrival = self._fetcher.wait()
             self.traffic.stall_s += time.perf_counter() - begin
         self._enter(arrival)
         return arrival
@@ -297,7 +290,7 @@ class ExpertRuntime:
     def _enter_arrivals(self) -> list[Arrival]:
         """Enter what has arrived, without waiting; returns it."""
         arrivals = []
-        while (arrival := self._reader.poll()) is not None:
+        while (arrival := self._fetcher.poll()) is not None:
             self._enter(arrival)
             arrivals.append(arrival)
         return arrivals
@@ -310,6 +303,3 @@ class ExpertRuntime:
             self.cache.arrived(arrival.key)
         else:
             self.cache.failed(arrival.key)
-
-    def _fetch(self, key: int, slot: int, urgency: Urgency) -> None:
-        self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), urgency)
