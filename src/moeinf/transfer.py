@@ -39,6 +39,7 @@ __all__ = [
     "Urgency",
     "allocate_buffer",
     "can_read_direct",
+    "slot_bytes",
 ]
 
 DIRECT_ALIGNMENT = 4096
@@ -58,6 +59,11 @@ def allocate_buffer(size_bytes: int) -> mmap.mmap:
     return buffer
 
 
+def slot_bytes(layout: ExpertLayout) -> int:
+    """Bytes of a slot: an expert's data in whole pages, since direct reads bring whole pages."""
+    return align_up(layout.nbytes, DIRECT_ALIGNMENT)
+
+
 class Pool(Protocol):
     """The slots of a tier, of `slot_bytes` each."""
 
@@ -73,11 +79,14 @@ class Pool(Protocol):
 
 
 class SlotPool:
-    """`num_slots` equal pieces of one buffer, each holding one expert's data and seen as that expert's tensors."""
+    """`num_slots` equal pieces of one buffer, each holding one expert's data and seen as that expert's tensors. `bytes`
+    is all of it, [slots, slot_bytes].
+    """
 
     def __init__(self, layout: ExpertLayout, num_slots: int) -> None:
-        self.slot_bytes = align_up(layout.nbytes, DIRECT_ALIGNMENT)
+        self.slot_bytes = slot_bytes(layout)
         self._buffer = allocate_buffer(num_slots * self.slot_bytes)
+        self.bytes = torch.frombuffer(self._buffer, dtype=torch.uint8).view(num_slots, self.slot_bytes)
         self._memory = memoryview(self._buffer)
         self._tensors = [self._views(layout, slot * self.slot_bytes) for slot in range(num_slots)]
 
