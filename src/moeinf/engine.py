@@ -25,15 +25,18 @@ from . import hooks, memory
 from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, read_collection, write_collection
+from .device import Device
 from .dtypes import TORCH_DTYPES
-from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from .errors import IntegrityError, MoeinfError
 from .generation import Session
-from .kernels import choose_maths, speed_up_dense
+from .kernels import ExpertMaths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path
 from .metamodel import model_shape
+from .placement import Placement, make_pool, place
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
+from .policies.plain import LruPolicy
 from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
 from .pull import resolve
 from .qualityfile import QUALITY_FILE, Quality, read_quality
@@ -43,8 +46,9 @@ from .settings import DEFAULT_POLICY, EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
+from .tiers import HostTier
 from .trace import ModelIdentity
-from .transfer import ExpertReader, Reader, SlotPool, allocate_buffer, can_read_direct
+from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up
 
 __all__ = ["Engine", "load"]
@@ -54,6 +58,10 @@ _PROGRAM_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 them by default, and an expert meets another shape for each number of tokens. This many are kept without a loss in speed
 (docs/experiments.md). Read by them at the first matrix product, so what runs before `load` may use their defaults."""
 
+_NOT_PINNED = (
+    "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
+)
+
 READERS = 8
 """Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
 
@@ -62,7 +70,8 @@ class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
-    says what memory goes where; `manifest` what is in the store; `quality` what its quantised experts cost, if that was
+    says what memory goes where; `device` what computes, None being the processor; `manifest` what is in the store;
+    `quality` what its quantised experts cost, if that was
     measured; `notes` what a person should know about how it was loaded, in sentences. While `learns` is true, what
     requests asked for, and took, is kept for later.
     """
@@ -76,6 +85,7 @@ class Engine:
         generation_config: GenerationConfig,
         runtime: ExpertRuntime,
         *,
+        device: Device | None,
         identity: ModelIdentity,
         collection_path: Path,
         run_log: RunLog,
@@ -91,6 +101,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.runtime = runtime
+        self.device = device
         self.notes = notes
         self.learns = True
         self.quality = quality
@@ -131,12 +142,16 @@ class Engine:
     def stats(self) -> Stats:
         """What the last generation cost; counts since then for a model that is called directly."""
         decode, prefill, traffic = self.runtime.decode, self.runtime.prefill, self.runtime.traffic
+        host = self.plan.host
         return dataclasses.replace(
             self._last,
             load_s=self._load_s,
             stall_s=traffic.stall_s,
             experts=ExpertStats(
                 slots=self.plan.slots,
+                host_slots=host.slots if host else 0,
+                fetched=traffic.arrived,
+                fetched_from_host=traffic.unread if host else 0,
                 requests=decode.requests + prefill.requests,
                 hits=decode.hits + prefill.hits,
                 waits=decode.waits + prefill.waits,
@@ -149,15 +164,21 @@ class Engine:
                 evictions=decode.evictions + prefill.evictions,
             ),
             prefetch=self._prefetch_stats(),
-            bytes=ByteStats(disk_to_host=traffic.disk_bytes),
+            bytes=ByteStats(
+                disk_to_host=traffic.disk_bytes,
+                host_to_device=traffic.arrived * self.manifest.layout.nbytes if host else 0,
+            ),
             memory=MemoryStats(
                 budget=self.plan.budget,
                 dense=self.plan.dense,
                 kv_cache=self.plan.kv_cache,
                 workspace=self.plan.workspace,
                 experts=self.plan.experts,
+                host_budget=host.budget if host else 0,
+                host_experts=host.experts if host else 0,
                 libraries=self._libraries_bytes,
                 peak_rss=memory.peak_rss_bytes(),
+                peak_device=self.device.peak_bytes() if self.device else 0,
             ),
             kernels=self.runtime.kernels,
             quantization=self.manifest.layout.quantization.text if self.manifest.layout.quantization else "",
@@ -167,7 +188,7 @@ class Engine:
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
         self._last = timing
-        if self.learns:
+        if self.learns and self.device is None:  # forecasts are of processors
             self._run_log.add(timing.tpot_s, self.runtime.decode)
         return self.stats()
 
@@ -222,7 +243,6 @@ def load(
     UnsupportedError.
     """
     options = EngineOptions(device, device_memory, host_memory, experts, context, policy, prefetch, kernels, threads)
-    _check_device(options)
     with ExitStack() as stack:
         store = Store()
         stored = resolve(str(model), store)
@@ -244,10 +264,12 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
         tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
     libraries_bytes = memory.rss_bytes()
-    plan = memory.plan_memory(manifest, shape, options)
-    reads_files = can_cache_files(plan, manifest, memory.available_bytes())
+    placement = place(manifest, shape, options)
+    reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
-    model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
+    model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), placement.dtype)
+    if placement.device is not None:
+        hooks.move(model, placement.device.place)
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
@@ -260,11 +282,13 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     policy = make_policy(options.policy, identity.layer_sizes, collection)
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
     eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
-    pool = SlotPool(manifest.layout, plan.slots)
-    fetcher = ExpertReader(Reader(threads=READERS, direct=direct), pool, *_expert_files(folder, manifest))
-    stack.callback(fetcher.close)
-    maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
-    hooks.attend(model, speed_up_dense(model, maths))
+    pool, fetcher, placement = _make_tiers(folder, manifest, placement, direct, stack)
+    plan = placement.plan
+    if placement.device is None:
+        maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
+        hooks.attend(model, speed_up_dense(model, maths))
+    else:
+        maths = [ExpertMaths(module, manifest.layout.quantization) for module in modules.values()]
     runtime = ExpertRuntime(
         manifest,
         maths,
@@ -284,15 +308,37 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         tokenizer,
         model.generation_config,
         runtime,
+        device=placement.device,
         identity=identity,
         collection_path=collection_path,
         run_log=RunLog(traces, manifest, shape, plan, options, reads_files=reads_files),
         quality=quality,
-        notes=notes + more_notes,
+        notes=(*placement.notes, *notes, *more_notes),
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+def _make_tiers(
+    folder: Path, manifest: Manifest, placement: Placement, direct: bool, stack: ExitStack
+) -> tuple[Pool, Fetcher, Placement]:
+    """The slots that the maths reads, what brings experts there, and the placement as it has become."""
+    on_device = make_pool(manifest, placement) if placement.device is not None else None
+    host = placement.plan.host
+    pool = SlotPool(manifest.layout, host.slots if host else placement.plan.slots)
+    disk = ExpertReader(Reader(threads=READERS, direct=direct), pool, *_expert_files(folder, manifest))
+    stack.callback(disk.close)
+    if on_device is None:
+        return pool, disk, placement
+    slots, placement = on_device
+    assert placement.device is not None
+    books = ExpertCache(manifest.num_experts, len(pool.bytes), LruPolicy(()))
+    tier = HostTier(books, pool, disk, placement.device, slots)
+    stack.callback(tier.close)
+    if not tier.is_pinned:
+        placement = dataclasses.replace(placement, notes=(*placement.notes, _NOT_PINNED))
+    return slots, tier, placement
 
 
 def _expert_files(folder: Path, manifest: Manifest) -> tuple[list[Path], tuple[int, int]]:
@@ -337,18 +383,6 @@ def _most_popular(collection: ActivationCollection, sizes: Sequence[int]) -> lis
     shares = np.concatenate([row[:size] for row, size in zip(collection.popularity(), sizes, strict=True)])
     experts: list[int] = np.argsort(-shares, kind="stable").tolist()
     return experts
-
-
-def _check_device(options: EngineOptions) -> None:
-    if options.device not in ("auto", "cpu"):
-        raise UnsupportedError(
-            f"--device {options.device}: this version computes on the CPU only",
-            hint="leave --device out, or give --device cpu",
-        )
-    if options.device_memory is not None:
-        raise UsageError(
-            "--device-memory bounds a GPU's memory, and this version uses none", hint="bound --host-memory instead"
-        )
 
 
 def _load_part(auto: Any, folder: Path, what: str) -> Any:

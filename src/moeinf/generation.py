@@ -137,7 +137,7 @@ class Session:
         clock.reused = self._reuse(ids)
         self._engine.runtime.begin_request(clock.reused)
         self._prefill(ids, clock)
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=model.device)
         output: Any = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -181,7 +181,7 @@ class Session:
             if clock.is_stopped():
                 raise StepStopped
             begin = len(self._tokens)
-            piece = torch.tensor([ids[begin : begin + step]])
+            piece = torch.tensor([ids[begin : begin + step]], device=self._engine.model.device)
             self._engine.model(
                 input_ids=piece, past_key_values=self._cache, use_cache=True, **self._engine.last_logits_only
             )
@@ -229,7 +229,7 @@ class _Clock(BaseStreamer):
 
         class _Stop(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-                return torch.full((input_ids.shape[0],), clock.is_stopped(), dtype=torch.bool)
+                return torch.full((len(input_ids),), clock.is_stopped(), dtype=torch.bool, device=input_ids.device)
 
         return _Stop()
 

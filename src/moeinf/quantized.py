@@ -88,7 +88,7 @@ def dequantize(
     numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, width: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """What `quantize` made, as weights [out, width] in `dtype`: the products in float32, rounded to it."""
-    weights = torch.empty(len(numbers), width, dtype=dtype)
+    weights = torch.empty(len(numbers), width, dtype=dtype, device=numbers.device)
     rows = max(1, _CHUNK_WEIGHTS // max(1, width))
     parts = (torch.split(tensor, rows) for tensor in (numbers, factors, weights))
     for some, theirs, into in zip(*parts, strict=True):

@@ -45,11 +45,13 @@ class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for 
 
 @dataclass(slots=True)
 class Traffic:
-    """What moved since the counters were reset: bytes off the disk, and seconds in which nothing could be computed for
-    want of them.
+    """What moved since the counters were reset: bytes off the disk, experts that came into a slot, those of them that
+    no disk was read for, and seconds in which nothing could be computed for want of them.
     """
 
     disk_bytes: int = 0
+    arrived: int = 0
+    unread: int = 0
     stall_s: float = 0.0
 
 
@@ -175,7 +177,7 @@ class ExpertRuntime:
                 return self._forward_token(layer, hidden, experts, top_k_weights)
         elif self.should_stop is not None and self.should_stop():
             raise StepStopped
-        return self._forward_tokens(layer, hidden, top_k_index, top_k_weights)
+        return self._forward_tokens(layer, hidden, top_k_index.cpu(), top_k_weights)
 
     def _forward_token(
         self, layer: int, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor
@@ -209,7 +211,8 @@ class ExpertRuntime:
     def _forward_tokens(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Many tokens: each expert is leased when there is a slot for it, and released as soon as it is computed.
+        """Many tokens: each expert is leased when there is a slot for it, and released as soon as it is computed. The
+        index is in host memory.
 
         The experts of the last token are what decoding is likely to ask for next, and take their place in the cache;
         the others pass through free slots, or through a small window of them.
@@ -237,7 +240,7 @@ class ExpertRuntime:
                     total.index_add_(0, requests[expert][0], rows.pop(expert))
         finally:
             step.end()
-        if len(hidden) >= MANY_TOKENS:
+        if len(hidden) >= MANY_TOKENS and hidden.device.type == "cpu":
             return_free_memory()
         return total.to(hidden.dtype)
 
@@ -300,6 +303,8 @@ class ExpertRuntime:
         self._warm_up.ended(arrival)
         self.traffic.disk_bytes += arrival.read_bytes
         if arrival.error is None and not arrival.cancelled:
+            self.traffic.arrived += 1
+            self.traffic.unread += not arrival.read_bytes
             self.cache.arrived(arrival.key)
         else:
             self.cache.failed(arrival.key)
