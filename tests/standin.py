@@ -51,7 +51,7 @@ class _There(torch.Tensor):
                 device=PLACE,
             )
         made.held = held
-        return made  # type: ignore[no-any-return]
+        return made
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -171,7 +171,7 @@ class StandInCopy:
 
 
 class StandIn:
-    """`Device` in tests: `size` bytes, copies that take up to `slowness` questions."""
+    """`Device` in tests: `size` bytes, of which `room` can be had, and copies that take up to `slowness` questions."""
 
     name = "a stand-in"
     place = PLACE
@@ -182,8 +182,8 @@ class StandIn:
         self.is_pinned = False
         self.copies = 0
         self.host_slots: int | None = None
+        self.room = size
         self.unsupported: set[torch.dtype] = set()
-        self.on_copy: Callable[[], None] = lambda: None
         self._slowness = slowness
         self.can_pin = can_pin
         self._chance = random.Random(0)
@@ -200,9 +200,12 @@ class StandIn:
         return dtype not in self.unsupported
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        if nbytes > self.size:
-            raise torch.OutOfMemoryError(f"{nbytes} of {self.size} bytes")
+        if nbytes > self.room:
+            raise torch.OutOfMemoryError(f"{nbytes} of {self.room} bytes")
         return torch.full((nbytes,), 255, dtype=torch.uint8, device=PLACE)
+
+    def free(self) -> None:
+        pass
 
     def pin(self, memory: torch.Tensor) -> bool:
         assert memory.device == _CPU
@@ -218,6 +221,5 @@ class StandIn:
         assert (into.device, source.device, into.shape) == (PLACE, _CPU, source.shape)
         assert threading.current_thread() is self._thread
         self.copies += 1
-        self.on_copy()
         self._last = StandInCopy(into, source, self._chance.randint(0, self._slowness), self._last)
         return self._last

@@ -52,6 +52,9 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """So many bytes, [nbytes]. Raises torch.OutOfMemoryError."""
 
+    def free(self) -> None:
+        """Let others have the memory that nothing here uses any more."""
+
     def pin(self, memory: torch.Tensor) -> bool:
         """Let the device reach this host memory by itself, until `unpin`. Whether that could be had; without it copies
         are slower, and nobody else can go on meanwhile.
@@ -87,6 +90,9 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.place)
+
+    def free(self) -> None:
+        _cuda.empty_cache()
 
     def pin(self, memory: torch.Tensor) -> bool:
         # torch's own pinned memory comes in powers of two, which for most of the host's memory is too much to waste.

@@ -27,7 +27,7 @@ from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, read_collection, write_collection
 from .device import Device
 from .dtypes import TORCH_DTYPES
-from .errors import IntegrityError, MoeinfError
+from .errors import CapacityError, IntegrityError, MoeinfError
 from .generation import Session
 from .kernels import ExpertMaths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
@@ -49,7 +49,7 @@ from .tensorfile import TensorFile
 from .tiers import HostTier
 from .trace import ModelIdentity
 from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
-from .units import align_up
+from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load"]
 
@@ -184,6 +184,22 @@ class Engine:
             quantization=self.manifest.layout.quantization.text if self.manifest.layout.quantization else "",
             quality=self.quality,
         )
+
+    def make_room(self) -> None:
+        """The device has run out of memory in the middle of a step: give half of its slots up, for good.
+
+        Raises CapacityError where that would leave too few.
+        """
+        slots = self.plan.slots // 2
+        if self.device is None or slots < max(layer.top_k for layer in self.manifest.layers):
+            raise CapacityError(
+                f"memory ran out, and half of {self.plan.slots} experts, which take {format_bytes(self.plan.experts)},"
+                " are fewer than one layer asks for",
+                hint="give it a shorter --context, or end what else uses the GPU",
+            )
+        self.runtime.shrink(slots)
+        self.plan = dataclasses.replace(self.plan, slots=slots)
+        self.notes += (f"{self.device.name} ran out of memory: from now on it holds {slots:,} experts",)
 
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""

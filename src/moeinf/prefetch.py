@@ -41,7 +41,8 @@ class Prefetcher:
         predictors: name experts of the next layer; if there are several, the first of them names none.
         cache, fetcher: where guessed experts take slots, and what brings them there.
         first: per MoE layer, the number of its first expert when experts are counted over all layers.
-        most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left.
+        most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left; it
+            may be changed.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Prefetcher:
         self._cache = cache
         self._fetcher = fetcher
         self._first = first
-        self._most = most_guesses
+        self.most_guesses = most_guesses
         self._named: list[int] = []
         self._unread: set[int] = set()
         """Guesses whose reads have not ended, whatever has become of them."""
@@ -127,7 +128,7 @@ class Prefetcher:
             if self._cache.is_resident(expert):
                 self._hold(expert)
         for expert in experts:
-            if len(self._on_their_way) + len(self._given_up) >= self._most:
+            if len(self._on_their_way) + len(self._given_up) >= self.most_guesses:
                 return
             if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
                 self._on_their_way.add(expert)
@@ -184,6 +185,12 @@ class WarmUp:
             return False
         self._fetcher.cancel(self._unread.popitem()[0])
         return True
+
+    def give_up(self) -> int:
+        """Fetch no more, and say how many fetches have not ended."""
+        for expert in self._unread:
+            self._fetcher.cancel(expert)
+        return len(self._unread)
 
     def ended(self, arrival: Arrival) -> None:
         """A fetch has ended; it may have been one of these."""

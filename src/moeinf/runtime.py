@@ -99,9 +99,9 @@ class ExpertRuntime:
             cache,
             fetcher,
             self._first,
-            cache.num_slots - max(layer.top_k for layer in manifest.layers),
+            0,
         )
-        self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
+        self._fit(cache.num_slots)
         self._warm_up = WarmUp((), cache, fetcher, 0)
 
     def warm_up(self, experts: Iterable[int]) -> None:
@@ -158,6 +158,25 @@ class ExpertRuntime:
         """Use all slots again. Harmless when none is lent."""
         self.cache.give_back(self._lent)
         self._lent = []
+
+    def shrink(self, num_slots: int) -> None:
+        """Make do with so many slots from now on, no fewer than one layer asks for. What was in any is gone from there.
+        To be called between steps.
+        """
+        self.take_back()
+        self._settle(())
+        self._warm_up.give_up()
+        while self._prefetcher.unsettled or self._warm_up.give_up():
+            self.wait()
+        slots = self.cache.lend(self.cache.num_slots)
+        self._pool.shrink(num_slots)
+        self.cache.give_back([slot for slot in slots if slot < num_slots])
+        self._fit(num_slots)
+
+    def _fit(self, num_slots: int) -> None:
+        """Guess and stream no more at a time than so many slots have room for."""
+        self._prefetcher.most_guesses = num_slots - max(layer.top_k for layer in self._layers)
+        self._window = max(2, min(STREAM_BYTES // self._pool.slot_bytes, num_slots // 4))
 
     def close(self) -> None:
         self._fetcher.close()

@@ -34,19 +34,32 @@ class DevicePool:
     `weights` has each tensor of all slots together, [slots, …]. Raises torch.OutOfMemoryError.
     """
 
+    weights: dict[str, torch.Tensor]
+
     def __init__(self, layout: ExpertLayout, num_slots: int, device: Device) -> None:
         self.slot_bytes = slot_bytes(layout)
-        memory = device.allocate(num_slots * self.slot_bytes).view(num_slots, self.slot_bytes)
+        self._layout = layout
+        self._device = device
+        self._allocate(num_slots)
+
+    def _allocate(self, num_slots: int) -> None:
+        memory = self._device.allocate(num_slots * self.slot_bytes).view(num_slots, self.slot_bytes)
         self.weights = {
             spec.name: memory[:, spec.offset : spec.offset + spec.nbytes]
             .view(TORCH_DTYPES[spec.dtype])
             .view(num_slots, *spec.shape)
-            for spec in layout.tensors
+            for spec in self._layout.tensors
         }
-        self._bytes = memory[:, : layout.nbytes].unbind()
+        self._bytes = memory[:, : self._layout.nbytes].unbind()
         self._tensors = [
             {name: all_slots[slot] for name, all_slots in self.weights.items()} for slot in range(num_slots)
         ]
+
+    def shrink(self, num_slots: int) -> None:
+        """Have only the first so many slots from now on, all of them empty."""
+        self.weights, self._bytes, self._tensors = {}, (), []
+        self._device.free()
+        self._allocate(num_slots)
 
     def memory(self, slot: int) -> torch.Tensor:
         """The bytes of the slot's expert."""
@@ -56,7 +69,7 @@ class DevicePool:
         return self._tensors[slot]
 
     def release(self, slot: int) -> None:
-        """Nothing: it is one piece, and the plan of a device lends nothing."""
+        """Nothing: it is all one piece."""
 
 
 @dataclass(slots=True)

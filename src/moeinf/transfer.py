@@ -77,6 +77,9 @@ class Pool(Protocol):
         lost.
         """
 
+    def shrink(self, num_slots: int) -> None:
+        """Have only the first so many slots from now on, all of them empty."""
+
 
 class SlotPool:
     """`num_slots` equal pieces of one buffer, each holding one expert's data and seen as that expert's tensors. `bytes`
@@ -101,6 +104,10 @@ class SlotPool:
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system until it is next written to; its bytes are lost."""
         self._buffer.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+
+    def shrink(self, num_slots: int) -> None:
+        for slot in range(len(self.bytes)):
+            self.release(slot)
 
     def _views(self, layout: ExpertLayout, start: int) -> SlotTensors:
         return {
