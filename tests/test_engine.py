@@ -15,7 +15,7 @@ import torch
 import moeinf
 from families import make_checkpoint
 from moeinf import engine as engine_module
-from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
+from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UsageError
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
 from moeinf.store import Store

@@ -115,8 +115,8 @@ def test_an_expert_comes_from_disk_once_and_then_from_host_memory(
 def test_whatever_is_asked_for_in_whatever_order_comes_or_is_given_up(
     host_slots: int, tmp_path: Path, device: StandIn, request: pytest.FixtureRequest
 ) -> None:
-    """Random fetches, promotions, cancellations and waits, and one file that cannot be read: in the end every fetch has one arrival, and every
-    slot that an expert arrived in has its bytes.
+    """Random fetches, promotions, cancellations and waits, and one file that cannot be read: in the end every fetch has
+    one arrival, and every slot that an expert arrived in has its bytes.
     """
     bench, chance = make(tmp_path, device, host_slots, request), random.Random(host_slots)
     bench.disk.bad = {5}
