@@ -13,6 +13,7 @@ import torch
 
 from moeinf import transfer
 from moeinf.cache import ExpertCache
+from moeinf.device import Device
 from moeinf.errors import MoeinfError
 from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.policies.plain import LruPolicy
@@ -60,7 +61,7 @@ class Disk(Reader):
 class Bench:
     """Files of experts, a disk, host memory of some slots, and a device of TARGETS slots."""
 
-    def __init__(self, folder: Path, device: StandIn, host_slots: int) -> None:
+    def __init__(self, folder: Path, device: Device, host_slots: int) -> None:
         self.data = [os.urandom(LAYOUT.nbytes) for _ in range(EXPERTS)]
         paths = [folder / f"E{key}" for key in range(EXPERTS)]
         for path, data in zip(paths, self.data, strict=True):
