@@ -87,6 +87,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pyt
     ("options", "error", "message"),
     [
         ({"kernels": "native"}, UnsupportedError, "--kernels native compute on the processor"),
+        ({"device": "cpu", "kernels": "triton"}, UnsupportedError, "--kernels triton compute on a GPU, and none is"),
         ({"device_memory": "2GiB"}, CapacityError, "--device-memory is 2.00 GiB, and 1.00 GiB of the GPU's memory are"),
         ({"device_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),
         ({"host_memory": "1000TB"}, CapacityError, "of host memory, which a GPU's copies keep from being swapped out"),
@@ -97,7 +98,7 @@ def test_what_cannot_be_is_refused(
     tiny: str, device: StandIn, options: dict[str, str], error: type[MoeinfError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        moeinf.load(tiny, device="cuda", **options)  # type: ignore[arg-type]
+        moeinf.load(tiny, **{"device": "cuda", **options})  # type: ignore[arg-type]
     assert not device.is_pinned
     with Store().hold(tiny):  # nobody holds it any more
         pass

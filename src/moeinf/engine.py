@@ -29,7 +29,7 @@ from .device import Device
 from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError
 from .generation import Session
-from .kernels import ExpertMaths, choose_maths, speed_up_dense
+from .kernels import choose_device_maths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path
 from .metamodel import model_shape
@@ -46,7 +46,7 @@ from .settings import DEFAULT_POLICY, EngineOptions
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
-from .tiers import HostTier
+from .tiers import DevicePool, HostTier
 from .trace import ModelIdentity
 from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up, format_bytes
@@ -300,11 +300,11 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
     pool, fetcher, placement = _make_tiers(folder, manifest, placement, direct, stack)
     plan = placement.plan
-    if placement.device is None:
+    if isinstance(pool, DevicePool):
+        maths = choose_device_maths(modules.values(), manifest.layout, options.kernels, pool)
+    else:
         maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
         hooks.attend(model, speed_up_dense(model, maths))
-    else:
-        maths = [ExpertMaths(module, manifest.layout.quantization) for module in modules.values()]
     runtime = ExpertRuntime(
         manifest,
         maths,

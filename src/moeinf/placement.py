@@ -54,6 +54,8 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Plac
             notes = (f"{device.name} is not used: {error}",)
     elif options.device_memory is not None:
         raise UsageError("--device-memory bounds a GPU's memory, and none is used", hint="bound --host-memory instead")
+    if options.kernels == "triton":
+        raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
     plan = memory.plan_memory(manifest, shape, options)
     return Placement(None, plan, getattr(torch, manifest.dtype), notes)
 

@@ -19,7 +19,7 @@ __all__ = ["DEFAULT_POLICY", "EngineOptions", "home_path", "is_debug", "resolve_
 DEFAULT_POLICY = "neighbour-use"
 """What the evidence picks (docs/policies.md)."""
 
-_CHOICES = {"prefetch": ("auto", "eam", "gate", "off"), "kernels": ("auto", "native", "torch")}
+_CHOICES = {"prefetch": ("auto", "eam", "gate", "off"), "kernels": ("auto", "native", "torch", "triton")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,9 @@ class EngineFlags:
         str | None,
         typer.Option(metavar="auto|eam|gate|off", help="What foresees the experts that are fetched early."),
     ] = None
-    kernels: Annotated[str | None, typer.Option(metavar="auto|native|torch", help="What computes the experts.")] = None
+    kernels: Annotated[
+        str | None, typer.Option(metavar="auto|native|torch|triton", help="What computes the experts.")
+    ] = None
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads that compute.")] = None
 
     def resolve(self) -> EngineOptions:

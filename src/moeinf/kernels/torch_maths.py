@@ -19,7 +19,7 @@ from torch import nn
 from moeinf.manifest import Quantization, scales_name
 from moeinf.quantized import dequantize
 
-__all__ = ["ExpertMaths", "Tensors", "TokenMaths", "route"]
+__all__ = ["DeviceSlots", "ExpertMaths", "Tensors", "TokenMaths", "route"]
 
 _SUMS_IN_FLOAT32 = {"Inkling2Experts"}
 _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
@@ -27,6 +27,12 @@ _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
+
+
+class DeviceSlots(Protocol):
+    """The slots of a device with memory of its own: `weights` has each tensor of all of them together, [slots, …]."""
+
+    weights: dict[str, torch.Tensor]
 
 
 class TokenMaths(Protocol):
