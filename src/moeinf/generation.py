@@ -120,7 +120,7 @@ class Session:
                 self._engine.make_room()
         except StepStopped:
             self.clear()
-            new = []
+            new = list(clock.tokens)
         except BaseException:
             self.clear()  # a step that ended midway has left some layers longer than others
             raise
