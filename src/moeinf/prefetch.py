@@ -170,6 +170,7 @@ class WarmUp:
         self._cache = cache
         self._fetcher = fetcher
         self._unread: dict[int, None] = {}
+        self._leaving: set[int] = set()
         for expert in experts:
             if cache.num_free <= spare:
                 break
@@ -183,15 +184,25 @@ class WarmUp:
         """
         if not self._unread or self._cache.num_free:
             return False
-        self._fetcher.cancel(self._unread.popitem()[0])
+        self._give_up()
         return True
+
+    def is_leaving(self, expert: int) -> bool:
+        """Whether it was given up, and its fetch has not ended: it cannot be leased yet."""
+        return expert in self._leaving
+
+    def _give_up(self) -> None:
+        expert, _ = self._unread.popitem()
+        self._leaving.add(expert)
+        self._fetcher.cancel(expert)
 
     def give_up(self) -> int:
         """Fetch no more, and say how many fetches have not ended."""
-        for expert in self._unread:
-            self._fetcher.cancel(expert)
-        return len(self._unread)
+        while self._unread:
+            self._give_up()
+        return len(self._leaving)
 
     def ended(self, arrival: Arrival) -> None:
         """A fetch has ended; it may have been one of these."""
         self._unread.pop(arrival.key, None)
+        self._leaving.discard(arrival.key)

@@ -274,6 +274,8 @@ class ExpertRuntime:
         """Lease an expert, and fetch it on a miss; None if no slot can be had now."""
         if self.cache.slot(key) is None and self._warm_up.make_room():
             self._entered += self._enter_arrivals()
+        while self._warm_up.is_leaving(key):
+            self._entered.append(self._await_arrival())
         leased = self.cache.acquire(key, keep=keep)
         if leased is None:
             return None
@@ -291,8 +293,19 @@ class ExpertRuntime:
 
     def wait(self) -> Arrival:
         """The next arrival, counted and entered in the cache; time spent here is a stall."""
-        if self._entered:
-            return self._entered.popleft()
+        while self._entered:
+            arrival = self._entered.popleft()
+            if self._is_news(arrival):
+                return arrival
+        return self._await_arrival()
+
+    def _is_news(self, arrival: Arrival) -> bool:
+        """Whether it still says how things are: what has gone since may be on its way once more."""
+        if arrival.error is None and not arrival.cancelled:
+            return self.cache.is_resident(arrival.key)
+        return self.cache.slot(arrival.key) is None
+
+    def _await_arrival(self) -> Arrival:
         arrival = self._fetcher.poll()
         if arrival is None:
             begin = time.perf_counter()
