@@ -12,6 +12,9 @@ import torch
 
 import moeinf
 from families import make_checkpoint
+from moeinf.cli.answers import describe_plan, describe_stats
+from moeinf.cli.options import EngineFlags
+from moeinf.cli.planning import show_plan
 from moeinf.device import find_device
 from moeinf.engine import Engine
 from moeinf.errors import CapacityError, MoeinfError, UnsupportedError, UsageError
@@ -279,3 +282,27 @@ def test_a_trace_recorded_on_a_device_is_that_of_the_processor(tiny: str, device
         shutil.rmtree(Store().path(tiny) / "traces", ignore_errors=True)
     for name in ("experts", "weights", "position", "is_prefill"):
         assert (getattr(traces[0], name) == getattr(traces[1], name)).all()
+
+
+def test_what_is_said_names_both_tiers(tiny: str, device: StandIn) -> None:
+    with moeinf.load(tiny, experts="4", prefetch="off") as engine:
+        assert describe_plan(engine.plan) == "4 of 16 experts in GPU memory, and all of them in host memory"
+        run(engine)
+        run(engine)
+        stats = engine.stats()
+        share = f"100.0% of {stats.experts.fetched} in 16 host slots"
+        assert f"in 4 device slots, {share} · disk to host 0 B" in describe_stats(stats)[1]
+    device.host_slots = 6
+    with moeinf.load(tiny, experts="4") as engine:
+        assert describe_plan(engine.plan) == (
+            "4 of 16 experts in GPU memory, 6 in host memory, the others are read from disk when asked for"
+        )
+    with moeinf.load(tiny) as engine:
+        assert describe_plan(engine.plan) == "all 16 experts in GPU memory"
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device_memory": "1GiB"}])
+def test_a_gpu_is_not_foretold(tiny: str, options: dict[str, str]) -> None:
+    nobody: Any = None
+    with pytest.raises(UnsupportedError, match="how a model will run on a GPU is not foretold yet"):
+        show_plan(tiny, nobody, EngineFlags(**options), nobody)  # type: ignore[arg-type]
