@@ -31,6 +31,7 @@ def make_machine(**changes: Any) -> Machine:
             swap_total=0,
             swap_free=0,
             bytes_per_s=40e9,
+            fresh_bytes_per_s=8e9,
             huge_pages="madvise",
         ),
         "disk": Disk(

@@ -15,11 +15,13 @@ GB = 1e9
 MIB = 1 << 20
 
 
-def make_machine(*, disk: float = 2.0 * GB, memory: float = 30 * GB, native: float = 28 * GB) -> Machine:
+def make_machine(
+    *, disk: float = 2.0 * GB, memory: float = 30 * GB, native: float = 28 * GB, fresh: float = 4 * GB
+) -> Machine:
     return Machine(
         measured_at="2026-01-01T00:00:00+00:00",
         processor=Processor("Test", 2, 4, ("avx512_bf16",), "avx512bf16"),
-        memory=HostMemory(32 << 30, 24 << 30, None, 0, 0, memory),
+        memory=HostMemory(32 << 30, 24 << 30, None, 0, 0, memory, fresh),
         disk=Disk("/models", "sda", "ext4", True, 131072, 1 << 40, (ReadRate(MIB, 8, True, disk),)),
         maths=(
             MathsRate("native", "bfloat16", 1, native),
@@ -72,7 +74,7 @@ def random_machine(chance: random.Random) -> Machine:
     kinds = chance.sample(["bfloat16", "float32", "int8", "int4"], chance.randint(0, 4))
     steps = sorted({1, *chance.sample([2, 16, 64, 512], chance.randint(0, 4))})
     is_direct = chance.random() < 0.8
-    machine = make_machine(memory=rate(3 * GB, 800 * GB))
+    machine = make_machine(memory=rate(3 * GB, 800 * GB), fresh=rate(0.1 * GB, 40 * GB))
     reads = tuple(
         ReadRate(size, depth, direct, rate(0.02 * GB, 14 * GB))
         for size in chance.sample([64 << 10, MIB, 16 * MIB, 350 * MIB], chance.randint(1, 4))

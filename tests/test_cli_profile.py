@@ -74,7 +74,8 @@ def test_a_machine_in_tables(cli: CommandLine, measured: Measured) -> None:
         | vector instructions  avx2 avx512f avx512_bf16
         | native library       avx512bf16
         | memory               64.0 GiB, 60.0 GiB available
-        |                      read at 40.00 GB/s; swap used: there is none
+        |                      read at 40.00 GB/s, handed out at 8.00 GB/s
+        |                      swap used: there is none
         | disk of the models   /dev/nvme0n1p2: ext4, direct reads
         |                      read-ahead 8.00 MiB, 500 GiB free
         |
@@ -122,12 +123,13 @@ def test_a_machine_of_which_little_is_known(cli: CommandLine, measured: Measured
     stdout, _, code = cli.run("profile")
     lines = [" ".join(line.split()) for line in stdout.splitlines()]
     assert code == 0
-    assert lines[:7] == [
+    assert lines[:8] == [
         "processor A Processor: 1 core, 1 thread",
         "vector instructions none that are known",
         "native library none: none",
         "memory 64.0 GiB, 40.0 GiB allowed by its cgroup, 60.0 GiB available",
-        "read at 40.00 GB/s; swap used: 0 B of 4.00 GiB",
+        "read at 40.00 GB/s, handed out at 8.00 GB/s",
+        "swap used: 0 B of 4.00 GiB",
         "disk of the models unknown: unknown file system, no direct reads",
         "read-ahead unknown, 500 GiB free",
     ]

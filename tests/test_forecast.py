@@ -139,7 +139,7 @@ def quantised(kernels: str) -> tuple[Situation, MemoryPlan]:
     made = Quantization("int4", 32, "BF16", {"gate_up_proj": up[1], "down_proj": down[1]})
     specs = [TensorSpec("gate_up_proj", "U8", up[0], 0), TensorSpec("down_proj", "U8", down[0], 1 << 19)]
     manifest = dataclasses.replace(make_manifest(), layout=ExpertLayout(4096, tuple(specs), made))
-    machine = make_machine(disk=1e6 * GB)
+    machine = make_machine(disk=1e6 * GB, fresh=1e6 * GB)
     machine = dataclasses.replace(machine, maths=(*machine.maths, MathsRate("native", "int4", 1, 12 * GB)))
     situation = Situation(machine, manifest, make_shape(), WHOLE, kernels=kernels)
     return situation, make_plan(manifest, make_shape(), available_bytes=100_000 * MIB, experts="100%", context=2048)
@@ -160,6 +160,15 @@ def test_a_prompt_expands_quantised_experts() -> None:
     assert many[0] - many[1] == pytest.approx(expanding_s, rel=0.01)
     one_token_s = [foretell(each, plan, prompt_tokens=1).ttft_s for each in (situation, as_plain)]
     assert one_token_s[0] < one_token_s[1]
+
+
+def test_the_first_prompt_waits_for_memory_that_nobody_used_before() -> None:
+    situation, plan = small("25%")
+    times = []
+    for fresh in (1e6 * GB, 1 * GB):
+        there = dataclasses.replace(situation, machine=make_machine(disk=1e6 * GB, fresh=fresh))
+        times.append(foretell(there, plan, prompt_tokens=1000).ttft_s)
+    assert times[1] - times[0] == pytest.approx(256 * 3 * MIB / (1 * GB), rel=0.01)
 
 
 def test_a_prompt_reads_every_expert_it_needs_once_per_piece() -> None:

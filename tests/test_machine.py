@@ -11,7 +11,7 @@ import pytest
 
 from machine_fakes import make_gpu, make_machine
 from moeinf.errors import IntegrityError
-from moeinf.machine import Machine, MathsRate, ReadRate
+from moeinf.machine import SCHEMA, Machine, MathsRate, ReadRate
 
 MIB = 1 << 20
 
@@ -80,7 +80,7 @@ def damages() -> dict[str, Any]:
     return {
         "no JSON": "{",
         "no object": "[1]",
-        "another version": change(lambda values: values.update(schema=2)),
+        "another version": change(lambda values: values.update(schema=SCHEMA + 1)),
         "no version": change(lambda values: values.pop("schema")),
         "a part missing": change(lambda values: values.pop("disk")),
         "a part unknown": change(lambda values: values.update(colour="blue")),

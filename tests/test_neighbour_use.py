@@ -18,7 +18,7 @@ from moeinf.routing_memory import AHEAD, RoutingMemory
 from test_policies import LAYER_OF, LAYERS, SIZES, TOP_K, routing, run
 
 FIRST = [sum(SIZES[:layer]) for layer in range(LAYERS)]
-KEEP = [float(keep) for keep in Neighbours._KEEP.ravel()]
+KEEP = [float(keep) for keep in RoutingMemory._KEEP.ravel()]
 
 
 class History:

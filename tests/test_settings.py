@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from moeinf.errors import UsageError
-from moeinf.settings import EngineOptions, home_path, is_debug, resolve_options
+from moeinf.settings import EngineOptions, home_path, is_debug, resolve_options, tune_libraries
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -40,3 +43,17 @@ def test_home_and_debug() -> None:
     assert home_path({"MOEINF_HOME": "/somewhere"}) == Path("/somewhere")
     assert home_path({}) == Path.home() / ".moeinf"
     assert [is_debug({"MOEINF_DEBUG": value}) for value in ("", "0", "1")] == [False, False, True]
+
+
+def test_libraries_are_told_what_suits_where_nobody_has_said_otherwise() -> None:
+    environ = {"GOMP_SPINCOUNT": "7"}
+    tune_libraries(environ)
+    assert environ["GOMP_SPINCOUNT"] == "7"
+    assert environ["LRU_CACHE_CAPACITY"] == "64"
+
+
+def test_libraries_are_told_before_torch_is_imported() -> None:
+    told = "import os, sys, moeinf; print('torch' in sys.modules); moeinf.load; print(os.environ['GOMP_SPINCOUNT'])"
+    environ = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", told], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "1000"]

@@ -35,4 +35,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from .settings import tune_libraries
+
+    tune_libraries()
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -29,7 +29,7 @@ from .progress import NO_PROGRESS, Progress
 from .rates import measure_rates
 from .replay import check_replay
 from .scores import Measured, Score, mark_same_tokens
-from .settings import EngineOptions, home_path
+from .settings import EngineOptions, home_path, tune_libraries
 from .store import StoredModel
 from .systems import Job, Request, Run, Survey
 from .trace import Trace
@@ -291,9 +291,15 @@ class _EndedError(MoeinfError):
 
 
 def _work(asked: dict[str, Any], limit: int | None) -> Any:
-    """What a worker answers, in a cgroup of its own if there is a `limit`. Raises what it raised, or `_EndedError`."""
+    """What a worker answers, in a cgroup of its own if there is a `limit`. Raises what it raised, or `_EndedError`.
+
+    What suits moeinf's libraries may not suit those of others, who get the environment as it is.
+    """
+    environ = dict(os.environ)
+    if Job.from_json(asked["job"]).system == "moeinf":
+        tune_libraries(environ)
     with memory_limit(limit) if limit is not None else contextlib.nullcontext() as group:
-        done = run_in(group, [sys.executable, "-m", "moeinf.worker"], json.dumps(asked))
+        done = run_in(group, [sys.executable, "-m", "moeinf.worker"], json.dumps(asked), environ)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         if done.returncode in (-9, 137):

@@ -9,7 +9,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .errors import UnsupportedError
@@ -44,7 +44,9 @@ def memory_limit(limit_bytes: int, root: Path = _ROOT) -> Iterator[Path]:
         _remove(folder)
 
 
-def run_in(folder: Path | None, command: Sequence[str], given: str = "") -> subprocess.CompletedProcess[str]:
+def run_in(
+    folder: Path | None, command: Sequence[str], given: str = "", environ: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
     """Run `command` inside the cgroup, or outside any if None, with `given` on its standard input; returns what it
     printed.
     """
@@ -52,6 +54,7 @@ def run_in(folder: Path | None, command: Sequence[str], given: str = "") -> subp
     return subprocess.run(
         ["/bin/sh", "-c", f'{enter}exec "$@"', "sh", *command],
         input=given,
+        env=environ,
         capture_output=True,
         text=True,
         check=False,

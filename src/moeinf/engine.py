@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -42,7 +41,7 @@ from .pull import resolve
 from .qualityfile import QUALITY_FILE, Quality, read_quality
 from .runlog import RunLog
 from .runtime import ExpertRuntime
-from .settings import DEFAULT_POLICY, EngineOptions
+from .settings import DEFAULT_POLICY, EngineOptions, tune_libraries
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
@@ -52,11 +51,6 @@ from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_bu
 from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load"]
-
-_PROGRAM_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-"""torch (through ideep) and oneDNN keep a program of 0.3 MB each for every shape of matrix product they met, 1024 of
-them by default, and an expert meets another shape for each number of tokens. This many are kept without a loss in speed
-(docs/experiments.md). Read by them at the first matrix product, so what runs before `load` may use their defaults."""
 
 _NOT_PINNED = (
     "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
@@ -270,8 +264,7 @@ def load(
 
 def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engine:
     begin = time.perf_counter()
-    for variable, capacity in _PROGRAM_CACHES.items():
-        os.environ.setdefault(variable, capacity)
+    tune_libraries()
     manifest, folder = stored.manifest, stored.path
     if options.threads is not None:
         torch.set_num_threads(options.threads)

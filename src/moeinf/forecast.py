@@ -285,19 +285,28 @@ class _Costs:
         return sum(self._step_s(min(piece, tokens - begin), begin) for begin in range(0, tokens, piece))
 
     def _step_s(self, tokens: int, before: int) -> float:
-        """Many tokens at once, with so many `before` them, that ask for experts as if each chose by chance."""
+        """Many tokens at once, with so many `before` them, that ask for experts as if each chose by chance.
+
+        What is read first goes into slots that were never used, and the cores that compute also get that memory ready.
+        """
         held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
+        asked_of = [_asked(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
+        fresh = 0.0 if before else min(1.0, self._plan.slots / sum(asked_of))
         dense_s = self.dense_bytes / min(self._dense_rate, _step_rate(self._machine, self._kind, tokens))
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
         attention_s = 4 * scores / _operations_rate(self._machine, self._kind)
         total = dense_s + attention_s + self.layers_s + len(self._manifest.layers) * TRIM_S
-        for layer in self._manifest.layers:
-            asked = layer.num_experts * (1 - (1 - min(1.0, layer.top_k / layer.num_experts)) ** tokens)
-            each = tokens * layer.top_k / asked
-            maths_s = asked * self._expert_s(each)
+        for layer, asked in zip(self._manifest.layers, asked_of, strict=True):
+            maths_s = asked * (self._expert_s(tokens * layer.top_k / asked) + PASS_S)
+            touching_s = asked * fresh * self.expert_bytes / self._machine.memory.fresh_bytes_per_s
             read_s = asked * (1 - held) * self.expert_bytes / self.disk_rate
-            total += max(maths_s + asked * PASS_S, read_s)
+            total += max(maths_s + touching_s, read_s)
         return total
+
+
+def _asked(experts: int, top_k: int, tokens: int) -> float:
+    """Experts of a layer that so many tokens ask for."""
+    return experts * (1 - (1 - min(1.0, top_k / experts)) ** tokens)
 
 
 def _kind_of(layout: ExpertLayout) -> str:

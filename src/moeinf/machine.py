@@ -17,7 +17,7 @@ from .errors import IntegrityError
 
 __all__ = ["Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ class Processor:
 @dataclass(frozen=True, slots=True)
 class HostMemory:
     """`limit`: of the cgroup, None where there is none. `bytes_per_s`: reading far more than the caches hold.
-    `huge_pages`: when memory lies in them (always, madvise, never), None where that cannot be known.
+    `fresh_bytes_per_s`: the system handing out memory that nobody used before. `huge_pages`: when memory lies in them
+    (always, madvise, never), None where that cannot be known.
     """
 
     total: int
@@ -94,10 +95,11 @@ class HostMemory:
     swap_total: int
     swap_free: int
     bytes_per_s: float
+    fresh_bytes_per_s: float
     huge_pages: str | None = None
 
     def __post_init__(self) -> None:
-        _check_rates(self.bytes_per_s)
+        _check_rates(self.bytes_per_s, self.fresh_bytes_per_s)
 
     @property
     def usable(self) -> int:

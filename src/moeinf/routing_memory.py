@@ -1,4 +1,4 @@
-"""What followed, when the router chose like this before.
+"""What the router chose of late, and what followed when it chose like this before.
 
 Routing follows the text, and text repeats itself in part: a token whose layers chose much the same experts as a past
 token is likely to be followed by much the same choices. Averages over time cannot see that; a search can. Pure numbers:
@@ -19,8 +19,6 @@ Floats = NDArray[np.float64]
 AHEAD = 4
 """Visits of a layer that are foreseen. More of them gain nothing (docs/experiments.md)."""
 
-_BITS = 64
-
 
 class RoutingMemory:
     """The choices of the last 512 tokens, and what followed those that were most like the present one.
@@ -33,6 +31,9 @@ class RoutingMemory:
 
     A prompt counts as one step: only its last token is compared, and is the newest for every layer.
 
+    Averages. Beside that, two averages per expert of whether it was chosen, with half-lives of 4 and 32 visits of its
+    layer; every token of a prompt counts.
+
     Args:
         sizes: experts per MoE layer.
     """
@@ -41,15 +42,18 @@ class RoutingMemory:
     _NEIGHBOURS = 16
     _SHARPNESS = 10.0
     _FADE = 0.1
+    _KEEP = 0.5 ** (1 / np.array([[[4.0]], [[32.0]]]))
+    _GAIN = 1 - _KEEP
 
     def __init__(self, sizes: Sequence[int]) -> None:
         layers = len(sizes)
-        words = -(-max(sizes) // _BITS)
-        self.width = words * _BITS
+        self._bits = next((bits for bits in (8, 16, 32) if max(sizes) <= bits), 64)
+        words = -(-max(sizes) // self._bits)
+        self.width = words * self._bits
         """Experts per layer, with room for the largest."""
         self._past = self._MEMORY - 1
         """Tokens that the newest one is compared with."""
-        self._chosen = np.zeros((layers, words, 4 * self._MEMORY), dtype="<u8")
+        self._chosen = np.zeros((layers, words, 4 * self._MEMORY), dtype=f"<u{self._bits // 8}")
         """What a token chose, a bit per expert, by its place: its number less `_begin`."""
         self._flat = self._chosen.reshape(-1)
         self._rows = self._chosen.shape[2] * np.arange(layers * words).reshape(layers, words)
@@ -59,13 +63,19 @@ class RoutingMemory:
         self._likeness: Floats = np.zeros(self._past)
         """s, of the oldest token first: a token further on, each place is that of the next token, as it should be."""
         self._most_likeness = 0.0
-        self._fade = self._FADE ** (1 / layers)
+        self._fades: Floats = self._FADE ** (np.arange(layers + 1) / layers)
+        """f to the power of 0, 1 … layers."""
+        self._fades_of_words = self._fades[:-1][::-1].repeat(words)
         between = np.arange(self._past)[::-1, None]
         self._before_newest = np.maximum(between - np.arange(AHEAD), 0)
         """How long before the newest choice of a layer stands what followed, by the neighbour's place in `_likeness`;
         the newest one where that is not known yet [past, AHEAD].
         """
-        self._now = layers
+        self._averages: Floats = np.zeros((len(self._KEEP), layers, self.width))
+        self._learned = self._now = layers - 1
+        """The last layer whose newest choice is in `_likeness` and `_averages`, and the last one that ran: what some
+        layers chose is learned at once.
+        """
         self._step = self._token = -1
         """The last token before this step, and the newest of all. Tokens are counted from the first ever."""
 
@@ -81,17 +91,29 @@ class RoutingMemory:
         tokens = tokens[-self._MEMORY // 2 :]
         if not tokens:
             return
+        token = (self._token if layer <= self._now else self._step) + len(tokens)
+        if layer != self._now + 1 or token != self._token:
+            self._learn()
+            self._learned = layer - 1
         if layer <= self._now:  # the layers start over: a new step
             self._step = self._token
             self._make_room()
-        self._now = layer
         place = self._step - self._begin
         for experts in tokens:
             place += 1
             self._remember(layer, place, experts)
+        for experts in tokens[:-1]:
+            self._averages[:, layer] *= self._KEEP[:, 0]
+            self._averages[:, layer, experts] += self._GAIN[:, 0]
         self._newest[layer] = self._rows[layer] + place
-        self._token = place + self._begin
-        self._compare(layer, place, len(tokens[-1]))
+        self._now, self._token = layer, token
+        self._most_likeness = self._most_likeness * float(self._fades[1]) + len(tokens[-1])
+
+    def averages(self, layers: Sequence[int]) -> Floats:
+        """The averages of the experts of `layers` [2, layers, width], the shorter half-life first."""
+        self._learn()
+        averages: Floats = self._averages.take(layers, axis=1)
+        return averages
 
     def followed(self, layers: Sequence[int]) -> Floats:
         """The weighted share of the neighbours whose tokens chose each expert of `layers`, the h-th time that its layer
@@ -100,6 +122,7 @@ class RoutingMemory:
         After neighbour j that is token j + h, or j + h - 1 if the layer has yet to run for t, and the newest one if
         that is not known yet.
         """
+        self._learn()
         unknown = max(self._past - self._token, 0)
         likeness = self._likeness[unknown:]
         count = min(self._NEIGHBOURS, len(likeness))
@@ -107,8 +130,8 @@ class RoutingMemory:
         weights = np.exp(likeness[near] * (self._SHARPNESS / max(self._most_likeness, 1.0)))
         before = self._before_newest[unknown:].take(near, axis=0)
         words = self._flat.take(self._newest.take(layers, axis=0) - before[..., None, None], mode="clip")
-        bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, bitorder="little")
-        shares: Floats = (weights / np.add.reduce(weights)) @ bits
+        chosen = self._unpack(words.reshape(count, -1))
+        shares: Floats = (weights / np.add.reduce(weights)) @ chosen
         return shares.reshape(AHEAD, len(layers), self.width)
 
     def _make_room(self) -> None:
@@ -125,14 +148,26 @@ class RoutingMemory:
         bits = 0
         for expert in experts:
             bits |= 1 << expert
-        chosen = self._chosen[layer]
-        for number, word in enumerate(chosen):
-            word[place] = bits >> _BITS * number & (1 << _BITS) - 1
+        for number, word in enumerate(self._chosen[layer]):
+            word[place] = bits >> self._bits * number & (1 << self._bits) - 1
 
-    def _compare(self, layer: int, place: int, num_chosen: int) -> None:
-        """`layer` ran for the newest token too: how like is it now to those remembered?"""
-        chosen = self._chosen[layer]
-        common = np.bitwise_count(chosen[:, place - self._past : place] & chosen[:, place : place + 1])
-        self._likeness *= self._fade
-        self._likeness += common[0] if len(common) == 1 else np.add.reduce(common, axis=0, dtype=np.uint8)
-        self._most_likeness = self._most_likeness * self._fade + num_chosen
+    def _learn(self) -> None:
+        """More layers ran for the newest token: how like is it now to those remembered? And what do they choose?"""
+        layers = slice(self._learned + 1, self._now + 1)
+        chosen = self._chosen[layers]
+        if not len(chosen):
+            return
+        place = self._token - self._begin
+        newest = chosen[:, :, place]
+        common = np.bitwise_count(chosen[:, :, place - self._past : place] & newest[:, :, None])
+        common = common.reshape(-1, self._past)
+        self._likeness *= self._fades[len(chosen)]
+        self._likeness += self._fades_of_words[-len(common) :] @ common
+        averages = self._averages[:, layers]
+        averages *= self._KEEP
+        averages += self._GAIN * self._unpack(newest)
+        self._learned = self._now
+
+    def _unpack(self, words: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
+        """Words [n, words of a layer] as a 1 for every expert chosen [n, width]."""
+        return np.unpackbits(words.copy().view(np.uint8), axis=1, bitorder="little")

@@ -8,16 +8,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UsageError
 
-__all__ = ["DEFAULT_POLICY", "EngineOptions", "home_path", "is_debug", "resolve_options"]
+__all__ = ["DEFAULT_POLICY", "EngineOptions", "home_path", "is_debug", "resolve_options", "tune_libraries"]
 
 DEFAULT_POLICY = "neighbour-use"
 """What the evidence picks (docs/policies.md)."""
+
+_LIBRARIES = {"GOMP_SPINCOUNT": "1000", "LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+"""What libraries are told by the environment, because their defaults do not suit (docs/experiments.md).
+
+Idle threads of OpenMP look out for work for milliseconds before they sleep, and keep the cores from the readers, from
+native threads and from other programs; so often they look is enough. torch (through ideep) and oneDNN keep a program of
+0.3 MB each for every shape of matrix product they met, 1024 of them, and an expert meets another shape for each number
+of tokens; so many are kept without a loss in speed.
+"""
 
 _CHOICES = {"prefetch": ("auto", "eam", "gate", "off"), "kernels": ("auto", "native", "torch", "triton")}
 
@@ -54,6 +63,14 @@ class EngineOptions:
 def home_path(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder that holds everything: `MOEINF_HOME`, else `~/.moeinf`."""
     return Path(environ.get("MOEINF_HOME") or Path.home() / ".moeinf").expanduser()
+
+
+def tune_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Say in `environ` what suits an engine, where nobody has said otherwise. OpenMP reads it when torch is imported,
+    the others at the first matrix product.
+    """
+    for variable, value in _LIBRARIES.items():
+        environ.setdefault(variable, value)
 
 
 def is_debug(environ: Mapping[str, str] = os.environ) -> bool:

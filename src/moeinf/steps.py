@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .cache import ExpertCache, Outcome
 from .errors import MoeinfError
@@ -21,8 +20,7 @@ OBSERVED_TOKENS = 64
 comes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """A fetch that ended: well, or with `error`, or `cancelled` before all of it was there. `read_bytes` came off the
     disk.
     """
@@ -60,7 +58,7 @@ class Step:
 
         What is here comes first, so that it does not make room for the others.
         """
-        here = [key for key in keys if self._mover.cache.is_resident(key) and self._is_here(key, keep=True)]
+        here = [key for key in keys if self._mover.cache.is_resident(key) and self._try(key, keep=True)]
         for key in keys:
             if key not in self._leased:
                 self._try(key, keep=True)

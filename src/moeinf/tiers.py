@@ -8,7 +8,6 @@ nothing about the device's slots, and computes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from dataclasses import dataclass
 
@@ -212,7 +211,7 @@ class HostTier:
         self.cache.arrived(arrival.key)
         if fetch.is_cancelled:
             self.cache.release(arrival.key)
-            self._ended.append(dataclasses.replace(arrival, cancelled=True))
+            self._ended.append(Arrival(arrival.key, arrival.read_bytes, cancelled=True))
             return
         fetch.read_bytes = arrival.read_bytes
         self._here[fetch.urgency][fetch.key] = fetch

@@ -5,6 +5,7 @@ What else a machine does only ever makes times longer, so of many the shorter on
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import torch
 from .kernels.native import NativePool, NotNativeError
 from .transfer import allocate_buffer
 
-__all__ = ["Call", "best_of_each", "best_s", "measure_memory", "open_pool", "undisturbed"]
+__all__ = ["Call", "best_of_each", "best_s", "measure_fresh_memory", "measure_memory", "open_pool", "undisturbed"]
 
 _TURNS = 3
 
@@ -40,6 +41,16 @@ def measure_memory(pool: NativePool | None, memory_bytes: int, seconds: float) -
     memory = torch.frombuffer(allocate_buffer(memory_bytes), dtype=torch.int64, count=memory_bytes // 8).fill_(1)
     read: Call = partial(pool.read, memory) if pool is not None else memory.sum
     return memory.nbytes / best_s([read], seconds)
+
+
+def measure_fresh_memory(memory_bytes: int) -> float:
+    """Bytes per second of memory that the system hands out, in huge pages as slots are, when all threads touch it for
+    the first time. Once, since it may hand out again what it got back.
+    """
+    memory = torch.frombuffer(allocate_buffer(memory_bytes), dtype=torch.uint8, count=memory_bytes)
+    begin = time.perf_counter()
+    memory[:: mmap.PAGESIZE].fill_(1)
+    return memory_bytes / (time.perf_counter() - begin)
 
 
 def best_s(calls: Sequence[Call], seconds: float) -> float:

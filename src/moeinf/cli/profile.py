@@ -94,7 +94,8 @@ def _memory_rows(memory: HostMemory) -> Iterator[tuple[str, str]]:
     limit = f", {format_bytes(memory.limit)} allowed by its cgroup" if memory.limit is not None else ""
     swap = f"{format_bytes(memory.swap_total - memory.swap_free)} of {format_bytes(memory.swap_total)}"
     yield "memory", f"{format_bytes(memory.total)}{limit}, {format_bytes(memory.available)} available"
-    yield "", f"read at {_rate(memory.bytes_per_s)}; swap used: {swap if memory.swap_total else 'there is none'}"
+    yield "", f"read at {_rate(memory.bytes_per_s)}, handed out at {_rate(memory.fresh_bytes_per_s)}"
+    yield "", f"swap used: {swap if memory.swap_total else 'there is none'}"
 
 
 def _disk_rows(disk: Disk) -> Iterator[tuple[str, str]]:

@@ -2,13 +2,14 @@
 
 The layers of a model run in a circle, so it is known how long each must wait for its turn. A policy here gives every
 expert of a layer a rank, the higher the sooner it goes; an expert's score is its rank plus the layers until its own
-layer runs. Ranks of a layer change only when that layer runs, so they are kept, and with them the first to go of each
-layer; a victim is the best of these: a few vector operations, whatever the number of experts.
+layer runs. Ranks of a layer change only when that layer runs, so they are kept, and what is resident of a layer is kept
+in their order; a victim is the best of the layers' first: a few operations, whatever the number of experts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,7 +37,7 @@ _FAR = 1e6
 
 
 class LayeredPolicy(ABC):
-    """Ranks per layer, and the first to go of each layer remembered. `sizes`: experts per MoE layer.
+    """What is resident of each layer, in the order of its ranks. `sizes`: experts per MoE layer.
 
     A layer is `_outdated` from when it runs until somebody asks for a victim: then its experts are ranked anew, as soon
     as there are `_TOGETHER` such layers.
@@ -45,21 +46,21 @@ class LayeredPolicy(ABC):
     _TOGETHER = 1
 
     def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
         self._layers = len(sizes)
         self._first = [sum(sizes[:layer]) for layer in range(self._layers)]
         self._layer_of = [layer for layer, size in enumerate(sizes) for _ in range(size)]
         self._shape = (self._layers, max(sizes))
-        self._resident = np.zeros(self._shape, dtype=bool)
-        self._rank = np.zeros(self._shape)
-        self._resident_rank = np.full(self._shape, _NEVER)
+        self._ranks = [0.0] * sum(sizes)
+        self._residents: list[list[tuple[float, int]]] = [[] for _ in sizes]
+        """(-rank, expert) of what is resident of each layer, the first to go first."""
         self._passing: dict[int, None] = {}
-        self._best = [-1] * self._layers
         self._best_rank = np.full(self._layers, _NEVER)
         self._score = np.full(self._layers, _NEVER)
-        """The first to go of each layer, its rank, and its score now."""
+        """The rank of the first to go of each layer, and its score now."""
         self._outdated = set(range(self._layers))
         turn = np.arange(self._layers)
-        self._waits = (turn[None, :] - turn[:, None] - 1) % self._layers + 1.0
+        self._waits = list((turn[None, :] - turn[:, None] - 1) % self._layers + 1.0)
         self._now = 0
 
     @abstractmethod
@@ -104,44 +105,41 @@ class LayeredPolicy(ABC):
         if len(self._outdated) >= self._TOGETHER:
             self._rank_anew(sorted(self._outdated))
             self._outdated.clear()
-        scores, best = self._score, self._best
+        scores, free = self._score, dict[int, int]()
         while scores[layer := int(scores.argmax())] > _NEVER:
-            if not is_leased(best[layer]):
-                return best[layer]
-            if scores is self._score:
-                scores, best = scores.copy(), best.copy()
-            best[layer], rank = self._best_free(layer, is_leased)
-            scores[layer] = rank + self._waits[self._now, layer]
+            if layer in free:
+                return free[layer]
+            residents = self._residents[layer]
+            if not is_leased(residents[0][1]):
+                return residents[0][1]
+            if not free:
+                scores = scores.copy()
+            order, free[layer] = next((each for each in residents if not is_leased(each[1])), (-_NEVER, -1))
+            scores[layer] = self._waits[self._now][layer] - order
         return None
 
     def _rank_anew(self, layers: list[int]) -> None:
-        for layer, ranks in zip(layers, self.ranks(layers), strict=True):
-            self._rank[layer] = ranks
-            self._resident_rank[layer] = np.where(self._resident[layer], ranks, _NEVER)
-            self._find_best(layer)
+        for layer, ranks in zip(layers, self.ranks(layers).tolist(), strict=True):
+            first = self._first[layer]
+            self._ranks[first : first + self._sizes[layer]] = ranks[: self._sizes[layer]]
+            self._residents[layer] = sorted((-ranks[expert - first], expert) for _, expert in self._residents[layer])
+            self._score_first(layer)
 
     def _set_resident(self, expert: int, is_resident: bool) -> None:
         layer = self._layer_of[expert]
-        place = expert - self._first[layer]
-        rank = self._rank[layer, place]
-        self._resident[layer, place] = is_resident
-        self._resident_rank[layer, place] = rank if is_resident else _NEVER
-        if self._best[layer] == expert or rank >= self._best_rank[layer]:
-            self._find_best(layer)
+        residents, entry = self._residents[layer], (-self._ranks[expert], expert)
+        place = bisect_left(residents, entry)
+        if is_resident:
+            residents.insert(place, entry)
+        else:
+            del residents[place]
+        if place == 0:
+            self._score_first(layer)
 
-    def _find_best(self, layer: int) -> None:
-        ranks = self._resident_rank[layer]
-        place = int(ranks.argmax())
-        self._best[layer] = self._first[layer] + place
-        self._best_rank[layer] = rank = ranks[place]
-        self._score[layer] = rank + self._waits[self._now, layer]
-
-    def _best_free(self, layer: int, is_leased: Callable[[int], bool]) -> tuple[int, float]:
-        """The first to go of a layer's residents that are not leased, and its rank; a rank of `_NEVER` if all are."""
-        first, ranks = self._first[layer], self._resident_rank[layer].copy()
-        while ranks[place := int(ranks.argmax())] > _NEVER and is_leased(first + place):
-            ranks[place] = _NEVER
-        return first + place, float(ranks[place])
+    def _score_first(self, layer: int) -> None:
+        residents = self._residents[layer]
+        self._best_rank[layer] = rank = -residents[0][0] if residents else _NEVER
+        self._score[layer] = rank + self._waits[self._now][layer]
 
 
 class _Recency(LayeredPolicy):

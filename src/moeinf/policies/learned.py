@@ -30,8 +30,6 @@ class NeighbourUsePolicy(LayeredPolicy):
 
     _SHARES = 0.8 * 0.9 ** np.arange(AHEAD)
     _LAST_SHARE = 0.4
-    _KEEP = 0.5 ** (1 / np.array([[4.0], [32.0]]))
-    _GAIN = 1 - _KEEP[:, 0]
     _LEAST = 1e-4
     _TOGETHER = 2
     _OF_SHARES = np.vstack([np.diag(_SHARES), np.full(AHEAD, _LAST_SHARE / AHEAD)])
@@ -42,25 +40,22 @@ class NeighbourUsePolicy(LayeredPolicy):
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(sizes)
         self.memory = RoutingMemory(sizes)
-        self._averages = np.zeros((len(self._KEEP), self._layers, self.memory.width))
 
     def learn(self, layer: int, tokens: list[list[int]]) -> None:
         self.memory.observe(layer, tokens)
-        averages = self._averages[:, layer]
-        for experts in tokens:
-            averages *= self._KEEP
-            for expert in experts:
-                averages[:, expert] += self._GAIN
 
     def ranks(self, layers: list[int]) -> Floats:
         """Visits of its layer expected to pass before an expert is used, in layers."""
-        averages = self._averages.take(layers, axis=1)
+        averages = self.memory.averages(layers)
         if not self.memory.has_past:
             first: Floats = self._layers / np.maximum(averages.mean(axis=0), self._LEAST) - self._layers
             return first[:, : self._shape[1]]
         chances = np.concatenate((self.memory.followed(layers), averages))
         mixed = self._MIXTURE @ chances.reshape(len(chances), -1)
-        unused = np.multiply.accumulate(1 - mixed[:-1])
-        unused[-1] /= np.maximum(mixed[-1], self._LEAST)
-        ranks: Floats = self._layers * np.add.reduce(unused)
+        unused = 1 - mixed[:-1]
+        visits = unused[-1] / np.maximum(mixed[-1], self._LEAST)
+        for share in unused[-2::-1]:
+            visits += 1
+            visits *= share
+        ranks: Floats = self._layers * visits
         return ranks.reshape(len(layers), -1)[:, : self._shape[1]]

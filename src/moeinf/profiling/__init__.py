@@ -25,7 +25,7 @@ from moeinf.kernels.native import NotNativeError, variants
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Disk, Gpu, HostMemory, Machine, Processor, ReadRate
 from moeinf.progress import NO_PROGRESS, Progress
-from moeinf.timing import measure_memory, open_pool
+from moeinf.timing import measure_fresh_memory, measure_memory, open_pool
 
 from .disk import measure_disk
 from .effort import Effort
@@ -58,7 +58,9 @@ def measure_machine(
         working_set = min(effort.working_set, available // _WORKING_SET_SHARE)
         count = sum(pool is not None or kernels == "torch" for kernels, _, _ in MATHS) + 3
         with progress.task("memory and maths", count, "rates") as task:
-            memory_rate = measure_memory(pool, min(effort.memory, available // _MEMORY_SHARE), effort.maths_s)
+            nbytes = min(effort.memory, available // _MEMORY_SHARE)
+            fresh_rate = measure_fresh_memory(nbytes)
+            memory_rate = measure_memory(pool, nbytes, effort.maths_s)
             task.advance(1)
             maths, late = measure_maths(pool, working_set, effort, task)
             dense = measure_dense(pool, working_set, effort.maths_s)
@@ -69,7 +71,7 @@ def measure_machine(
     return Machine(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         processor=_processor(),
-        memory=_memory(memory_rate),
+        memory=_memory(memory_rate, fresh_rate),
         disk=_disk(home, reads.reads_direct, reads.rates),
         maths=maths,
         dense_bytes_per_s=dense,
@@ -137,7 +139,7 @@ def _refreshed(kept: Machine, home: Path, accelerator: Accelerator) -> Machine:
     return dataclasses.replace(
         kept,
         processor=_processor(),
-        memory=_memory(kept.memory.bytes_per_s),
+        memory=_memory(kept.memory.bytes_per_s, kept.memory.fresh_bytes_per_s),
         disk=_disk(home, kept.disk.reads_direct, kept.disk.rates),
         gpus=tuple(dataclasses.replace(gpu, free=_free_bytes(accelerator, gpu)) for gpu in kept.gpus),
     )
@@ -174,7 +176,7 @@ def _processor() -> Processor:
     )
 
 
-def _memory(bytes_per_s: float) -> HostMemory:
+def _memory(bytes_per_s: float, fresh_bytes_per_s: float) -> HostMemory:
     swap_total, swap_free = memory.swap_bytes()
     return HostMemory(
         total=memory.total_bytes(),
@@ -183,6 +185,7 @@ def _memory(bytes_per_s: float) -> HostMemory:
         swap_total=swap_total,
         swap_free=swap_free,
         bytes_per_s=bytes_per_s,
+        fresh_bytes_per_s=fresh_bytes_per_s,
         huge_pages=hardware.huge_pages(),
     )
 
