@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -68,9 +67,7 @@ def make_runtime(slots: int, policy: str) -> ExpertRuntime:
     pool = SlotPool(layout, slots)
     sizes = [EXPERTS] * LAYERS
     counter = RequestCounter(sizes, ActivationCollection(sizes))
-    return ExpertRuntime(
-        Path(), manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, reader=NoDisk(), counter=counter
-    )
+    return ExpertRuntime(manifest, [NoMaths()] * LAYERS, cache=cache, pool=pool, fetcher=NoDisk(), counter=counter)
 
 
 def microseconds_per_request(slots: int, policy: str, tokens: int) -> list[float]:

@@ -28,6 +28,7 @@ from moeinf.store import Store
 from moeinf.systems import Job
 from moeinf.trace import Trace
 from moeinf.tracefile import write_trace
+from standin import use_device
 from test_replay import make_trace
 
 OURS = EngineOptions(experts="50%", prefetch="off", policy="lru", context=64, threads=1)
@@ -367,3 +368,19 @@ def test_scores_without_runs_have_no_picture() -> None:
     empty = Score("moeinf", "moeinf", "cold", None, None, None, 1, 1, 1)
     assert empty.decode_tokens_per_s is None
     assert figures.speeds([("all", [])], "nothing").startswith(b"\x89PNG")
+
+
+def test_a_gpu_is_measured_beside_what_computes_there(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = replace(OURS, device="cuda", kernels="auto")
+    with use_device(monkeypatch):
+        report = bench(Store().open("tiny"), Wishes([ours], ["transformers"], TEXTS, prompts=2, tokens=4, repeat=1))
+        with pytest.raises(UsageError, match="mmap is measured on the processor, and this on standin:0"):
+            bench(Store().open("tiny"), Wishes([ours], ["mmap"], TEXTS, prompts=2, tokens=4, repeat=1))
+    assert report.same_tokens
+    assert report.unenforced == "a GPU's memory has no limit that could be set"
+    (mine, job), (_, other) = [(job.engine, job) for job, _ in processes.jobs]
+    assert (job.device, other.device) == ("standin:0", "standin:0")
+    assert int(mine["device_memory"]) == report.scores[0].budget
+    assert mine["host_memory"] is None
+    assert [limit for _, limit in processes.jobs] == [None, None]
+    assert report.scores[0].bound is None

@@ -15,7 +15,7 @@ import torch
 import moeinf
 from families import make_checkpoint
 from moeinf import engine as engine_module
-from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
+from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UsageError
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
 from moeinf.store import Store
@@ -75,7 +75,8 @@ def test_no_expert_is_read_at_load(tiny: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "cuda"}, UnsupportedError, "computes on the CPU only"),
+        ({"device": "tpu"}, UsageError, "--device tpu is not known"),
+        ({"device": "cuda:x"}, UsageError, "--device cuda:x is not known"),
         ({"device_memory": "1GB"}, UsageError, "--device-memory bounds a GPU's memory"),
         ({"policy": "psychic"}, UsageError, "policy 'psychic' is not known"),
         ({"prefetch": "some"}, UsageError, "--prefetch some is not known"),

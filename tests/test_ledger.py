@@ -7,7 +7,7 @@ import random
 import pytest
 
 from moeinf.errors import CapacityError, UsageError
-from moeinf.ledger import MemoryPlan, ModelShape, make_plan
+from moeinf.ledger import MemoryPlan, ModelShape, make_device_plan, make_plan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
 MIB = 1 << 20
@@ -127,3 +127,75 @@ def test_a_context_beyond_the_model_is_refused() -> None:
 
 def test_a_slot_rounds_an_expert_up_to_whole_pages() -> None:
     assert plan(8000 * MIB).slot_bytes == 3 * MIB
+
+
+GIB = 1 << 30
+
+
+def device_plan(device: int, host: int, manifest: Manifest | None = None, **options: str | int) -> MemoryPlan:
+    return make_device_plan(
+        manifest or make_manifest(),
+        SHAPE,
+        device_bytes=device,
+        host_bytes=host,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def test_random_gpus_and_hosts_never_exceed_their_budgets() -> None:
+    chance = random.Random(2)
+    refused = 0
+    for _ in range(500):
+        manifest = make_manifest(
+            layers=chance.randint(1, 48), experts=chance.choice([8, 64, 128]), dense=chance.randint(1, 4000) * MIB
+        )
+        device, host = chance.randint(100, 40_000) * MIB, chance.randint(100, 40_000) * MIB
+        try:
+            made = device_plan(device, host, manifest)
+        except CapacityError:
+            refused += 1
+            continue
+        assert made.host is not None
+        assert made.total <= made.budget < device
+        assert made.host.total <= made.host.budget < host
+        assert manifest.dense_bytes <= made.host.budget
+        assert 8 <= made.slots <= manifest.num_experts
+        assert 8 <= made.host.slots <= manifest.num_experts
+        assert made.prefill_tokens(made.slots) == made.step_tokens >= 64
+        assert made.lent_slots(1 << 20) == 0
+        assert made.workspace >= made.step_tokens * made.token_workspace
+    assert 0 < refused < 300
+
+
+def test_regimes_of_two_tiers() -> None:
+    assert device_plan(8 * GIB, 8 * GIB).regime == "resident"
+    assert device_plan(8 * GIB, 8 * GIB, experts="50%").regime == "host-cached"
+    assert device_plan(8 * GIB, 2 * GIB, experts="50%").regime == "streaming"
+    resident = device_plan(8 * GIB, 8 * GIB)
+    assert resident.host is not None
+    assert resident.host.slots == 32  # experts pass through, and are needed there no more
+
+
+@pytest.mark.parametrize("option", ["device_memory", "host_memory"])
+def test_a_budget_above_what_is_free_is_refused_with_what_is(option: str) -> None:
+    with pytest.raises(CapacityError, match=f"--{option.replace('_', '-')} is 9.00 GiB, and 8.00 GiB") as caught:
+        device_plan(8 * GIB, 8 * GIB, **{option: "9GiB"})  # type: ignore[arg-type]
+    assert caught.value.hint is not None
+    device_plan(8 * GIB, 8 * GIB, **{option: caught.value.hint.split()[3]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["device_memory", "host_memory"])
+def test_the_budget_that_is_named_would_do_for_each_tier(option: str) -> None:
+    with pytest.raises(CapacityError) as caught:
+        device_plan(8 * GIB, 8 * GIB, context=4096, **{option: "30MiB"})  # type: ignore[arg-type]
+    assert caught.value.hint is not None
+    named = caught.value.hint.split()[3]
+    device_plan(8 * GIB, 8 * GIB, context=4096, **{option: named})  # type: ignore[arg-type]
+
+
+def test_weights_that_are_widened_are_counted_so() -> None:
+    plain, wide = (device_plan(8 * GIB, 8 * GIB, experts="8", context=512, widening=factor) for factor in (1, 2))
+    assert wide.dense == 2 * plain.dense
+    assert wide.kv_cache == 2 * plain.kv_cache
+    assert wide.workspace > plain.workspace
+    assert wide.slot_bytes == plain.slot_bytes

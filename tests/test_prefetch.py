@@ -9,7 +9,7 @@ from moeinf.errors import MoeinfError
 from moeinf.policies.plain import LruPolicy
 from moeinf.prefetch import PrefetchCounters, Prefetcher, WarmUp
 from moeinf.steps import Arrival
-from moeinf.transfer import Reader, Urgency
+from moeinf.transfer import Urgency
 
 PER_LAYER = 8
 """Experts 0 to 7 are those of layer 0, 8 to 15 those of layer 1."""
@@ -30,18 +30,31 @@ class Script:
         return self.named
 
 
-class Notes(Reader):
+class Notes:
     """A disk that only remembers what it was told."""
 
     def __init__(self) -> None:
+        self.fetches: list[tuple[int, int, Urgency]] = []
         self.promoted: list[int] = []
         self.cancelled: list[int] = []
+
+    def fetch(self, key: int, slot: int, urgency: Urgency) -> None:
+        self.fetches.append((key, slot, urgency))
 
     def promote(self, key: int) -> None:
         self.promoted.append(key)
 
     def cancel(self, key: int) -> None:
         self.cancelled.append(key)
+
+    def wait(self) -> Arrival:
+        raise AssertionError("nobody waits here")
+
+    def poll(self) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
 
 
 class Bench:
@@ -50,11 +63,11 @@ class Bench:
     def __init__(self, slots: int, script: Script, *, most: int = 99) -> None:
         self.cache = ExpertCache(2 * PER_LAYER, slots, LruPolicy([]))
         self.reader = Notes()
-        self.fetched: list[int] = []
-        first = [0, PER_LAYER]
-        self.prefetcher = Prefetcher(
-            {"script": script}, self.cache, self.reader, lambda key, *_: self.fetched.append(key), first, most
-        )
+        self.prefetcher = Prefetcher({"script": script}, self.cache, self.reader, [0, PER_LAYER], most)
+
+    @property
+    def fetched(self) -> list[int]:
+        return [key for key, _, _ in self.reader.fetches]
 
     def bring(self, *experts: int) -> None:
         for expert in experts:
@@ -153,9 +166,7 @@ def test_no_slot_no_guess() -> None:
 def test_what_does_not_pay_is_not_asked() -> None:
     """With two ways it is the caller's stalls that decide: none with the first, so the second is out after a token."""
     bench, script = Bench(8, Script()), Script(3)
-    bench.prefetcher = Prefetcher(
-        {"off": Script(), "script": script}, bench.cache, bench.reader, lambda *_: None, [0, PER_LAYER], 99
-    )
+    bench.prefetcher = Prefetcher({"off": Script(), "script": script}, bench.cache, bench.reader, [0, PER_LAYER], 99)
     for _ in range(20):
         for layer in (0, 1):
             bench.prefetcher.settle({layer * PER_LAYER})
@@ -168,7 +179,7 @@ def test_what_does_not_pay_is_not_asked() -> None:
 def test_a_way_that_is_left_out_is_asked_no_more() -> None:
     scripts = {name: Script() for name in ("off", "eam", "gate")}
     bench = Bench(4, Script())
-    bench.prefetcher = Prefetcher(scripts, bench.cache, bench.reader, lambda *_: None, [0, PER_LAYER], 99)
+    bench.prefetcher = Prefetcher(scripts, bench.cache, bench.reader, [0, PER_LAYER], 99)
     bench.prefetcher.leave_out("gate")
     bench.prefetcher.leave_out("nobody")
     for _ in range(30):
@@ -207,9 +218,9 @@ def test_recall_and_precision_are_counted() -> None:
 
 
 def warm_up(slots: int, experts: list[int], spare: int) -> tuple[Bench, WarmUp, list[tuple[int, int, Urgency]]]:
-    bench, fetched = Bench(slots, Script()), []
-    warming = WarmUp(experts, bench.cache, bench.reader, lambda *fetch: fetched.append(fetch), spare)
-    return bench, warming, fetched
+    bench = Bench(slots, Script())
+    warming = WarmUp(experts, bench.cache, bench.reader, spare)
+    return bench, warming, bench.reader.fetches
 
 
 def test_a_warm_up_leaves_slots_and_is_not_counted() -> None:

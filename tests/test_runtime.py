@@ -243,3 +243,21 @@ def test_what_is_needed_now_takes_the_place_of_what_may_be_needed(wide: str, mon
         assert run(engine) == expected
         assert len(engine.runtime._warm_up._unread) < len(warming)
         engine.runtime.cache.check_integrity()
+
+
+@pytest.mark.parametrize("kind", [StuckReader, SlowReader])
+def test_what_was_given_up_for_others_is_fetched_before_it_is_computed(
+    wide: str, kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt that borrows slots makes the warm-up give up experts which the same layer then asks for."""
+    for _ in range(2):
+        with moeinf.load(wide, experts="20", context=256) as engine, torch.inference_mode():
+            expected = engine.model(torch.tensor([PROMPT])).logits
+    nothing_to_spare = str(engine.plan.total)
+    use_reader(monkeypatch, kind)
+    for _ in range(8):
+        loaded = moeinf.load(wide, experts="20", context=256, host_memory=nothing_to_spare)
+        with loaded as engine, torch.inference_mode():
+            assert engine.runtime._warm_up._unread
+            assert torch.equal(engine.model(torch.tensor([PROMPT])).logits, expected)
+            engine.runtime.cache.check_integrity()

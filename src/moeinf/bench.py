@@ -46,6 +46,7 @@ _MAPPED_READ_AHEAD = 128 * KIB
 _FIRST_TOKENS = 8
 _FIRST_NEW_TOKENS = 4
 """What a cold process is asked before anything is measured: the first tokens also page in the libraries' code."""
+_NO_LIMIT = "a GPU's memory has no limit that could be set"
 _ON_DISK = ("transformers", "accelerate", "mmap")
 """Rivals that read a checkpoint as transformers writes it."""
 
@@ -131,11 +132,12 @@ def bench(
     _check_rivals(stored, wishes)
     trace = _read_replay(stored, wishes)
     with stored.use(), ExitStack() as stack:
-        unenforced, drops_caches = _why_no_limit(), _drop_caches()
+        drops_caches = _drop_caches()
+        groups = [_Group(stored, wishes, experts, trace, notify) for experts in _distinct(wishes)]
+        unenforced = _NO_LIMIT if groups[0].survey.device else _why_no_limit()
         for sentence in _shortcomings(stored, wishes, unenforced, drops_caches):
             notify(sentence)
         files = _Files(stored, wishes, stack, progress)
-        groups = [_Group(stored, wishes, experts, trace, notify) for experts in _distinct(wishes)]
         total = sum(len(group.scores()) for group in groups) * wishes.repeat
         scores: list[Score] = []
         with progress.task(f"bench {stored.name}", total, "runs") as task:
@@ -171,7 +173,13 @@ class _Group:
         self.survey = _survey(stored.name, replace(first, experts=slots), wishes)
         for note in self.survey.notes:
             notify(note)
-        is_fixed = first.host_memory is None and experts is not None
+        if self.survey.device and (unable := [name for name in wishes.rivals if name in ("mmap", "llama.cpp")]):
+            raise UsageError(
+                f"{unable[0]} is measured on the processor, and this on {self.survey.device}",
+                hint=f"leave {unable[0]} out of --against, or give --device cpu",
+            )
+        asked = first.device_memory if self.survey.device else first.host_memory
+        is_fixed = asked is None and experts is not None
         self.budget = self.survey.total if is_fixed else self.survey.budget
         self.limit = self.survey.libraries + self.budget
         if self.survey.thrashes:
@@ -201,7 +209,8 @@ class _Group:
     def _run(self, score: Score, job: Job, is_limited: bool) -> None:
         threads, with_disk = job.threads, self.survey.regime == "streaming"
         is_ours = score.system == "moeinf"
-        before = measure_rates(self._stored, threads, with_disk=with_disk) if is_ours else None
+        has_rates = is_ours and not self.survey.device  # those of the host bound nothing there
+        before = measure_rates(self._stored, threads, with_disk=with_disk) if has_rates else None
         _drop_caches()
         try:
             answer = _work({"job": job.to_json()}, self.limit if is_limited else None)
@@ -233,7 +242,8 @@ class _Group:
             first = replace(others[0], tokens=_FIRST_NEW_TOKENS)
         options = engine or self._engines[0]
         manifest = self._stored.manifest
-        plan = {"host_memory": str(self.budget), "experts": str(self.survey.slots), "context": self.survey.context}
+        bounded = "device_memory" if self.survey.device else "host_memory"
+        plan = {bounded: str(self.budget), "experts": str(self.survey.slots), "context": self.survey.context}
         return Job(
             score.system,
             self._stored.name,
@@ -247,6 +257,7 @@ class _Group:
             resident_layers=_whole_layers(self._stored, self.survey.slots),
             modules=[layer.module for layer in manifest.layers],
             trace=str(self._wishes.trace or ""),
+            device=self.survey.device,
         )
 
 

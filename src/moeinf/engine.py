@@ -24,15 +24,18 @@ from . import hooks, memory
 from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, read_collection, write_collection
+from .device import Device
 from .dtypes import TORCH_DTYPES
-from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from .errors import CapacityError, IntegrityError, MoeinfError
 from .generation import Session
-from .kernels import choose_maths, speed_up_dense
+from .kernels import choose_device_maths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path
 from .metamodel import model_shape
+from .placement import Placement, make_pool, place
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
+from .policies.plain import LruPolicy
 from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
 from .pull import resolve
 from .qualityfile import QUALITY_FILE, Quality, read_quality
@@ -42,11 +45,16 @@ from .settings import DEFAULT_POLICY, EngineOptions, tune_libraries
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
+from .tiers import DevicePool, HostTier
 from .trace import ModelIdentity
-from .transfer import Reader, SlotPool, allocate_buffer, can_read_direct
-from .units import align_up
+from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
+from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load"]
+
+_NOT_PINNED = (
+    "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
+)
 
 READERS = 8
 """Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
@@ -56,7 +64,8 @@ class Engine:
     """One model, loaded. Use it as a context manager, or `close` it: it holds memory, threads and the model's lock.
 
     `model` is the transformers model, to be called or to `.generate()` as usual; `tokenizer` is its tokenizer; `plan`
-    says what memory goes where; `manifest` what is in the store; `quality` what its quantised experts cost, if that was
+    says what memory goes where; `device` what computes, None being the processor; `manifest` what is in the store;
+    `quality` what its quantised experts cost, if that was
     measured; `notes` what a person should know about how it was loaded, in sentences. While `learns` is true, what
     requests asked for, and took, is kept for later.
     """
@@ -70,6 +79,7 @@ class Engine:
         generation_config: GenerationConfig,
         runtime: ExpertRuntime,
         *,
+        device: Device | None,
         identity: ModelIdentity,
         collection_path: Path,
         run_log: RunLog,
@@ -85,6 +95,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.runtime = runtime
+        self.device = device
         self.notes = notes
         self.learns = True
         self.quality = quality
@@ -125,12 +136,16 @@ class Engine:
     def stats(self) -> Stats:
         """What the last generation cost; counts since then for a model that is called directly."""
         decode, prefill, traffic = self.runtime.decode, self.runtime.prefill, self.runtime.traffic
+        host = self.plan.host
         return dataclasses.replace(
             self._last,
             load_s=self._load_s,
             stall_s=traffic.stall_s,
             experts=ExpertStats(
                 slots=self.plan.slots,
+                host_slots=host.slots if host else 0,
+                fetched=traffic.arrived,
+                fetched_from_host=traffic.unread if host else 0,
                 requests=decode.requests + prefill.requests,
                 hits=decode.hits + prefill.hits,
                 waits=decode.waits + prefill.waits,
@@ -143,25 +158,47 @@ class Engine:
                 evictions=decode.evictions + prefill.evictions,
             ),
             prefetch=self._prefetch_stats(),
-            bytes=ByteStats(disk_to_host=traffic.disk_bytes),
+            bytes=ByteStats(
+                disk_to_host=traffic.disk_bytes,
+                host_to_device=traffic.arrived * self.manifest.layout.nbytes if host else 0,
+            ),
             memory=MemoryStats(
                 budget=self.plan.budget,
                 dense=self.plan.dense,
                 kv_cache=self.plan.kv_cache,
                 workspace=self.plan.workspace,
                 experts=self.plan.experts,
+                host_budget=host.budget if host else 0,
+                host_experts=host.experts if host else 0,
                 libraries=self._libraries_bytes,
                 peak_rss=memory.peak_rss_bytes(),
+                peak_device=self.device.peak_bytes() if self.device else 0,
             ),
             kernels=self.runtime.kernels,
             quantization=self.manifest.layout.quantization.text if self.manifest.layout.quantization else "",
             quality=self.quality,
         )
 
+    def make_room(self) -> None:
+        """The device has run out of memory in the middle of a step: give half of its slots up, for good.
+
+        Raises CapacityError where that would leave too few.
+        """
+        slots = self.plan.slots // 2
+        if self.device is None or slots < max(layer.top_k for layer in self.manifest.layers):
+            raise CapacityError(
+                f"memory ran out, and half of {self.plan.slots} experts, which take {format_bytes(self.plan.experts)},"
+                " are fewer than one layer asks for",
+                hint="give it a shorter --context, or end what else uses the GPU",
+            )
+        self.runtime.shrink(slots)
+        self.plan = dataclasses.replace(self.plan, slots=slots)
+        self.notes += (f"{self.device.name} ran out of memory: from now on it holds {slots:,} experts",)
+
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
         self._last = timing
-        if self.learns:
+        if self.learns and self.device is None:  # forecasts are of processors
             self._run_log.add(timing.tpot_s, self.runtime.decode)
         return self.stats()
 
@@ -216,7 +253,6 @@ def load(
     UnsupportedError.
     """
     options = EngineOptions(device, device_memory, host_memory, experts, context, policy, prefetch, kernels, threads)
-    _check_device(options)
     with ExitStack() as stack:
         store = Store()
         stored = resolve(str(model), store)
@@ -237,10 +273,12 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
         tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
     libraries_bytes = memory.rss_bytes()
-    plan = memory.plan_memory(manifest, shape, options)
-    reads_files = can_cache_files(plan, manifest, memory.available_bytes())
+    placement = place(manifest, shape, options)
+    reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
-    model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), getattr(torch, manifest.dtype))
+    model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), placement.dtype)
+    if placement.device is not None:
+        hooks.move(model, placement.device.place)
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
@@ -253,18 +291,19 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     policy = make_policy(options.policy, identity.layer_sizes, collection)
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
     eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
-    pool = SlotPool(manifest.layout, plan.slots)
-    reader = Reader(threads=READERS, direct=direct)
-    stack.callback(reader.close)
-    maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
-    hooks.attend(model, speed_up_dense(model, maths))
+    pool, fetcher, placement = _make_tiers(folder, manifest, placement, direct, stack)
+    plan = placement.plan
+    if isinstance(pool, DevicePool):
+        maths = choose_device_maths(modules.values(), manifest.layout, options.kernels, pool)
+    else:
+        maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
+        hooks.attend(model, speed_up_dense(model, maths))
     runtime = ExpertRuntime(
-        folder,
         manifest,
         maths,
         cache=ExpertCache(manifest.num_experts, plan.slots, policy),
         pool=pool,
-        reader=reader,
+        fetcher=fetcher,
         counter=counter,
         predictors=_predictors(options.prefetch, plan.regime, eam, lambda: GatePredictor(model, modules)),
     )
@@ -278,15 +317,44 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         tokenizer,
         model.generation_config,
         runtime,
+        device=placement.device,
         identity=identity,
         collection_path=collection_path,
         run_log=RunLog(traces, manifest, shape, plan, options, reads_files=reads_files),
         quality=quality,
-        notes=notes + more_notes,
+        notes=(*placement.notes, *notes, *more_notes),
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+def _make_tiers(
+    folder: Path, manifest: Manifest, placement: Placement, direct: bool, stack: ExitStack
+) -> tuple[Pool, Fetcher, Placement]:
+    """The slots that the maths reads, what brings experts there, and the placement as it has become."""
+    on_device = make_pool(manifest, placement) if placement.device is not None else None
+    host = placement.plan.host
+    pool = SlotPool(manifest.layout, host.slots if host else placement.plan.slots)
+    disk = ExpertReader(Reader(threads=READERS, direct=direct), pool, *_expert_files(folder, manifest))
+    stack.callback(disk.close)
+    if on_device is None:
+        return pool, disk, placement
+    slots, placement = on_device
+    assert placement.device is not None
+    books = ExpertCache(manifest.num_experts, len(pool.bytes), LruPolicy(()))
+    tier = HostTier(books, pool, disk, placement.device, slots)
+    stack.callback(tier.close)
+    if not tier.is_pinned:
+        placement = dataclasses.replace(placement, notes=(*placement.notes, _NOT_PINNED))
+    return slots, tier, placement
+
+
+def _expert_files(folder: Path, manifest: Manifest) -> tuple[list[Path], tuple[int, int]]:
+    """The file of every expert, numbered over all layers, and where its data lies in it."""
+    sizes = (layer.num_experts for layer in manifest.layers)
+    paths = [folder / expert_path(layer, expert) for layer, size in enumerate(sizes) for expert in range(size)]
+    return paths, (manifest.layout.data_offset, manifest.layout.file_bytes)
 
 
 def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[], Predictor]) -> dict[str, Predictor]:
@@ -324,18 +392,6 @@ def _most_popular(collection: ActivationCollection, sizes: Sequence[int]) -> lis
     shares = np.concatenate([row[:size] for row, size in zip(collection.popularity(), sizes, strict=True)])
     experts: list[int] = np.argsort(-shares, kind="stable").tolist()
     return experts
-
-
-def _check_device(options: EngineOptions) -> None:
-    if options.device not in ("auto", "cpu"):
-        raise UnsupportedError(
-            f"--device {options.device}: this version computes on the CPU only",
-            hint="leave --device out, or give --device cpu",
-        )
-    if options.device_memory is not None:
-        raise UsageError(
-            "--device-memory bounds a GPU's memory, and this version uses none", hint="bound --host-memory instead"
-        )
 
 
 def _load_part(auto: Any, folder: Path, what: str) -> Any:

@@ -117,11 +117,11 @@ class Session:
         self._engine.runtime.reset_counters()
         self._engine.runtime.should_stop = should_stop
         try:
-            with torch.inference_mode(), quiet():
-                new = self._generate(ids, sampling, max_tokens, clock)
+            while (new := self._continue(ids, sampling, max_tokens, clock)) is None:
+                self._engine.make_room()
         except StepStopped:
             self.clear()
-            new = []
+            new = list(clock.tokens)
         except BaseException:
             self.clear()  # a step that ended midway has left some layers longer than others
             raise
@@ -130,15 +130,26 @@ class Session:
         stats = self._engine.finished(clock.timing(len(ids) - clock.reused))
         return Completion(len(ids), tuple(new), self._finish_reason(new, max_tokens, clock), stats)
 
+    def _continue(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int] | None:
+        """The new tokens, those included that there are already; None if a GPU's memory ran out meanwhile."""
+        made = list(clock.tokens)
+        try:
+            with torch.inference_mode(), quiet():
+                return made + self._generate([*ids, *made], sampling, max_tokens - len(made), clock)
+        except torch.OutOfMemoryError:  # until this is left, the step's tensors are held
+            self.clear()
+            return None
+
     def _generate(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int]:
         model: Any = self._engine.model
-        if sampling.seed is not None:
+        if sampling.seed is not None and not clock.tokens:
             torch.manual_seed(sampling.seed)
         config = make_generation_config(self._engine.generation_config, sampling, max_tokens)
+        clock.begin()
         clock.reused = self._reuse(ids)
         self._engine.runtime.begin_request(clock.reused)
         self._prefill(ids, clock)
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=model.device)
         output: Any = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -182,7 +193,7 @@ class Session:
             if clock.is_stopped():
                 raise StepStopped
             begin = len(self._tokens)
-            piece = torch.tensor([ids[begin : begin + step]])
+            piece = torch.tensor([ids[begin : begin + step]], device=self._engine.model.device)
             self._engine.model(
                 input_ids=piece, past_key_values=self._cache, use_cache=True, **self._engine.last_logits_only
             )
@@ -202,6 +213,7 @@ class _Clock(BaseStreamer):
     def __init__(self, on_token: Callable[[int], None] | None, should_stop: Callable[[], bool] | None) -> None:
         self.reused = 0
         self.is_interrupted = False
+        self.tokens: list[int] = []
         self._on_token = on_token
         self._should_stop = should_stop
         self._begin = time.perf_counter()
@@ -213,12 +225,17 @@ class _Clock(BaseStreamer):
             self._saw_prompt = True
             return
         self._times.append(time.perf_counter())
-        if self._on_token is not None:
-            for token in value.reshape(-1).tolist():
+        for token in value.reshape(-1).tolist():
+            self.tokens.append(token)
+            if self._on_token is not None:
                 self._on_token(token)
 
     def end(self) -> None:
         pass
+
+    def begin(self) -> None:
+        """`generate` begins, perhaps once more."""
+        self._saw_prompt = False
 
     def is_stopped(self) -> bool:
         if self._should_stop is not None and self._should_stop():
@@ -230,7 +247,7 @@ class _Clock(BaseStreamer):
 
         class _Stop(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-                return torch.full((input_ids.shape[0],), clock.is_stopped(), dtype=torch.bool)
+                return torch.full((len(input_ids),), clock.is_stopped(), dtype=torch.bool, device=input_ids.device)
 
         return _Stop()
 

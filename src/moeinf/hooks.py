@@ -30,7 +30,7 @@ from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
 
-__all__ = ["attach", "attend", "load_dense_model", "quiet"]
+__all__ = ["attach", "attend", "load_dense_model", "move", "quiet"]
 
 _NAME = "moeinf"
 
@@ -81,6 +81,13 @@ def load_dense_model(
         )
     model.train(False)
     return model
+
+
+def move(model: PreTrainedModel, place: torch.device) -> None:
+    """Move the dense weights to a device; what they took in host memory is free again."""
+    untyped: Any = model
+    untyped.to(place)
+    untyped.tie_weights()  # a device's tensors may be of a kind that leaves tied weights apart
 
 
 def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime, plan: MemoryPlan) -> None:

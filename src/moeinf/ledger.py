@@ -3,10 +3,12 @@
     budget  ≥  dense weights + KV cache for the context + workspace + expert slots
 
 The budget leaves out what the process held before the model was loaded (Python, torch, transformers, the tokenizer).
+With a GPU that is its memory, and another budget bounds host memory: expert slots, and what the process needs to load.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +16,19 @@ from .errors import CapacityError, UsageError
 from .manifest import Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
-__all__ = ["SPARE_WINDOW", "MemoryPlan", "ModelShape", "Regime", "can_cache_files", "make_plan", "parse_slots"]
+__all__ = [
+    "SPARE_WINDOW",
+    "HostPlan",
+    "MemoryPlan",
+    "ModelShape",
+    "Regime",
+    "can_cache_files",
+    "make_device_plan",
+    "make_plan",
+    "parse_slots",
+]
 
-Regime = Literal["resident", "streaming"]
+Regime = Literal["resident", "host-cached", "streaming"]
 
 _PAGE = 4096
 _MOST_RESERVE_BYTES = 1024 * MIB
@@ -25,6 +37,10 @@ _WORKSPACE_BYTES = 128 * MIB
 _DEFAULT_CONTEXT = 4096
 SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
+_WORKSPACE_SHARE = 8
+"""A GPU has a workspace for the longest pieces of a prompt that take this part of its budget at most."""
+_PASSING_SLOTS = 32
+"""Of host memory, for experts that a GPU keeps for good once it has them."""
 _STEP_TOKENS = 64
 """The workspace has room for this many tokens at once, always."""
 _PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
@@ -49,11 +65,33 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """What goes where, in bytes; `slots` experts of `slot_bytes`; `context` tokens at most.
+class HostPlan:
+    """What host memory holds behind a GPU, in bytes: `slots` experts of `slot_bytes`, and a `workspace`. While the
+    model is loaded, its dense weights pass through the same memory.
+    """
 
-    `workspace` serves steps of up to `step_tokens` tokens; each token more takes `token_workspace`, which slots lend.
-    `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds nothing twice.
+    budget: int
+    workspace: int
+    slots: int
+    slot_bytes: int
+
+    @property
+    def experts(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def total(self) -> int:
+        return self.workspace + self.experts
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What goes where in the memory of what computes, in bytes; `slots` experts of `slot_bytes`; `context` tokens at
+    most. `host` is what stands behind the memory of a GPU, None where the processor computes.
+
+    `workspace` serves steps of up to `step_tokens` tokens; each token more takes `token_workspace`, which slots lend. A
+    GPU's slots lend nothing. `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds
+    nothing twice.
     """
 
     budget: int
@@ -67,6 +105,7 @@ class MemoryPlan:
     token_experts: int
     context: int
     step_tokens: int = _STEP_TOKENS
+    host: HostPlan | None = None
 
     @property
     def experts(self) -> int:
@@ -78,15 +117,21 @@ class MemoryPlan:
 
     @property
     def regime(self) -> Regime:
-        return "resident" if self.slots >= self.all_experts else "streaming"
+        if self.slots >= self.all_experts:
+            return "resident"
+        return "host-cached" if self.host and self.host.slots >= self.all_experts else "streaming"
 
     def lent_slots(self, tokens: int) -> int:
         """Slots that have to lend their memory to a step of `tokens` tokens, past what the budget has to spare."""
+        if self.host is not None:
+            return 0
         needed = max(0, tokens - self.step_tokens) * self.token_workspace - (self.budget - self.total)
         return -(-max(0, needed) // self.slot_bytes)
 
     def prefill_tokens(self, lendable_slots: int) -> int:
         """How many tokens of a prompt go through the model at once, when so many slots can be lent."""
+        if self.host is not None:
+            return self.step_tokens
         fitting = (tokens for tokens in _PREFILL_TOKENS if self.lent_slots(tokens) <= lendable_slots)
         return next(fitting, self.step_tokens)
 
@@ -111,41 +156,120 @@ def make_plan(
     Raises CapacityError when the model cannot run within the budget, with the budget that would do; UsageError for bad
     options.
     """
-    budget = available_bytes - min(_MOST_RESERVE_BYTES, available_bytes // 20)
-    if host_memory is not None:
-        budget = parse_size(host_memory, whole_bytes=available_bytes)
-    slot_bytes = align_up(manifest.layout.nbytes, _PAGE)
-    fewest_slots = max(layer.top_k for layer in manifest.layers)
-    wanted_slots = parse_slots(experts, manifest.num_experts, fewest_slots)
-    dense = manifest.dense_bytes
+    budget = _budget(host_memory, available_bytes)
     tokens = _context(manifest, context, budget)
-    kv_cache = manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes
-
     token_workspace = _token_workspace(manifest, shape, tokens)
-    workspace = _base_workspace(manifest, shape, tokens) + _STEP_TOKENS * token_workspace
-    needed = (wanted_slots or fewest_slots) * slot_bytes
-    left = budget - dense - kv_cache - workspace
-    if left < needed:
-        least = dense + kv_cache + workspace + needed
-        raise CapacityError(
-            f"the model needs {format_bytes(least)}: {format_bytes(dense)} of dense weights, {format_bytes(kv_cache)}"
-            f" of KV cache, {format_bytes(workspace)} of workspace and {needed // slot_bytes} experts; the budget is"
-            f" {format_bytes(max(budget, 0))}",
-            hint=f"give it --host-memory {-(-least // MIB)}MiB or more, or a shorter --context than {tokens}"
-            + (", or fewer --experts" if wanted_slots else ""),
-        )
-    return MemoryPlan(
+    empty = MemoryPlan(
         budget=budget,
-        dense=dense,
-        kv_cache=kv_cache,
-        workspace=workspace,
+        dense=manifest.dense_bytes,
+        kv_cache=manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes,
+        workspace=_base_workspace(manifest, shape, tokens) + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
-        slots=wanted_slots or min(manifest.num_experts, left // slot_bytes),
-        slot_bytes=slot_bytes,
+        slots=0,
+        slot_bytes=_slot_bytes(manifest),
         all_experts=manifest.num_experts,
         token_experts=manifest.token_experts,
         context=tokens,
     )
+    return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
+
+
+def make_device_plan(
+    manifest: Manifest,
+    shape: ModelShape,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    device_memory: str | None = None,
+    host_memory: str | None = None,
+    experts: str | None = None,
+    context: int | None = None,
+    widening: int = 1,
+) -> MemoryPlan:
+    """Divide a GPU's memory, of which `device_bytes` are free, and host memory behind it, of which this process may
+    take `host_bytes`. Weights take `widening` times their bytes when they are computed with. The rest is as for
+    `make_plan`.
+
+    Raises CapacityError, also for a budget above what is free, and UsageError.
+    """
+    budget = _budget(device_memory, device_bytes)
+    _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
+    tokens = _context(manifest, context, budget)
+    token_workspace = _token_workspace(manifest, shape, tokens)
+    base = _base_workspace(manifest, shape, tokens)
+    if widening > 1:
+        base += widening * max(tensor.nbytes for tensor in manifest.layout.tensors)
+    room = budget // _WORKSPACE_SHARE - base
+    step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
+    empty = MemoryPlan(
+        budget=budget,
+        dense=widening * manifest.dense_bytes,
+        kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
+        workspace=base + step_tokens * token_workspace,
+        token_workspace=token_workspace,
+        slots=0,
+        slot_bytes=_slot_bytes(manifest),
+        all_experts=manifest.num_experts,
+        token_experts=manifest.token_experts,
+        context=tokens,
+        step_tokens=step_tokens,
+    )
+    slots = _slots(manifest, empty, experts, "--device-memory")
+    most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
+    return dataclasses.replace(empty, slots=slots, host=_plan_host(manifest, host_memory, host_bytes, most))
+
+
+def _plan_host(manifest: Manifest, host_memory: str | None, host_bytes: int, most_slots: int) -> HostPlan:
+    budget = _budget(host_memory, host_bytes)
+    _check_free(budget, host_bytes, "--host-memory", "of host memory, which a GPU's copies keep from being swapped out")
+    size, fewest = _slot_bytes(manifest), max(layer.top_k for layer in manifest.layers)
+    least = _WORKSPACE_BYTES + max(manifest.dense_bytes, fewest * size)
+    if budget < least:
+        raise CapacityError(
+            f"the model needs {format_bytes(least)} of host memory: {format_bytes(_WORKSPACE_BYTES)} of workspace, and"
+            f" its dense weights while they are loaded, or {fewest} experts; the budget is"
+            f" {format_bytes(max(budget, 0))}",
+            hint=f"give it --host-memory {-(-least // MIB)}MiB or more",
+        )
+    most = max(fewest, min(most_slots, manifest.num_experts))
+    return HostPlan(budget, _WORKSPACE_BYTES, min(most, (budget - _WORKSPACE_BYTES) // size), size)
+
+
+def _budget(asked: str | None, free_bytes: int) -> int:
+    """What may be held: as asked for, or what is free less a reserve."""
+    if asked is not None:
+        return parse_size(asked, whole_bytes=free_bytes)
+    return free_bytes - min(_MOST_RESERVE_BYTES, free_bytes // 20)
+
+
+def _check_free(budget: int, free_bytes: int, option: str, what: str) -> None:
+    if budget > free_bytes:
+        raise CapacityError(
+            f"{option} is {format_bytes(budget)}, and {format_bytes(free_bytes)} {what} are free",
+            hint=f"give it {option} {free_bytes // MIB}MiB or less",
+        )
+
+
+def _slot_bytes(manifest: Manifest) -> int:
+    return align_up(manifest.layout.nbytes, _PAGE)
+
+
+def _slots(manifest: Manifest, empty: MemoryPlan, experts: str | None, option: str) -> int:
+    """The slots for a plan that has none yet: as many as `experts` says, or as fit. Raises CapacityError with the
+    budget that would do, by the name of its option.
+    """
+    fewest = max(layer.top_k for layer in manifest.layers)
+    wanted = parse_slots(experts, manifest.num_experts, fewest)
+    least = empty.total + (wanted or fewest) * empty.slot_bytes
+    if least > empty.budget:
+        raise CapacityError(
+            f"the model needs {format_bytes(least)}: {format_bytes(empty.dense)} of dense weights,"
+            f" {format_bytes(empty.kv_cache)} of KV cache, {format_bytes(empty.workspace)} of workspace and"
+            f" {wanted or fewest} experts; the budget is {format_bytes(max(empty.budget, 0))}",
+            hint=f"give it {option} {-(-least // MIB)}MiB or more, or a shorter --context than {empty.context}"
+            + (", or fewer --experts" if wanted else ""),
+        )
+    return wanted or min(manifest.num_experts, (empty.budget - empty.total) // empty.slot_bytes)
 
 
 def can_cache_files(plan: MemoryPlan, manifest: Manifest, available_bytes: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from .ledger import MemoryPlan, ModelShape, make_plan
+from .ledger import MemoryPlan, ModelShape, make_device_plan, make_plan
 from .manifest import Manifest
 from .settings import EngineOptions
 from .units import KIB
@@ -25,6 +25,7 @@ __all__ = [
     "cgroup_limit",
     "limit_bytes",
     "peak_rss_bytes",
+    "plan_device_memory",
     "plan_memory",
     "return_free_memory",
     "rss_bytes",
@@ -71,6 +72,23 @@ def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions) -
         host_memory=options.host_memory,
         experts=options.experts,
         context=options.context,
+    )
+
+
+def plan_device_memory(
+    manifest: Manifest, shape: ModelShape, options: EngineOptions, device_bytes: int, widening: int
+) -> MemoryPlan:
+    """The same with a GPU of which `device_bytes` are free. Raises as `make_device_plan`."""
+    return make_device_plan(
+        manifest,
+        shape,
+        device_bytes=device_bytes,
+        host_bytes=available_bytes(),
+        device_memory=options.device_memory,
+        host_memory=options.host_memory,
+        experts=options.experts,
+        context=options.context,
+        widening=widening,
     )
 
 

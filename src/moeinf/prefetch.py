@@ -4,25 +4,22 @@ While one MoE layer is computed, a predictor names the experts that the next one
 that are not here are fetched, behind everything that somebody waits for. When the next layer has chosen, right guesses
 become ordinary fetches and wrong ones are given up. Among several predictors, of which one names nothing, the one that
 costs least time is found by trying. A cache that begins empty is filled with what past requests used most. Owns the
-guesses; the cache, the reader and the bytes are others'.
+guesses; the cache, the bytes and what brings them are others'.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from .cache import ExpertCache
 from .predictors import Predictor
 from .steps import Arrival
-from .transfer import Reader, Urgency
+from .transfer import Fetcher, Urgency
 from .trials import Trials
 
-__all__ = ["Fetch", "PrefetchCounters", "Prefetcher", "WarmUp"]
-
-Fetch = Callable[[int, int, Urgency], None]
-"""Begins to read an expert into a slot."""
+__all__ = ["PrefetchCounters", "Prefetcher", "WarmUp"]
 
 
 @dataclass(slots=True)
@@ -42,18 +39,17 @@ class Prefetcher:
 
     Args:
         predictors: name experts of the next layer; if there are several, the first of them names none.
-        cache, reader: where guessed experts take slots, and what reads them.
-        fetch: begins to read an expert into its slot.
+        cache, fetcher: where guessed experts take slots, and what brings them there.
         first: per MoE layer, the number of its first expert when experts are counted over all layers.
-        most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left.
+        most_guesses: how many guesses may be on their way at once, so that slots for one layer's choice are left; it
+            may be changed.
     """
 
     def __init__(
         self,
         predictors: Mapping[str, Predictor],
         cache: ExpertCache,
-        reader: Reader,
-        fetch: Fetch,
+        fetcher: Fetcher,
         first: list[int],
         most_guesses: int,
     ) -> None:
@@ -62,10 +58,9 @@ class Prefetcher:
         self._trials = Trials(list(predictors))
         self._foreseeing_s = 0.0
         self._cache = cache
-        self._reader = reader
-        self._fetch = fetch
+        self._fetcher = fetcher
         self._first = first
-        self._most = most_guesses
+        self.most_guesses = most_guesses
         self._named: list[int] = []
         self._unread: set[int] = set()
         """Guesses whose reads have not ended, whatever has become of them."""
@@ -107,9 +102,9 @@ class Prefetcher:
         self._held.clear()
         for expert in self._on_their_way:
             if expert in chosen:
-                self._reader.promote(expert)
+                self._fetcher.promote(expert)
             else:
-                self._reader.cancel(expert)
+                self._fetcher.cancel(expert)
                 self._given_up.add(expert)
         self._on_their_way.clear()
         if chosen and self._named:
@@ -133,13 +128,13 @@ class Prefetcher:
             if self._cache.is_resident(expert):
                 self._hold(expert)
         for expert in experts:
-            if len(self._on_their_way) + len(self._given_up) >= self._most:
+            if len(self._on_their_way) + len(self._given_up) >= self.most_guesses:
                 return
             if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
                 self._on_their_way.add(expert)
                 self._unread.add(expert)
                 self._hold(expert)
-                self._fetch(expert, slot, Urgency.GUESS)
+                self._fetcher.fetch(expert, slot, Urgency.GUESS)
 
     def _hold(self, expert: int) -> None:
         self._cache.hold(expert)
@@ -167,21 +162,21 @@ class WarmUp:
 
     Args:
         experts: what to fetch, the most wanted first.
-        cache, reader: where they take slots, and what reads them.
-        fetch: begins to read an expert into its slot.
+        cache, fetcher: where they take slots, and what brings them there.
         spare: so many slots stay empty, for what is asked for meanwhile.
     """
 
-    def __init__(self, experts: Iterable[int], cache: ExpertCache, reader: Reader, fetch: Fetch, spare: int) -> None:
+    def __init__(self, experts: Iterable[int], cache: ExpertCache, fetcher: Fetcher, spare: int) -> None:
         self._cache = cache
-        self._reader = reader
+        self._fetcher = fetcher
         self._unread: dict[int, None] = {}
+        self._leaving: set[int] = set()
         for expert in experts:
             if cache.num_free <= spare:
                 break
             slot = cache.preload(expert)
             self._unread[expert] = None
-            fetch(expert, slot, Urgency.WARM_UP)
+            fetcher.fetch(expert, slot, Urgency.WARM_UP)
 
     def make_room(self) -> bool:
         """Somebody needs a slot: if none is empty, the least wanted expert that is not there yet gives its own up.
@@ -189,9 +184,25 @@ class WarmUp:
         """
         if not self._unread or self._cache.num_free:
             return False
-        self._reader.cancel(self._unread.popitem()[0])
+        self._give_up()
         return True
+
+    def is_leaving(self, expert: int) -> bool:
+        """Whether it was given up, and its fetch has not ended: it cannot be leased yet."""
+        return expert in self._leaving
+
+    def _give_up(self) -> None:
+        expert, _ = self._unread.popitem()
+        self._leaving.add(expert)
+        self._fetcher.cancel(expert)
+
+    def give_up(self) -> int:
+        """Fetch no more, and say how many fetches have not ended."""
+        while self._unread:
+            self._give_up()
+        return len(self._leaving)
 
     def ended(self, arrival: Arrival) -> None:
         """A fetch has ended; it may have been one of these."""
         self._unread.pop(arrival.key, None)
+        self._leaving.discard(arrival.key)

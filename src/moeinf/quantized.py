@@ -9,6 +9,7 @@ files and models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,8 @@ def dequantize(
     """Numbers as weights [out, width] in `dtype`, or [width, out] if `is_transposed`: the products in float32, rounded
     to it.
     """
-    weights = torch.empty((width, len(numbers)) if is_transposed else (len(numbers), width), dtype=dtype)
+    shape = (width, len(numbers)) if is_transposed else (len(numbers), width)
+    weights = torch.empty(shape, dtype=dtype, device=numbers.device)
     by_rows = weights.t() if is_transposed else weights
     expand = _expand_rows if quantization.is_released else _dequantize_rows
     rows = max(1, _CHUNK_WEIGHTS // max(1, width))
@@ -146,11 +148,17 @@ def dequantize(
     return weights
 
 
+@cache
+def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return _FP4_PAIRS.to(device), _POWERS.to(device)
+
+
 def _expand_rows(numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor) -> None:
     """MXFP4, as transformers expands it (transformers/integrations/mxfp4.py)."""
-    pairs = torch.index_select(_FP4_PAIRS, 0, numbers.flatten().int())
+    fp4_pairs, powers = _tables(numbers.device)
+    pairs = torch.index_select(fp4_pairs, 0, numbers.flatten().int())
     values = pairs.view(torch.float32).view(*factors.shape, quantization.group)
-    values *= torch.index_select(_POWERS, 0, factors.flatten().int()).view(*factors.shape, 1)
+    values *= torch.index_select(powers, 0, factors.flatten().int()).view(*factors.shape, 1)
     into.copy_(values.flatten(1))
 
 

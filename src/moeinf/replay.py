@@ -69,7 +69,7 @@ class Replay:
             if self._now is None or end > self._now.num_tokens:
                 return None
             chosen, shares = _choice(self._now, layer, begin, end)
-            return (hidden, chosen.to(experts.dtype), shares.to(weights.dtype), *rest)
+            return (hidden, chosen.to(experts), shares.to(weights), *rest)
 
         return choose
 

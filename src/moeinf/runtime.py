@@ -1,7 +1,7 @@
 """What happens when a forward pass reaches an MoE layer: the experts of the step are leased, fetched, computed and
 added up.
 
-Owns the cache, the slots and the readers, and ties them together; one thread calls it, the model's. Decides nothing
+Owns the cache, the slots and what fetches, and ties them together; one thread calls it, the model's. Decides nothing
 that the cache decides and computes nothing that the kernels compute. Rows are added in ascending order of expert
 whatever order the experts arrived in, so the result depends on nothing but the input.
 """
@@ -12,20 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from .cache import CacheCounters, ExpertCache, Outcome
 from .collection import RequestCounter
 from .kernels import ExpertMaths, route
-from .manifest import Manifest, expert_path
+from .manifest import Manifest
 from .memory import return_free_memory
 from .predictors import NoPredictor, Predictor
 from .prefetch import PrefetchCounters, Prefetcher, WarmUp
 from .recorder import Recorder
 from .steps import OBSERVED_TOKENS, Arrival, Step
-from .transfer import Reader, SlotPool, Urgency
+from .transfer import Fetcher, Pool, Urgency
 
 __all__ = ["ExpertRuntime", "StepStopped"]
 
@@ -46,11 +45,13 @@ class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for 
 
 @dataclass(slots=True)
 class Traffic:
-    """What moved since the counters were reset: bytes off the disk, and seconds in which nothing could be computed for
-    want of them.
+    """What moved since the counters were reset: bytes off the disk, experts that came into a slot, those of them that
+    no disk was read for, and seconds in which nothing could be computed for want of them.
     """
 
     disk_bytes: int = 0
+    arrived: int = 0
+    unread: int = 0
     stall_s: float = 0.0
 
 
@@ -58,10 +59,10 @@ class ExpertRuntime:
     """The experts of one loaded model.
 
     Args:
-        folder: the model's folder in the store.
-        manifest: what lies there.
+        manifest: what the model's experts are.
         maths: the experts' functions, one per MoE layer, in the manifest's order.
-        cache, pool, reader: theirs is the bookkeeping, the memory and the threads; `close` ends the threads.
+        cache, pool, fetcher: of the tier that the maths reads, theirs is the bookkeeping, the memory, and bringing
+            experts there; `close` ends the last.
         counter: counts what each request asks for.
         predictors: name the experts to prefetch while decoding; of several, the one that pays best is found by trying,
             and the first of them names none.
@@ -69,13 +70,12 @@ class ExpertRuntime:
 
     def __init__(
         self,
-        folder: Path,
         manifest: Manifest,
         maths: list[ExpertMaths],
         *,
         cache: ExpertCache,
-        pool: SlotPool,
-        reader: Reader,
+        pool: Pool,
+        fetcher: Fetcher,
         counter: RequestCounter,
         predictors: Mapping[str, Predictor] | None = None,
     ) -> None:
@@ -89,32 +89,27 @@ class ExpertRuntime:
         """Arrivals that were entered in the cache before the step that may wait for them was told."""
         self.cache = cache
         self._pool = pool
-        self._reader = reader
+        self._fetcher = fetcher
         self._maths = maths
-        self._span = (manifest.layout.data_offset, manifest.layout.file_bytes)
         self._layers = manifest.layers
         self._sizes = [layer.num_experts for layer in manifest.layers]
         self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
-        self._paths = [
-            folder / expert_path(layer, expert) for layer, size in enumerate(self._sizes) for expert in range(size)
-        ]
         self._prefetcher = Prefetcher(
             predictors or {"off": NoPredictor()},
             cache,
-            reader,
-            self._fetch,
+            fetcher,
             self._first,
-            cache.num_slots - max(layer.top_k for layer in manifest.layers),
+            0,
         )
-        self._window = max(2, min(STREAM_BYTES // pool.slot_bytes, cache.num_slots // 4))
-        self._warm_up = WarmUp((), cache, reader, self._fetch, 0)
+        self._fit(cache.num_slots)
+        self._warm_up = WarmUp((), cache, fetcher, 0)
 
     def warm_up(self, experts: Iterable[int]) -> None:
         """Begin to fill empty slots with `experts` (numbers over all layers), the most wanted first, in the
         background. Some slots are left for what is asked for meanwhile.
         """
         spare = self._window + max(layer.top_k for layer in self._layers)
-        self._warm_up = WarmUp(experts, self.cache, self._reader, self._fetch, spare)
+        self._warm_up = WarmUp(experts, self.cache, self._fetcher, spare)
 
     def begin_request(self, position: int) -> None:
         """A person asks for something, and the first token that is new has this position in the conversation."""
@@ -164,8 +159,27 @@ class ExpertRuntime:
         self.cache.give_back(self._lent)
         self._lent = []
 
+    def shrink(self, num_slots: int) -> None:
+        """Make do with so many slots from now on, no fewer than one layer asks for. What was in any is gone from there.
+        To be called between steps.
+        """
+        self.take_back()
+        self._settle(())
+        self._warm_up.give_up()
+        while self._prefetcher.unsettled or self._warm_up.give_up():
+            self.wait()
+        slots = self.cache.lend(self.cache.num_slots)
+        self._pool.shrink(num_slots)
+        self.cache.give_back([slot for slot in slots if slot < num_slots])
+        self._fit(num_slots)
+
+    def _fit(self, num_slots: int) -> None:
+        """Guess and stream no more at a time than so many slots have room for."""
+        self._prefetcher.most_guesses = num_slots - max(layer.top_k for layer in self._layers)
+        self._window = max(2, min(STREAM_BYTES // self._pool.slot_bytes, num_slots // 4))
+
     def close(self) -> None:
-        self._reader.close()
+        self._fetcher.close()
 
     def forward(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -182,7 +196,7 @@ class ExpertRuntime:
                 return self._forward_token(layer, hidden, experts, top_k_weights)
         elif self.should_stop is not None and self.should_stop():
             raise StepStopped
-        return self._forward_tokens(layer, hidden, top_k_index, top_k_weights)
+        return self._forward_tokens(layer, hidden, top_k_index.cpu(), top_k_weights)
 
     def _forward_token(
         self, layer: int, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor
@@ -216,7 +230,8 @@ class ExpertRuntime:
     def _forward_tokens(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Many tokens: each expert is leased when there is a slot for it, and released as soon as it is computed.
+        """Many tokens: each expert is leased when there is a slot for it, and released as soon as it is computed. The
+        index is in host memory.
 
         The experts of the last token are what decoding is likely to ask for next, and take their place in the cache;
         the others pass through free slots, or through a small window of them.
@@ -244,7 +259,7 @@ class ExpertRuntime:
                     total.index_add_(0, requests[expert][0], rows.pop(expert))
         finally:
             step.end()
-        if len(hidden) >= MANY_TOKENS:
+        if len(hidden) >= MANY_TOKENS and hidden.device.type == "cpu":
             return_free_memory()
         return total.to(hidden.dtype)
 
@@ -253,20 +268,22 @@ class ExpertRuntime:
         size = self._sizes[layer]
         return [[expert for expert in row if expert < size] for row in top_k_index[-OBSERVED_TOKENS:].tolist()]
 
-    # What a step does to the cache, the slots and the readers.
+    # What a step does to the cache, the slots and what fetches.
 
     def lease(self, key: int, *, keep: bool) -> Outcome | None:
         """Lease an expert, and fetch it on a miss; None if no slot can be had now."""
         if self.cache.slot(key) is None and self._warm_up.make_room():
             self._entered += self._enter_arrivals()
+        while self._warm_up.is_leaving(key):
+            self._entered.append(self._await_arrival())
         leased = self.cache.acquire(key, keep=keep)
         if leased is None:
             return None
         slot, outcome = leased
         if outcome is Outcome.MISS:
-            self._fetch(key, slot, Urgency.DEMAND)
+            self._fetcher.fetch(key, slot, Urgency.DEMAND)
         elif outcome is Outcome.WAIT:
-            self._reader.promote(key)
+            self._fetcher.promote(key)
         return outcome
 
     def _tensors(self, key: int) -> dict[str, torch.Tensor]:
@@ -276,12 +293,23 @@ class ExpertRuntime:
 
     def wait(self) -> Arrival:
         """The next arrival, counted and entered in the cache; time spent here is a stall."""
-        if self._entered:
-            return self._entered.popleft()
-        arrival = self._reader.poll()
+        while self._entered:
+            arrival = self._entered.popleft()
+            if self._is_news(arrival):
+                return arrival
+        return self._await_arrival()
+
+    def _is_news(self, arrival: Arrival) -> bool:
+        """Whether it still says how things are: what has gone since may be on its way once more."""
+        if arrival.error is None and not arrival.cancelled:
+            return self.cache.is_resident(arrival.key)
+        return self.cache.slot(arrival.key) is None
+
+    def _await_arrival(self) -> Arrival:
+        arrival = self._fetcher.poll()
         if arrival is None:
             begin = time.perf_counter()
-            arrival = self._reader.wait()
+            arrival = self._fetcher.wait()
             self.traffic.stall_s += time.perf_counter() - begin
         self._enter(arrival)
         return arrival
@@ -297,7 +325,7 @@ class ExpertRuntime:
     def _enter_arrivals(self) -> list[Arrival]:
         """Enter what has arrived, without waiting; returns it."""
         arrivals = []
-        while (arrival := self._reader.poll()) is not None:
+        while (arrival := self._fetcher.poll()) is not None:
             self._enter(arrival)
             arrivals.append(arrival)
         return arrivals
@@ -307,9 +335,8 @@ class ExpertRuntime:
         self._warm_up.ended(arrival)
         self.traffic.disk_bytes += arrival.read_bytes
         if arrival.error is None and not arrival.cancelled:
+            self.traffic.arrived += 1
+            self.traffic.unread += not arrival.read_bytes
             self.cache.arrived(arrival.key)
         else:
             self.cache.failed(arrival.key)
-
-    def _fetch(self, key: int, slot: int, urgency: Urgency) -> None:
-        self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), urgency)

@@ -28,7 +28,7 @@ native threads and from other programs; so often they look is enough. torch (thr
 of tokens; so many are kept without a loss in speed.
 """
 
-_CHOICES = {"prefetch": ("auto", "eam", "gate", "off"), "kernels": ("auto", "native", "torch")}
+_CHOICES = {"prefetch": ("auto", "eam", "gate", "off"), "kernels": ("auto", "native", "torch", "triton")}
 
 
 @dataclass(frozen=True, slots=True)

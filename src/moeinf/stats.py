@@ -16,9 +16,14 @@ class ExpertStats:
     """Requests by how the cache met them; one request is one expert asked for by one layer in one step.
 
     hits + waits + misses = requests, over prefill and decode; `hit_rate` and the `decode_` counts are of decode alone.
+    `slots` are those that the maths reads. Behind a GPU host memory has `host_slots`, in which `fetched_from_host` of
+    the experts that were `fetched` for the GPU, asked for or foreseen, were found.
     """
 
     slots: int = 0
+    host_slots: int = 0
+    fetched: int = 0
+    fetched_from_host: int = 0
     requests: int = 0
     hits: int = 0
     waits: int = 0
@@ -62,6 +67,8 @@ class MemoryStats:
 
     `budget` bounds dense + kv_cache + workspace + experts. `libraries` is what the process held before the model
     (Python, torch, transformers, tokenizer), which the budget leaves out: `peak_rss` stays below libraries + budget.
+    With a GPU these are of its memory, of which torch held `peak_device`; `host_budget` bounds what the process takes
+    beside the libraries, `host_experts` and a workspace.
     """
 
     budget: int = 0
@@ -69,8 +76,11 @@ class MemoryStats:
     kv_cache: int = 0
     workspace: int = 0
     experts: int = 0
+    host_budget: int = 0
+    host_experts: int = 0
     libraries: int = 0
     peak_rss: int = 0
+    peak_device: int = 0
 
 
 @dataclass(frozen=True, slots=True)

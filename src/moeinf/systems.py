@@ -57,6 +57,7 @@ class Job:
         resident_layers: MoE layers whose experts accelerate is to keep in memory.
         modules: the names of the experts modules, in forward order.
         trace: path of the trace that is replayed, or "".
+        device: what torch calls the GPU that rivals are to compute on, or "" for the processor.
     """
 
     system: str
@@ -71,6 +72,7 @@ class Job:
     resident_layers: int = 0
     modules: list[str] = field(default_factory=list)
     trace: str = ""
+    device: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -132,7 +134,8 @@ class Survey:
     """What the engine plans with the options of a job, and the prompts in tokens: `texts` cut to what may be read.
 
     `total` is all that the plan holds, `libraries` what the process holds beside it. `random` is whose shapes the model
-    has, if its weights are random; `quantization` and `quality` are those of `stats.Stats`.
+    has, if its weights are random; `quantization` and `quality` are those of `stats.Stats`; `device` is the GPU that
+    the engine takes, as in a job.
     """
 
     budget: int
@@ -147,5 +150,6 @@ class Survey:
     random: str
     quantization: str
     quality: dict[str, Any] | None
+    device: str
     notes: list[str]
     prompts: list[list[int]]

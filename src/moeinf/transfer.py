@@ -1,7 +1,8 @@
 """Bytes on their way: slots that experts are read into, and the threads that read them.
 
 Owns the memory of the slots and the reader threads. Knows nothing of policies, of who asked, or of what the bytes
-mean: the cache decides which expert goes into which slot, the kernels see the slots as tensors.
+mean: the cache decides which expert goes into which slot, the kernels see the slots as tensors. `Pool` and `Fetcher`
+are what the slots of any tier are, and what fills them; here they are of host memory, filled from disk.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
@@ -26,7 +29,18 @@ from .manifest import ExpertLayout
 from .steps import Arrival
 from .units import MIB, align_up
 
-__all__ = ["Reader", "SlotPool", "Urgency", "allocate_buffer", "can_read_direct"]
+__all__ = [
+    "ExpertReader",
+    "Fetcher",
+    "Pool",
+    "Reader",
+    "SlotPool",
+    "SlotTensors",
+    "Urgency",
+    "allocate_buffer",
+    "can_read_direct",
+    "slot_bytes",
+]
 
 DIRECT_ALIGNMENT = 4096
 PIECE_BYTES = 1 * MIB
@@ -45,12 +59,37 @@ def allocate_buffer(size_bytes: int) -> mmap.mmap:
     return buffer
 
 
+def slot_bytes(layout: ExpertLayout) -> int:
+    """Bytes of a slot: an expert's data in whole pages, since direct reads bring whole pages."""
+    return align_up(layout.nbytes, DIRECT_ALIGNMENT)
+
+
+class Pool(Protocol):
+    """The slots of a tier, of `slot_bytes` each."""
+
+    slot_bytes: int
+
+    def tensors(self, slot: int) -> SlotTensors:
+        """The slot's bytes as the expert's tensors by name: views, valid for as long as the expert is leased."""
+
+    def release(self, slot: int) -> None:
+        """Give the slot's memory back to the system, where that is possible, until it is next written to; its bytes are
+        lost.
+        """
+
+    def shrink(self, num_slots: int) -> None:
+        """Have only the first so many slots from now on, all of them empty."""
+
+
 class SlotPool:
-    """`num_slots` equal pieces of one buffer, each holding one expert's data and seen as that expert's tensors."""
+    """`num_slots` equal pieces of one buffer, each holding one expert's data and seen as that expert's tensors. `bytes`
+    is all of it, [slots, slot_bytes].
+    """
 
     def __init__(self, layout: ExpertLayout, num_slots: int) -> None:
-        self.slot_bytes = align_up(layout.nbytes, DIRECT_ALIGNMENT)
+        self.slot_bytes = slot_bytes(layout)
         self._buffer = allocate_buffer(num_slots * self.slot_bytes)
+        self.bytes = torch.frombuffer(self._buffer, dtype=torch.uint8).view(num_slots, self.slot_bytes)
         self._memory = memoryview(self._buffer)
         self._tensors = [self._views(layout, slot * self.slot_bytes) for slot in range(num_slots)]
 
@@ -65,6 +104,10 @@ class SlotPool:
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system until it is next written to; its bytes are lost."""
         self._buffer.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+
+    def shrink(self, num_slots: int) -> None:
+        for slot in range(len(self.bytes)):
+            self.release(slot)
 
     def _views(self, layout: ExpertLayout, start: int) -> SlotTensors:
         return {
@@ -127,6 +170,30 @@ class _Job:
 
 _Waiting = tuple[_Job, deque[int]]
 """A fetch, and where the pieces of it begin that nobody reads yet."""
+
+
+class Fetcher(Protocol):
+    """What brings experts into the slots of a tier: the urgent before the others. One thread calls it."""
+
+    def fetch(self, key: int, slot: int, urgency: Urgency) -> None:
+        """Bring this expert into this slot; an `Arrival` with its `key` will say how that ended. No key may be under
+        way twice.
+        """
+
+    def promote(self, key: int) -> None:
+        """Somebody waits for this now. Harmless when it is not under way."""
+
+    def cancel(self, key: int) -> None:
+        """Nobody wants this any more. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
+
+    def wait(self) -> Arrival:
+        """The next fetch that ended; blocks until there is one. Call it only while one is under way."""
+
+    def poll(self) -> Arrival | None:
+        """The next fetch that ended, if there is one already."""
+
+    def close(self) -> None:
+        """End what is under way, and whatever serves it."""
 
 
 class Reader:
@@ -258,6 +325,28 @@ class Reader:
         if job.descriptor >= 0:
             os.close(job.descriptor)
         self._arrivals.put(Arrival(job.key, job.read_bytes, job.error, job.cancelled))
+
+
+class ExpertReader:
+    """Brings experts from their files into the slots of host memory.
+
+    Args:
+        reader: reads files; closed with this.
+        pool: the slots.
+        paths: the file of every expert, by its number over all layers.
+        span: where its data begins and ends in a file, in bytes.
+    """
+
+    def __init__(self, reader: Reader, pool: SlotPool, paths: Sequence[Path], span: tuple[int, int]) -> None:
+        self._reader = reader
+        self._pool = pool
+        self._paths = paths
+        self._span = span
+        self.promote, self.cancel = reader.promote, reader.cancel
+        self.wait, self.poll, self.close = reader.wait, reader.poll, reader.close
+
+    def fetch(self, key: int, slot: int, urgency: Urgency) -> None:
+        self._reader.fetch(key, self._paths[key], *self._span, self._pool.memory(slot), urgency)
 
 
 def _read_exactly(descriptor: int, memory: memoryview, offset: int, wanted: int, path: Path) -> None:

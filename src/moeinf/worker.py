@@ -87,6 +87,7 @@ def survey(job: Job, texts: Sequence[str], prompt_tokens: int) -> Survey:
             random=getattr(config, RANDOM_KEY, ""),
             quantization=stats.quantization,
             quality=asdict(stats.quality) if stats.quality else None,
+            device=str(engine.device.place) if engine.device else "",
             notes=list(engine.notes),
             prompts=prompts,
         )
@@ -213,7 +214,9 @@ def _transformers(job: Job) -> Answer:
         auto: Any = AutoModelForCausalLM
         options = _offload(job) if job.system == "accelerate" else {}
         model = auto.from_pretrained(job.folder, dtype="auto", local_files_only=True, **options)
-    if job.system == "transformers":
+    if job.system == "transformers" and job.device:
+        model.to(job.device)
+    elif job.system == "transformers":
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()  # as loaded, it may be a map of the file
     model.set_experts_implementation("eager")
@@ -226,7 +229,7 @@ def _transformers(job: Job) -> Answer:
         sampling = _sampling(request, job.temperature, seed)
         config = make_generation_config(model.generation_config, sampling, request.tokens)
         torch.manual_seed(seed)
-        prompt = torch.tensor([request.prompt])
+        prompt = torch.tensor([request.prompt], device=job.device or "cpu")
         mask = torch.ones_like(prompt)
         clock.times[:] = [time.perf_counter()]
         with torch.inference_mode(), quiet():
@@ -238,27 +241,33 @@ def _transformers(job: Job) -> Answer:
 
 
 def _offload(job: Job) -> dict[str, Any]:
-    """accelerate's device map: the first layers' experts in memory, as many as fit, the others on disk."""
+    """accelerate's device map: the first layers' experts in memory, as many as fit, the others on disk; or the former
+    in a GPU's memory and the latter in the host's.
+    """
     config = AutoConfig.from_pretrained(job.folder, local_files_only=True)
     with torch.device("meta"):
         auto: Any = AutoModelForCausalLM
         blank = auto.from_config(config)
-    on_disk = set(job.modules[job.resident_layers :])
-    if not on_disk:
+    elsewhere = set(job.modules[job.resident_layers :])
+    if job.device:
+        return {"device_map": dict(_placed(blank, elsewhere, job.device, "cpu")) if elsewhere else job.device}
+    if not elsewhere:
         return {}
-    return {"device_map": dict(_placed(blank, on_disk)), "offload_folder": job.scratch}
+    return {"device_map": dict(_placed(blank, elsewhere, "cpu", "disk")), "offload_folder": job.scratch}
 
 
-def _placed(model: nn.Module, on_disk: set[str], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Modules named in `on_disk` there, all others in memory, no module named that holds both."""
+def _placed(
+    model: nn.Module, elsewhere: set[str], here: str, there: str, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Modules named in `elsewhere` there, all others here, no module named that holds both."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
-        if path in on_disk:
-            yield path, "disk"
-        elif any(other.startswith(f"{path}.") for other in on_disk):
-            yield from _placed(child, on_disk, f"{path}.")
+        if path in elsewhere:
+            yield path, there
+        elif any(other.startswith(f"{path}.") for other in elsewhere):
+            yield from _placed(child, elsewhere, here, there, f"{path}.")
         else:
-            yield path, "cpu"
+            yield path, here
 
 
 def _llama(job: Job) -> Answer:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moeinf.engine import Engine
     from moeinf.generation import Completion, Sampling
     from moeinf.ledger import MemoryPlan
-    from moeinf.stats import PrefetchStats, Stats
+    from moeinf.stats import ExpertStats, PrefetchStats, Stats
 
 __all__ = ["Interrupts", "describe_cut", "describe_plan", "describe_stats", "open_engine"]
 
@@ -90,9 +90,12 @@ def open_engine(
                 f"{plan.slots} experts fit and one token asks for {plan.token_experts}: hardly any is found in memory"
                 f" (--experts {plan.token_experts} would help)"
             )
+        told = len(engine.notes)
         for note in engine.notes:
             output.warn(note)
         yield name, engine, sampling
+        for note in engine.notes[told:]:
+            output.warn(note)
         try:
             engine.save_collection()
         except MoeinfError as error:
@@ -102,8 +105,12 @@ def open_engine(
 def describe_plan(plan: MemoryPlan) -> str:
     """Which regime the engine is in."""
     if plan.regime == "resident":
-        return f"all {plan.all_experts:,} experts in memory"
-    return f"{plan.slots:,} of {plan.all_experts:,} experts in memory, the others are read from disk when asked for"
+        return f"all {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
+    held = f"{plan.slots:,} of {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
+    if plan.regime == "host-cached":
+        return f"{held}, and all of them in host memory"
+    behind = f", {plan.host.slots:,} in host memory" if plan.host else ""
+    return f"{held}{behind}, the others are read from disk when asked for"
 
 
 def describe_stats(stats: Stats) -> list[str]:
@@ -115,12 +122,21 @@ def describe_stats(stats: Stats) -> list[str]:
     )
     return [
         times if stats.ttft_s else "no token was made",
-        f"expert hit rate {experts.hit_rate:.1%} of {experts.decode_requests:,} in {experts.slots:,} host slots"
+        f"expert hit rate {experts.hit_rate:.1%} of {experts.decode_requests:,} in {experts.slots:,}"
+        f" {'device' if experts.host_slots else 'host'} slots{_describe_host(experts)}"
         f" · disk to host {format_bytes(stats.bytes.disk_to_host)}"
         f" · host to device {format_bytes(stats.bytes.host_to_device)} · stalled {format_seconds(stats.stall_s)}",
         *_describe_prefetch(stats.prefetch),
         *_describe_quantization(stats),
     ]
+
+
+def _describe_host(experts: ExpertStats) -> str:
+    """How often host memory had what a GPU lacked."""
+    if not experts.fetched or not experts.host_slots:
+        return ""
+    share = experts.fetched_from_host / experts.fetched
+    return f", {share:.1%} of {experts.fetched:,} in {experts.host_slots:,} host slots"
 
 
 def _describe_quantization(stats: Stats) -> list[str]:

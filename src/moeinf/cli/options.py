@@ -99,9 +99,9 @@ class OutputFlags:
 class EngineFlags:
     """The engine options as typed; None leaves the choice to environment, config file and default."""
 
-    device: Annotated[str | None, typer.Option(metavar="auto|cpu", help="Where the model computes.")] = None
+    device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where the model computes.")] = None
     device_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory to use on the device, like 12GB or 50%.")
+        str | None, typer.Option(metavar="SIZE", help="Memory to use on the GPU, like 12GB or 50%.")
     ] = None
     host_memory: Annotated[
         str | None,
@@ -118,7 +118,9 @@ class EngineFlags:
         str | None,
         typer.Option(metavar="auto|eam|gate|off", help="What foresees the experts that are fetched early."),
     ] = None
-    kernels: Annotated[str | None, typer.Option(metavar="auto|native|torch", help="What computes the experts.")] = None
+    kernels: Annotated[
+        str | None, typer.Option(metavar="auto|native|torch|triton", help="What computes the experts.")
+    ] = None
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads that compute.")] = None
 
     def resolve(self) -> EngineOptions:

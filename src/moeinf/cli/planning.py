@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-from moeinf.errors import CapacityError
+from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.forecast import Forecast, Situation
 from moeinf.ledger import MemoryPlan, can_cache_files
 from moeinf.machine import Machine
@@ -32,6 +32,10 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
     Raises CapacityError, after all is said, when it cannot; and what `find_subject` raises.
     """
     options = flags.resolve()
+    if options.device not in ("auto", "cpu") or options.device_memory is not None:
+        raise UnsupportedError(
+            "how a model will run on a GPU is not foretold yet", hint="leave out --device and --device-memory"
+        )
     with output.busy(f"looking at {model}"):
         from moeinf import evidence, memory
         from moeinf.planning import find_curve, find_subject

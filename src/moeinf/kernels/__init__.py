@@ -1,8 +1,8 @@
 """The maths of experts, and what computes it: torch, or the native library where a layer is of a kind that it knows.
 
-`torch_maths` is transformers' own maths and the reference; `native` gives decoding to a library in C (csrc/) that
-reads weights as fast as memory gives them and rounds where torch rounds; `dense` and `attention` give it what
-lies between them, too. Knows nothing of caches.
+`torch_maths` is transformers' own maths and the reference, on any device; `native` gives decoding to a library in C
+(csrc/) that reads weights as fast as memory gives them and rounds where torch rounds; `dense` and `attention` give it
+what lies between them, too. `triton_maths` has kernels for a GPU. Knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ from moeinf.manifest import ExpertLayout, scales_name
 from .attention import NativeAttention
 from .dense import speed_up
 from .native import ExpandingMaths, NativeMaths, NativePool, NotNativeError
-from .torch_maths import ExpertMaths, Tensors, TokenMaths, route
+from .torch_maths import DeviceSlots, ExpertMaths, Tensors, TokenMaths, route
 
-__all__ = ["ExpertMaths", "NativeAttention", "Tensors", "TokenMaths", "choose_maths", "route", "speed_up_dense"]
+__all__ = [
+    "DeviceSlots",
+    "ExpertMaths",
+    "NativeAttention",
+    "Tensors",
+    "TokenMaths",
+    "choose_device_maths",
+    "choose_maths",
+    "route",
+    "speed_up_dense",
+]
 
 _TRIALS = 2
 _TRIAL_NUMBERS = 1 << 20
@@ -55,6 +65,25 @@ def choose_maths(
     if kernels == "auto" and native and not _is_exact(*native[0], layout, scratch):
         return [ExpandingMaths(module, layout, pool, _OTHER_ORDER) for module in modules]
     return maths
+
+
+def choose_device_maths(
+    modules: Iterable[nn.Module], layout: ExpertLayout, kernels: str, slots: DeviceSlots
+) -> list[ExpertMaths]:
+    """The same for a device with memory of its own, in whose `slots` the experts are: torch, unless `kernels` is
+    `triton`, which adds in another order and so is never taken unasked. Raises UnsupportedError where it cannot be had.
+    """
+    if kernels != "triton":
+        return [ExpertMaths(module, layout.quantization) for module in modules]
+    if layout.quantization is not None:
+        raise UnsupportedError("--kernels triton do not compute quantised experts", hint="leave --kernels out")
+    try:
+        from .triton_maths import TritonMaths
+    except ImportError as error:
+        raise UnsupportedError(
+            "--kernels triton: triton is not installed", hint="pip install triton, or leave --kernels out"
+        ) from error
+    return [TritonMaths(module, slots) for module in modules]
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:

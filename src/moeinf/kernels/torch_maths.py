@@ -19,7 +19,7 @@ from torch import nn
 from moeinf.manifest import Quantization, scales_name
 from moeinf.quantized import dequantize
 
-__all__ = ["ExpertMaths", "Tensors", "TokenMaths", "route"]
+__all__ = ["DeviceSlots", "ExpertMaths", "Tensors", "TokenMaths", "route"]
 
 _SUMS_IN_FLOAT32 = {"Inkling2Experts"}
 _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
@@ -27,6 +27,12 @@ _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
+
+
+class DeviceSlots(Protocol):
+    """The slots of a device with memory of its own: `weights` has each tensor of all of them together, [slots, …]."""
+
+    weights: dict[str, torch.Tensor]
 
 
 class TokenMaths(Protocol):
@@ -83,6 +89,7 @@ class ExpertMaths:
         weight, bias = tensors[name], tensors.get(f"{name}_bias")
         if self._quantization is not None:
             weight = self._expand(weight, tensors[scales_name(name)], rows)
+        weight = weight.to(rows.dtype)  # another one only on a device that does not compute in the weights' own
         product = rows @ weight if self._is_transposed else F.linear(rows, weight)
         return product if bias is None else product + bias
 
@@ -113,6 +120,7 @@ class _TorchToken:
 
 def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, Rows]:
     """Group a step's requests, both [tokens, k], by expert: {expert: (tokens [n], weights [n, 1])}, experts ascending.
+    The index is in host memory; what is returned is where the weights are.
 
     Within an expert the rows are ordered by (place among the k, token), as the eager forward orders them. An index of
     `num_experts` stands for "no expert" there, and is left out here.
@@ -121,9 +129,8 @@ def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: i
     flat = top_k_index.t().reshape(-1)
     order = torch.argsort(flat, stable=True)
     experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    groups = {}
-    for expert, positions in zip(experts.tolist(), torch.split(order, counts.tolist()), strict=True):
-        if expert < num_experts:
-            token, place = positions % tokens, positions // tokens
-            groups[expert] = (token, top_k_weights[token, place, None])
-    return groups
+    order = order.to(top_k_weights.device)
+    token, place = order % tokens, order // tokens
+    sizes = counts.tolist()
+    rows = zip(torch.split(token, sizes), torch.split(top_k_weights[token, place, None], sizes), strict=True)
+    return {expert: row for expert, row in zip(experts.tolist(), rows, strict=True) if expert < num_experts}

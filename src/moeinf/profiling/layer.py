@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.steps import Arrival
 from moeinf.timing import undisturbed
-from moeinf.transfer import Reader, SlotPool, Urgency
+from moeinf.transfer import SlotPool, Urgency
 
 __all__ = ["NoDisk", "measure_layer"]
 
@@ -54,22 +53,29 @@ def measure_layer(seconds: float) -> float:
     return max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
 
 
-class NoDisk(Reader):
+class NoDisk:
     """A disk that takes no time and brings nothing."""
 
     def __init__(self) -> None:
         self._done: deque[Arrival] = deque()
 
-    def fetch(
-        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
-    ) -> None:
-        self._done.append(Arrival(key, end - begin))
+    def fetch(self, key: int, slot: int, urgency: Urgency) -> None:
+        self._done.append(Arrival(key, 0))
+
+    def promote(self, key: int) -> None:
+        pass
+
+    def cancel(self, key: int) -> None:
+        pass
 
     def wait(self) -> Arrival:
         return self._done.popleft()
 
     def poll(self) -> Arrival | None:
         return self._done.popleft() if self._done else None
+
+    def close(self) -> None:
+        pass
 
 
 def _decode(layers: int, stack: ExitStack) -> Iterator[float]:
@@ -118,12 +124,11 @@ def _attach_runtime(model: Any, layers: int, stack: ExitStack) -> None:
     maths = choose_maths(modules, layout, "auto", pool.tensors(0), stack)
     hooks.attend(model, speed_up_dense(model, maths))
     runtime = ExpertRuntime(
-        Path(),
         manifest,
         maths,
         cache=ExpertCache(slots, slots, make_policy(DEFAULT_POLICY, sizes)),
         pool=pool,
-        reader=NoDisk(),
+        fetcher=NoDisk(),
         counter=RequestCounter(sizes, ActivationCollection(sizes)),
     )
     plan = MemoryPlan(

@@ -1,0 +1,145 @@
+"""Compute devices that have memory of their own, and the way of bytes to them.
+
+`Device` is the seam: CUDA through torch in the program, a stand-in on the CPU in tests. Nothing here waits for all that
+a device was asked to do: copies go along a stream of their own, and events say how far they have come. Knows nothing of
+experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from .errors import UnsupportedError, UsageError
+
+__all__ = ["CudaDevice", "Device", "Event", "find_device"]
+
+_cuda: Any = torch.cuda  # half of it is untyped
+_ELSEWHERE = "give --device cpu to compute on the processor"
+
+
+class Event(Protocol):
+    """A point in what a device was asked to do."""
+
+    def query(self) -> bool:
+        """Whether it has come."""
+
+    def synchronize(self) -> None:
+        """Return when it has come."""
+
+
+class Device(Protocol):
+    """A device, which does what it is asked in the order in which it was asked, copies apart. One thread asks, the
+    model's.
+
+    `place` is what torch calls it, `name` what people do, `others` how many more there are that could be named.
+    """
+
+    place: torch.device
+    name: str
+    others: int
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+
+    def peak_bytes(self) -> int:
+        """The most that this process held there at a time."""
+
+    def computes(self, dtype: torch.dtype) -> bool:
+        """Whether it has arithmetic of this kind, not by way of another."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """So many bytes, [nbytes]. Raises torch.OutOfMemoryError."""
+
+    def free(self) -> None:
+        """Let others have the memory that nothing here uses any more."""
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Let the device reach this host memory by itself, until `unpin`. Whether that could be had; without it copies
+        are slower, and nobody else can go on meanwhile.
+        """
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """The memory is the system's alone again. No copy from it may be under way."""
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Event:
+        """Begin to copy host memory to the device, behind earlier copies and behind all that the device was asked to
+        compute so far, which may still read what is overwritten. The event comes when the bytes are there.
+        """
+
+
+class CudaDevice:
+    """A GPU that torch calls CUDA, those of AMD included."""
+
+    def __init__(self, index: int) -> None:
+        self.place = torch.device("cuda", index)
+        _cuda.set_device(self.place)
+        self.name: str = _cuda.get_device_name(self.place)
+        self.others: int = _cuda.device_count() - 1
+        self._copies: Any = _cuda.Stream(self.place)
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self.place)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.place)
+
+    def computes(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.place)
+
+    def free(self) -> None:
+        _cuda.empty_cache()
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        # torch's own pinned memory comes in powers of two, which for most of the host's memory is too much to waste.
+        failed = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if failed:
+            self._forget_error()
+        return not failed
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        _cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Event:
+        self._copies.wait_stream(_cuda.current_stream(self.place))
+        with _cuda.stream(self._copies):
+            into.copy_(source, non_blocking=True)
+            event: Event = self._copies.record_event()
+        return event
+
+    def _forget_error(self) -> None:
+        """CUDA tells of an error once more when it is next asked for one, whoever asks."""
+        try:
+            torch.zeros(1, device=self.place)
+        except RuntimeError:
+            torch.zeros(1, device=self.place)
+
+
+def find_device(name: str) -> Device | None:
+    """The device that `--device NAME` means, None being the CPU; `auto` takes a GPU where torch can use one.
+
+    Raises UsageError for a name or a number that is not there, UnsupportedError where torch cannot use any GPU.
+    """
+    kind, _, number = name.partition(":")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return None
+    if name not in ("auto", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise UsageError(f"--device {name} is not known", hint="choose one of: auto, cpu, cuda, cuda:N")
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise UnsupportedError(
+            f"--device {name}: this torch was built without CUDA",
+            hint=f"install one with it (https://pytorch.org/get-started), or {_ELSEWHERE}",
+        )
+    try:
+        _cuda.init()
+    except RuntimeError as error:  # no driver, one too old, or no GPU: the message says which
+        raise UnsupportedError(f"--device {name}: {str(error).splitlines()[0]}", hint=_ELSEWHERE) from error
+    index, count = int(number or 0), torch.cuda.device_count()
+    if index >= count:
+        known = ", ".join(f"cuda:{each}" for each in range(count)) or "none"
+        raise UsageError(f"--device {name} is not there", hint=f"the GPUs here: {known}; or {_ELSEWHERE}")
+    return CudaDevice(index)

@@ -1,0 +1,108 @@
+"""Where a model computes, and in which memory: a device found, its memory and the host's divided, its slots made.
+
+Says what a person should know about the choice. Loads nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from . import memory
+from .device import Device, find_device
+from .errors import CapacityError, UnsupportedError, UsageError
+from .ledger import MemoryPlan, ModelShape
+from .manifest import Manifest
+from .settings import EngineOptions
+from .tiers import DevicePool
+from .units import format_bytes
+
+__all__ = ["Placement", "make_pool", "place"]
+
+_WIDE = torch.float32
+"""What weights are computed in where a device does not have their own dtype: nothing that they held is lost in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The device, None being the processor; what goes where; what the dense part is computed in; and what people should
+    know, in sentences.
+    """
+
+    device: Device | None
+    plan: MemoryPlan
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+
+def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Placement:
+    """Choose, as `options` say. With `auto`, a GPU that is too small for the model is left alone, and that is said.
+
+    Raises what `find_device` and the plans raise, and UsageError or UnsupportedError for options that do not go with
+    the device.
+    """
+    device = find_device(options.device)
+    notes: tuple[str, ...] = ()
+    if device is not None:
+        try:
+            return _place_on(device, manifest, shape, options)
+        except CapacityError as error:
+            if options.device != "auto" or options.device_memory is not None:
+                raise
+            notes = (f"{device.name} is not used: {error}",)
+    elif options.device_memory is not None:
+        raise UsageError("--device-memory bounds a GPU's memory, and none is used", hint="bound --host-memory instead")
+    if options.kernels == "triton":
+        raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
+    plan = memory.plan_memory(manifest, shape, options)
+    return Placement(None, plan, getattr(torch, manifest.dtype), notes)
+
+
+def _place_on(device: Device, manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Placement:
+    if options.kernels == "native":
+        raise UnsupportedError(
+            f"--kernels native compute on the processor, and the model on {device.name}",
+            hint="leave --kernels out, or give --device cpu",
+        )
+    notes = []
+    dtype = getattr(torch, manifest.dtype)
+    widening = 1
+    if not device.computes(dtype):
+        notes.append(f"{device.name} does not compute in {manifest.dtype}: in float32, which takes twice the memory")
+        dtype, widening = _WIDE, _WIDE.itemsize // dtype.itemsize
+    if device.others:
+        notes.append(f"{device.name} alone is used, and {device.others} more of this machine's GPUs are not")
+    plan = memory.plan_device_memory(manifest, shape, options, device.memory()[0], widening)
+    return Placement(device, plan, dtype, tuple(notes))
+
+
+def make_pool(manifest: Manifest, placement: Placement) -> tuple[DevicePool, Placement]:
+    """The slots on the placement's device, and the placement with as many as there was room for.
+
+    Raises CapacityError if that is fewer than one layer asks for.
+    """
+    plan, device = placement.plan, placement.device
+    assert device is not None
+    fewest = max(layer.top_k for layer in manifest.layers)
+    slots = plan.slots
+    while slots >= fewest:
+        try:
+            pool = DevicePool(manifest.layout, slots, device)
+        except torch.OutOfMemoryError:
+            slots = min(slots - 1, slots * 9 // 10)
+        else:
+            break
+    else:
+        raise CapacityError(
+            f"{device.name} has no room for {fewest} experts of {format_bytes(plan.slot_bytes)}, although"
+            f" {format_bytes(plan.experts)} of it were free for {plan.slots}",
+            hint="end what else uses the GPU, or give --device cpu",
+        )
+    if slots == plan.slots:
+        return pool, placement
+    note = f"{device.name} has less room than it said: it holds {slots:,} experts instead of {plan.slots:,}"
+    return pool, dataclasses.replace(
+        placement, plan=dataclasses.replace(plan, slots=slots), notes=(*placement.notes, note)
+    )

@@ -1,0 +1,192 @@
+"""What can be known on a GPU alone: exact against transformers there, bytes in their places, memory kept to.
+
+Skipped without one. tests/test_device_exact.py and tests/test_tiers.py have the same on a stand-in.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moeinf
+from families import make_checkpoint
+from moeinf.device import CudaDevice, find_device
+from moeinf.engine import Engine
+from moeinf.errors import CapacityError, UsageError
+from moeinf.policies import POLICIES
+from moeinf.pull import pull
+from moeinf.store import Store
+from moeinf.transfer import Urgency
+from readers import SlowReader, use_reader
+from test_device_exact import FAMILIES
+from test_exact import NEW_TOKENS, PROMPT
+from test_tiers import Bench
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+    pytest.mark.filterwarnings("ignore"),  # what transformers and torch say about families of theirs
+]
+
+GREEDY = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def device() -> CudaDevice:
+    return CudaDevice(0)
+
+
+def reference(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, list[int]]:
+    """Logits and greedy tokens of the checkpoint in plain transformers, on the GPU."""
+    auto: Any = AutoModelForCausalLM  # untyped
+    model = auto.from_pretrained(folder, dtype=dtype, experts_implementation="eager").to("cuda")
+    prompt = PROMPT.to("cuda")
+    with torch.inference_mode():
+        made = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return model(prompt).logits, made[0, PROMPT.shape[1] :].tolist()
+
+
+def check(engine: Engine, expected: tuple[torch.Tensor, list[int]]) -> None:
+    with torch.inference_mode():
+        assert torch.equal(engine.model(PROMPT.to("cuda")).logits, expected[0])
+    engine.generation_config.eos_token_id = None
+    assert list(engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens) == expected[1]
+    engine.runtime.cache.check_integrity()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_logits_and_tokens_are_those_of_transformers(
+    family: str, dtype: torch.dtype, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_reader(monkeypatch, SlowReader)
+    make_checkpoint(family, tmp_path, str(dtype).removeprefix("torch."))
+    expected = reference(tmp_path, dtype)
+    manifest = pull(str(tmp_path), store=Store(home), name="model").manifest
+    fewest = max(layer.top_k for layer in manifest.layers)
+    for experts, prefetch in ((str(fewest), "gate"), ("25%", "eam"), ("50%", "auto"), ("100%", "off")):
+        with moeinf.load("model", device="cuda", experts=experts, prefetch=prefetch) as engine:
+            check(engine, expected)
+
+
+@pytest.mark.parametrize("prefetch", ["off", "gate", "eam", "auto"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_no_policy_and_no_guess_changes_the_output(
+    policy: str, prefetch: str, tiny: str, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_reader(monkeypatch, SlowReader)
+    expected = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
+    for experts in ("2", "40%"):
+        for _ in range(2):
+            with moeinf.load(tiny, device="cuda", experts=experts, policy=policy, prefetch=prefetch) as engine:
+                check(engine, expected)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, device: CudaDevice) -> Iterator[Bench]:
+    made = Bench(tmp_path, device, 3)
+    yield made
+    made.tier.close()
+
+
+def test_experts_arrive_whole_whatever_the_order(bench: Bench) -> None:
+    chance = random.Random(0)
+    for _ in range(300):
+        keys = chance.sample(range(12), 6)
+        for slot, key in enumerate(keys):
+            bench.tier.fetch(key, slot, chance.choice(list(Urgency)))
+        for _ in keys:
+            arrival = bench.tier.wait()
+            assert bench.holds(keys.index(arrival.key), arrival.key)
+        bench.tier.check_integrity()
+
+
+def test_host_memory_is_pinned(bench: Bench) -> None:
+    assert bench.tier.is_pinned
+    assert bench.tier._pool.bytes.is_pinned()
+    bench.tier.close()
+    assert not bench.tier._pool.bytes.is_pinned()
+
+
+def test_a_slot_is_not_overwritten_while_it_is_read(device: CudaDevice) -> None:
+    """A long queue of maths reads the slot; a copy that is asked for behind it comes after all of it."""
+    slot = torch.ones(1 << 22, dtype=torch.float32, device=device.place)
+    source = torch.full((1 << 22,), 7.0).pin_memory()
+    work = torch.randn(4096, 4096, device=device.place)
+    for _ in range(20):
+        work = work @ work
+        work /= work.norm()
+    read = slot.clone()
+    event = device.copy(slot, source)
+    assert not event.query()
+    event.synchronize()
+    assert bool((read == 1).all())
+    assert bool((slot == 7).all())
+
+
+def test_a_copy_goes_beside_the_maths(device: CudaDevice) -> None:
+    """What is asked of the device after a copy does not wait for it, nor the copy for that."""
+    slot = torch.ones(1 << 28, dtype=torch.uint8, device=device.place)
+    source = torch.ones(1 << 28, dtype=torch.uint8).pin_memory()
+    torch.cuda.synchronize()
+    copied = device.copy(slot, source)
+    small = torch.zeros(1, device=device.place) + 1
+    computed = torch.cuda.current_stream().record_event()
+    computed.synchronize()
+    assert small.item() == 1
+    assert not copied.query()
+    copied.synchronize()
+
+
+def test_the_budget_is_kept(tiny: str) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with moeinf.load(tiny, device="cuda", experts="40%") as engine:
+        engine.session().generate(PROMPT[0].tolist() * 5, moeinf.Sampling(max_tokens=100))
+        assert torch.cuda.max_memory_allocated() - before <= engine.plan.total
+        assert engine.stats().memory.peak_device == torch.cuda.max_memory_allocated()
+
+
+def test_closing_gives_everything_back(tiny: str) -> None:
+    def load() -> None:
+        with moeinf.load(tiny, device="cuda") as engine:
+            engine.session().generate([5, 6, 7], GREEDY)
+
+    load()
+    gc.collect()
+    threads, held = threading.active_count(), torch.cuda.memory_allocated()
+    for _ in range(3):
+        load()
+        gc.collect()
+    assert threading.active_count() == threads
+    assert torch.cuda.memory_allocated() <= held
+
+
+def test_what_is_not_there_is_refused(tiny: str) -> None:
+    with pytest.raises(UsageError, match="--device cuda:99 is not there"):
+        find_device("cuda:99")
+    with pytest.raises(CapacityError, match="of the GPU's memory are free"):
+        moeinf.load(tiny, device="cuda", device_memory="10000GiB")
+
+
+def test_memory_that_somebody_else_takes_meanwhile_costs_slots(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with moeinf.load(tiny, device="cuda", experts="8") as engine:
+        expected = engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens
+        allocated = torch.cuda.memory_allocated() / torch.cuda.get_device_properties(0).total_memory
+        try:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(allocated)
+            try:
+                tokens = engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens
+            except CapacityError:
+                return  # not even half of the slots made enough room
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert tokens == expected

@@ -1,0 +1,308 @@
+"""A device is found, or refused with a reason; its memory is kept to; and what fails in the middle leaves all well."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeinf
+from families import make_checkpoint
+from moeinf.cli.answers import describe_plan, describe_stats
+from moeinf.cli.options import EngineFlags
+from moeinf.cli.planning import show_plan
+from moeinf.device import find_device
+from moeinf.engine import Engine
+from moeinf.errors import CapacityError, MoeinfError, UnsupportedError, UsageError
+from moeinf.pull import pull
+from moeinf.store import Store
+from moeinf.tiers import HostTier
+from readers import FailingReader, RecordingReader, use_reader
+from standin import PLACE, StandIn, use_device
+from test_exact import PROMPT, reference
+
+GREEDY = moeinf.Sampling(max_tokens=12, temperature=0)
+IDS = PROMPT[0].tolist()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    with use_device(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_home: Path) -> list[int]:
+    """What `tiny` answers to IDS."""
+    return reference(tiny_home.parent / "checkpoint", torch.bfloat16)[1][:12]
+
+
+def run(engine: Engine) -> list[int]:
+    engine.generation_config.eos_token_id = None
+    return list(engine.session().generate(IDS, GREEDY).tokens)
+
+
+def check_integrity(engine: Engine) -> None:
+    engine.runtime.cache.check_integrity()
+    engine.runtime._settle(())  # what was foreseen for a token that did not come
+    while engine.runtime._prefetcher.unsettled:
+        engine.runtime.wait()
+    assert not any(engine.runtime.cache._leases)
+    tier = engine.runtime._fetcher
+    assert isinstance(tier, HostTier)
+    tier.check_integrity()
+
+
+def test_without_cuda_a_gpu_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert find_device("auto") is None
+    assert find_device("cpu") is None
+    with pytest.raises(UnsupportedError, match="--device cuda: this torch was built without CUDA"):
+        find_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    with pytest.raises(UnsupportedError, match=r"--device cuda:1: Found no NVIDIA driver on your system\.$"):
+        find_device("cuda:1")
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="--device cuda:2 is not there") as caught:
+        find_device("cuda:2")
+    assert caught.value.hint == "the GPUs here: cuda:0, cuda:1; or give --device cpu to compute on the processor"
+    for name in ("tpu", "cuda:", "cuda:-1", "cpu:0", "auto:1"):
+        with pytest.raises(UsageError, match=f"--device {name} is not known"):
+            find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kernels": "native"}, UnsupportedError, "--kernels native compute on the processor"),
+        ({"device": "cpu", "kernels": "triton"}, UnsupportedError, "--kernels triton compute on a GPU, and none is"),
+        ({"device_memory": "2GiB"}, CapacityError, "--device-memory is 2.00 GiB, and 1.00 GiB of the GPU's memory are"),
+        ({"device_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),
+        ({"host_memory": "1000TB"}, CapacityError, "of host memory, which a GPU's copies keep from being swapped out"),
+        ({"host_memory": "1MB"}, CapacityError, "128 MiB of workspace"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    tiny: str, device: StandIn, options: dict[str, str], error: type[MoeinfError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        moeinf.load(tiny, **{"device": "cuda", **options})  # type: ignore[arg-type]
+    assert not device.is_pinned
+    with Store().hold(tiny):  # nobody holds it any more
+        pass
+
+
+def test_the_budget_that_is_named_would_do(tiny: str, device: StandIn) -> None:
+    for option in ("device_memory", "host_memory"):
+        with pytest.raises(CapacityError) as caught:
+            moeinf.load(tiny, device="cuda", context=128, **{option: "1MB"})  # type: ignore[arg-type]
+        assert caught.value.hint is not None
+        words = caught.value.hint.split()
+        assert words[2] == f"--{option.replace('_', '-')}"
+        with moeinf.load(tiny, device="cuda", context=128, **{option: words[3]}) as engine:  # type: ignore[arg-type]
+            assert run(engine)
+
+
+def test_a_gpu_that_is_too_small_is_left_alone(tiny: str, device: StandIn, tokens: list[int]) -> None:
+    device.size = 1 << 20
+    with moeinf.load(tiny, kernels="torch") as engine:
+        assert engine.device is None
+        assert engine.plan.host is None
+        assert engine.notes[0].startswith("a stand-in is not used: the model needs")
+        assert run(engine) == tokens
+
+
+def test_other_gpus_are_not_used_and_that_is_said(tiny: str, device: StandIn) -> None:
+    device.others = 3
+    with moeinf.load(tiny) as engine:
+        assert engine.notes == ("a stand-in alone is used, and 3 more of this machine's GPUs are not",)
+
+
+def test_memory_that_cannot_be_pinned_is_said(tiny: str, device: StandIn, tokens: list[int]) -> None:
+    device.can_pin = False
+    with moeinf.load(tiny) as engine:
+        assert engine.notes[0].startswith("the system does not let the GPU reach host memory by itself")
+        assert run(engine) == tokens
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32(home: Path, tmp_path: Path, device: StandIn) -> None:
+    make_checkpoint("gpt_oss", tmp_path, "bfloat16")
+    logits, tokens = reference(tmp_path, torch.float32)
+    pull(str(tmp_path), store=Store(home), name="model")
+    device.unsupported = {torch.bfloat16}
+    with moeinf.load("model", experts="50%") as engine, torch.inference_mode():
+        assert engine.notes[0].startswith("a stand-in does not compute in bfloat16: in float32")
+        assert torch.equal(engine.model(PROMPT.to(PLACE)).logits.cpu(), logits)
+        assert run(engine) == tokens[:12]
+        assert engine.plan.dense == 2 * engine.manifest.dense_bytes
+
+
+def test_a_device_with_less_room_than_it_says_holds_fewer_experts(
+    tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    device.room = 7 * (4096 * 2)
+    with moeinf.load(tiny) as engine:
+        assert 2 <= engine.plan.slots <= 7
+        assert engine.notes == (
+            f"a stand-in has less room than it said: it holds {engine.plan.slots} experts instead of 16",
+        )
+        assert run(engine) == tokens
+    device.room = 4096
+    with pytest.raises(CapacityError, match="a stand-in has no room for 2 experts"):
+        moeinf.load(tiny)
+    assert not device.is_pinned
+
+
+@pytest.mark.parametrize("prefetch", ["off", "eam"])
+@pytest.mark.parametrize("at", [1, 12, 25])
+def test_memory_that_runs_out_in_the_middle_costs_slots_and_not_the_answer(
+    at: int, prefetch: str, tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    with moeinf.load(tiny, experts="12", prefetch=prefetch) as engine:
+        run_out(engine, at)
+        said: list[int] = []
+        engine.generation_config.eos_token_id = None
+        answer = engine.session().generate(IDS, GREEDY, on_token=said.append)
+        assert list(answer.tokens) == said == tokens
+        assert engine.notes == ("a stand-in ran out of memory: from now on it holds 6 experts",)
+        assert (engine.plan.slots, engine.stats().experts.slots) == (6, 6)
+        check_integrity(engine)
+        assert engine.runtime.cache.num_resident + engine.runtime.cache.num_free == 6
+        assert run(engine) == tokens
+
+
+def test_memory_that_runs_out_for_good_ends_the_answer(tiny: str, device: StandIn, tokens: list[int]) -> None:
+    with moeinf.load(tiny, experts="12") as engine:
+        run_out(engine, *range(1000))
+        with pytest.raises(CapacityError, match="memory ran out, and half of 3 experts"):
+            run(engine)
+        check_integrity(engine)
+        del engine.runtime._maths[0].expert
+        assert run(engine) == tokens
+
+
+def run_out(engine: Engine, *at: int) -> None:
+    """Let the calls of these numbers for an expert of the first layer find no memory."""
+    maths, numbers = engine.runtime._maths[0], iter(range(100_000))
+    expert = maths.expert
+
+    def short_of_memory(*args: Any) -> torch.Tensor:
+        if next(numbers) in at:
+            raise torch.OutOfMemoryError("no memory")
+        return expert(*args)
+
+    maths.expert = short_of_memory  # type: ignore[method-assign,assignment]
+
+
+def test_what_fits_host_memory_is_read_once_and_crosses_the_link_once_per_step(
+    tiny: str, device: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = use_reader(monkeypatch, RecordingReader)
+    with moeinf.load(tiny, experts="2", prefetch="off") as engine, torch.inference_mode():
+        assert engine.plan.regime == "host-cached"
+        for expected in (0, 1):
+            copies = device.copies
+            engine.model(PROMPT.to(PLACE))
+            fetched = readers[-1].fetched
+            assert len(fetched) == len(set(fetched)) > 10
+            assert len(fetched) - 2 <= device.copies - copies <= len(fetched)
+            assert engine.runtime.traffic.unread >= expected * 10
+        run(engine)
+        stats = engine.stats()
+        assert stats.bytes.disk_to_host == 0
+        assert stats.experts.fetched_from_host == stats.experts.fetched == stats.experts.misses > 0
+        assert stats.bytes.host_to_device == stats.experts.fetched * engine.manifest.layout.nbytes
+
+
+@pytest.mark.parametrize("prefetch", ["off", "gate", "eam"])
+def test_every_read_may_fail_once(
+    prefetch: str, tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = use_reader(monkeypatch, FailingReader)
+    device.host_slots = 3
+    with moeinf.load(tiny, experts="4", prefetch=prefetch) as engine:
+        reader = readers[-1]
+        messages: list[tuple[str, str]] = []
+        for number in range(0, 400, 9):
+            reader.fail_at, reader.failed_path = number, None
+            try:
+                assert run(engine) == tokens
+            except MoeinfError as error:
+                messages.append((str(reader.failed_path), str(error)))
+            is_over = reader.failed_path is None
+            reader.fail_at, reader.failed_path = None, None
+            check_integrity(engine)
+            if is_over:
+                break
+        assert len(messages) > 2
+        assert all(message == f"{path} cannot be read: Input/output error" for path, message in messages)
+        assert run(engine) == tokens
+
+
+def test_an_interrupt_in_the_maths_leaves_no_lease(tiny: str, device: StandIn, tokens: list[int]) -> None:
+    with moeinf.load(tiny, experts="4") as engine:
+        maths = engine.runtime._maths[1]
+
+        def interrupted(*_: object) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        maths.expert = interrupted  # type: ignore[method-assign,assignment]
+        with pytest.raises(KeyboardInterrupt):
+            run(engine)
+        del maths.expert
+        check_integrity(engine)
+        assert run(engine) == tokens
+
+
+def test_a_trace_recorded_on_a_device_is_that_of_the_processor(tiny: str, device: StandIn) -> None:
+    from moeinf.recorder import Recorder
+    from moeinf.trace import ModelIdentity
+
+    traces = []
+    for name in ("cpu", "cuda"):
+        with moeinf.load(tiny, device=name, kernels="torch", experts="4") as engine:
+            engine.runtime.recorder = Recorder(ModelIdentity.of(tiny, engine.manifest))
+            run(engine)
+            traces.append(engine.runtime.recorder.trace())
+        shutil.rmtree(Store().path(tiny) / "traces", ignore_errors=True)
+    for name in ("experts", "weights", "position", "is_prefill"):
+        assert (getattr(traces[0], name) == getattr(traces[1], name)).all()
+
+
+def test_what_is_said_names_both_tiers(tiny: str, device: StandIn) -> None:
+    with moeinf.load(tiny, experts="4", prefetch="off") as engine:
+        assert describe_plan(engine.plan) == "4 of 16 experts in GPU memory, and all of them in host memory"
+        run(engine)
+        run(engine)
+        stats = engine.stats()
+        share = f"100.0% of {stats.experts.fetched} in 16 host slots"
+        assert f"in 4 device slots, {share} · disk to host 0 B" in describe_stats(stats)[1]
+    device.host_slots = 6
+    with moeinf.load(tiny, experts="4") as engine:
+        assert describe_plan(engine.plan) == (
+            "4 of 16 experts in GPU memory, 6 in host memory, the others are read from disk when asked for"
+        )
+    with moeinf.load(tiny) as engine:
+        assert describe_plan(engine.plan) == "all 16 experts in GPU memory"
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device_memory": "1GiB"}])
+def test_a_gpu_is_not_foretold(tiny: str, options: dict[str, str]) -> None:
+    nobody: Any = None
+    with pytest.raises(UnsupportedError, match="how a model will run on a GPU is not foretold yet"):
+        show_plan(tiny, nobody, EngineFlags(**options), nobody)  # type: ignore[arg-type]
