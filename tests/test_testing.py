@@ -47,8 +47,11 @@ def test_sizes(name: str) -> None:
 
 
 def test_other_numbers() -> None:
-    config = SHAPES["qwen3-30b-a3b"].config(layers=6, experts=32, top_k=4)
+    config = SHAPES["qwen3-30b-a3b"].config(layers=6, experts=32, top_k=4, vocabulary=1000)
     assert (config.num_hidden_layers, config.num_experts, config.num_experts_per_tok) == (6, 32, 4)
+    assert config.vocab_size == 1000
+    with pytest.raises(UsageError, match="a vocabulary of 255 has no room"):
+        SHAPES["small"].config(vocabulary=255)
     for layers, experts, top_k in ((0, 32, 4), (1, 4, 5), (1, 4, 0)):
         with pytest.raises(UsageError, match=f"no model has {layers} layers of {experts} experts, {top_k} per token"):
             SHAPES["small"].config(layers, experts, top_k)

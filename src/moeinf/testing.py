@@ -30,6 +30,8 @@ __all__ = ["RANDOM_KEY", "SHAPES", "Shape", "write_checkpoint"]
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"
 """What gpt-oss calls the two tensors of a weight in MXFP4."""
 
+_BYTES = 256
+
 RANDOM_KEY = "random_weights"
 """The key of config.json that says whose shapes these are."""
 
@@ -46,18 +48,27 @@ class Shape:
     experts: str
     fields: dict[str, Any]
 
-    def config(self, layers: int | None = None, experts: int | None = None, top_k: int | None = None) -> Any:
-        """The model's config with so many layers, experts per layer and experts per token; None leaves its own, but for
-        the layers. Raises UsageError for numbers that cannot be.
+    def config(
+        self,
+        layers: int | None = None,
+        experts: int | None = None,
+        top_k: int | None = None,
+        vocabulary: int | None = None,
+    ) -> Any:
+        """The model's config with so many layers, experts per layer, experts per token, and tokens known; None leaves
+        its own, but for the layers. Raises UsageError for numbers that cannot be.
         """
         fields = {"num_hidden_layers": self.written if layers is None else layers, **self.fields}
         fields |= {} if experts is None else {self.experts: experts}
         fields |= {} if top_k is None else {"num_experts_per_tok": top_k}
+        fields |= {} if vocabulary is None else {"vocab_size": vocabulary}
         if fields["num_hidden_layers"] < 1 or not 1 <= fields["num_experts_per_tok"] <= fields[self.experts]:
             raise UsageError(
                 f"no model has {fields['num_hidden_layers']} layers of {fields[self.experts]} experts,"
                 f" {fields['num_experts_per_tok']} per token"
             )
+        if fields["vocab_size"] < _BYTES:
+            raise UsageError(f"a vocabulary of {fields['vocab_size']} has no room for {_BYTES} bytes")
         make: Any = CONFIG_MAPPING[self.model_type]
         return make(**fields, tie_word_embeddings=False, dtype="bfloat16")
 
@@ -266,10 +277,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="default: as many as take some ten gigabytes")
     parser.add_argument("--experts", type=int, help="per layer; default: the model's own")
     parser.add_argument("--top-k", type=int, help="experts per token; default: the model's own")
+    parser.add_argument("--vocabulary", type=int, help="tokens; default: the model's own, however few its layers")
     parser.add_argument("--mxfp4", action="store_true", help="pack experts as gpt-oss is released")
     arguments = parser.parse_args()
     try:
-        config = SHAPES[arguments.shape].config(arguments.layers, arguments.experts, arguments.top_k)
+        numbers = (arguments.layers, arguments.experts, arguments.top_k, arguments.vocabulary)
+        config = SHAPES[arguments.shape].config(*numbers)
         write_checkpoint(config, arguments.folder, arguments.shape, is_mxfp4=arguments.mxfp4)
     except UsageError as error:
         parser.error(str(error))
