@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moeinf.cgroups import memory_limit, run_in
+from moeinf.settings import tune_libraries
 from moeinf.units import MIB
 
 LIBRARIES_BYTES = 700 * MIB
@@ -213,6 +214,7 @@ def main() -> None:
         return
     arguments.folder = arguments.folder.resolve()
     os.environ["MOEINF_HOME"] = str(arguments.folder / "home")
+    tune_libraries()
     print("| shape | experts | dtype | verdict | hit rate | a token | first token | bound | memory |")
     print("|---|---|---|---|---|---|---|---|---|\n| | | | | predicted / measured | predicted / measured: ratio | | | |")
     for setting in settings:
