@@ -40,8 +40,8 @@ FORESEE_S = 200e-6
 TOKEN_S = 2e-3
 """What transformers' `generate` takes per token beside the model."""
 SUSTAINED = 0.75
-"""A machine's rates are those of its best moments; over whole tokens weights are computed at this share of them
-(docs/performance.md)."""
+"""A machine's rates are those of its best moments; over whole tokens weights are computed, and experts read, at this
+share of them (docs/performance.md)."""
 TRIM_S = 3.5e-3
 """Giving freed memory back, per layer of a long step (`runtime.MANY_TOKENS`)."""
 COPIES = 3
@@ -111,7 +111,7 @@ class Forecast:
 
     `dense_s`, `layers_s`, `experts_s` and `bookkeeping_s` (of misses) add up with `stall_s`, the part of `read_s` that
     nothing hides, to `tpot_s` before `factor`, the correction by past runs. `bound_s` is what no program can beat at
-    this `hit_rate`, by the resource named `by`.
+    this `hit_rate` in the machine's best moments, by the resource named `by`.
     """
 
     regime: Regime
@@ -177,8 +177,9 @@ def foretell(
     read_s = missed_bytes / costs.fetch_rate
     busy_s = costs.dense_s + costs.layers_s + costs.experts_s + costs.bookkeeping_s(hits)
     stall_s = costs.stall_s(hits, read_s)
+    fastest_read_s = missed_bytes / costs.best_fetch_rate
     compute_s = (costs.dense_bytes + hits * costs.token_bytes) / situation.machine.memory.bytes_per_s
-    bound_s = max(compute_s, read_s)
+    bound_s = max(compute_s, fastest_read_s)
     return Forecast(
         regime=plan.regime,
         hit_rate=hits,
@@ -190,7 +191,7 @@ def foretell(
         stall_s=stall_s,
         missed_bytes=missed_bytes,
         bound_s=bound_s,
-        by="disk" if read_s > compute_s and not situation.reads_files else "host",
+        by="disk" if fastest_read_s > compute_s and not situation.reads_files else "host",
         tpot_s=max(bound_s, busy_s + stall_s),
         ttft_s=costs.prompt_s(min(prompt_tokens, plan.context)),
         prompt_tokens=min(prompt_tokens, plan.context),
@@ -233,9 +234,10 @@ class _Costs:
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
         self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
         self._kernels = situation.kernels
-        self.disk_rate = _disk_rate(machine, self.expert_bytes)
-        self.fetch_rate = self.disk_rate
+        self.best_fetch_rate = _disk_rate(machine, self.expert_bytes)
+        self.disk_rate = self.fetch_rate = SUSTAINED * self.best_fetch_rate
         if situation.reads_files:
+            self.best_fetch_rate = max(self.best_fetch_rate, machine.memory.bytes_per_s / COPIES)
             self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
         self._kind = _kind_of(manifest.layout)
         self._dense_rate = SUSTAINED * min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
@@ -280,7 +282,7 @@ class _Costs:
         """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
         layout, machine = self._manifest.layout, self._machine
         expanding_s = _expanding_s(machine, layout, self._kernels)
-        at_once_s = layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s
+        at_once_s = (layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s) / SUSTAINED
         return at_once_s if layout.is_released else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
     def prompt_s(self, tokens: int) -> float:
@@ -296,7 +298,7 @@ class _Costs:
         held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
         asked_of = [_asked(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
         fresh = 0.0 if before else min(1.0, self._plan.slots / sum(asked_of))
-        dense_s = self.dense_bytes / min(self._dense_rate, _step_rate(self._machine, self._kind, tokens))
+        dense_s = self.dense_bytes / min(self._dense_rate, SUSTAINED * _step_rate(self._machine, self._kind, tokens))
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
         attention_s = 4 * scores / _operations_rate(self._machine, self._kind)
         total = dense_s + attention_s + self.layers_s + len(self._manifest.layers) * TRIM_S
