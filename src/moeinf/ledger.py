@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import CapacityError, UsageError
-from .manifest import Manifest
+from .manifest import ExpertLayout, Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "make_device_plan",
     "make_plan",
     "parse_slots",
+    "slot_bytes",
 ]
 
 Regime = Literal["resident", "host-cached", "streaming"]
@@ -166,7 +167,7 @@ def make_plan(
         workspace=_base_workspace(manifest, shape, tokens) + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
         slots=0,
-        slot_bytes=_slot_bytes(manifest),
+        slot_bytes=slot_bytes(manifest.layout),
         all_experts=manifest.num_experts,
         token_experts=manifest.token_experts,
         context=tokens,
@@ -208,7 +209,7 @@ def make_device_plan(
         workspace=base + step_tokens * token_workspace,
         token_workspace=token_workspace,
         slots=0,
-        slot_bytes=_slot_bytes(manifest),
+        slot_bytes=slot_bytes(manifest.layout),
         all_experts=manifest.num_experts,
         token_experts=manifest.token_experts,
         context=tokens,
@@ -222,7 +223,7 @@ def make_device_plan(
 def _plan_host(manifest: Manifest, host_memory: str | None, host_bytes: int, most_slots: int) -> HostPlan:
     budget = _budget(host_memory, host_bytes)
     _check_free(budget, host_bytes, "--host-memory", "of host memory, which a GPU's copies keep from being swapped out")
-    size, fewest = _slot_bytes(manifest), max(layer.top_k for layer in manifest.layers)
+    size, fewest = slot_bytes(manifest.layout), max(layer.top_k for layer in manifest.layers)
     least = _WORKSPACE_BYTES + max(manifest.dense_bytes, fewest * size)
     if budget < least:
         raise CapacityError(
@@ -250,8 +251,9 @@ def _check_free(budget: int, free_bytes: int, option: str, what: str) -> None:
         )
 
 
-def _slot_bytes(manifest: Manifest) -> int:
-    return align_up(manifest.layout.nbytes, _PAGE)
+def slot_bytes(layout: ExpertLayout) -> int:
+    """Bytes of a slot: an expert's data in whole pages, since direct reads bring whole pages."""
+    return align_up(layout.nbytes, _PAGE)
 
 
 def _slots(manifest: Manifest, empty: MemoryPlan, experts: str | None, option: str) -> int:

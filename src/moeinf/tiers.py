@@ -16,9 +16,10 @@ import torch
 from .cache import ExpertCache, Outcome
 from .device import Device, Event
 from .dtypes import TORCH_DTYPES
+from .ledger import slot_bytes
 from .manifest import ExpertLayout
 from .steps import Arrival
-from .transfer import Fetcher, SlotPool, SlotTensors, Urgency, slot_bytes
+from .transfer import Fetcher, SlotPool, SlotTensors, Urgency
 
 __all__ = ["DevicePool", "HostTier"]
 

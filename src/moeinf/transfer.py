@@ -25,6 +25,7 @@ import torch
 
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, MoeinfError
+from .ledger import slot_bytes
 from .manifest import ExpertLayout
 from .steps import Arrival
 from .units import MIB, align_up
@@ -39,7 +40,6 @@ __all__ = [
     "Urgency",
     "allocate_buffer",
     "can_read_direct",
-    "slot_bytes",
 ]
 
 DIRECT_ALIGNMENT = 4096
@@ -57,11 +57,6 @@ def allocate_buffer(size_bytes: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
-
-
-def slot_bytes(layout: ExpertLayout) -> int:
-    """Bytes of a slot: an expert's data in whole pages, since direct reads bring whole pages."""
-    return align_up(layout.nbytes, DIRECT_ALIGNMENT)
 
 
 class Pool(Protocol):
