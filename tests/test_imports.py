@@ -50,6 +50,7 @@ LAYERS = [
         "device",
         "hardware",
         "kernels",
+        "shared_library",
         "memory",
         "policies",
         "predictors",

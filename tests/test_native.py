@@ -22,16 +22,17 @@ from torch import nn
 
 import moeinf
 from families import FAMILIES, make_model
-from moeinf import kernels
+from moeinf import kernels, shared_library
 from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.errors import UnsupportedError
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
-from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool, NotNativeError
+from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
 from moeinf.quantized import Packer, Quantizer, dequantize
+from moeinf.shared_library import NotNativeError, built_library
 
-LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else native.built_library()
+LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else built_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
 
 VARIANTS = native.variants(LIBRARY) if LIBRARY else []
@@ -501,7 +502,7 @@ def test_what_is_not_exact_is_not_chosen_by_itself(dtype: torch.dtype) -> None:
 
 
 def test_without_the_library_torch_computes(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "built_library", lambda: None)
+    monkeypatch.setattr(shared_library, "built_library", lambda: None)
     with moeinf.load(tiny) as engine:
         reason = "the native library is not built; install moeinf where there is a C compiler"
         assert engine.stats().kernels == f"torch: {reason}"

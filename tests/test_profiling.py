@@ -20,7 +20,6 @@ from moeinf import profiling, timing
 from moeinf.errors import CapacityError, MoeinfError, UsageError
 from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem
-from moeinf.kernels.native import NotNativeError, built_library
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Machine
 from moeinf.profiling import Effort, load_or_measure, measure_machine
@@ -29,6 +28,7 @@ from moeinf.profiling.disk import SCRATCH_NAME, DiskRates, measure_disk
 from moeinf.profiling.gpu import measure_gpus
 from moeinf.profiling.maths import measure_maths
 from moeinf.progress import NO_PROGRESS
+from moeinf.shared_library import NotNativeError, built_library
 from moeinf.transfer import Reader
 from moeinf.units import GIB, MIB
 

@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM
 import moeinf
 from families import make_checkpoint
 from faults import FailingDisk
-from moeinf import kernels
+from moeinf import kernels, shared_library
 from moeinf import pull as pull_module
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
-from moeinf.kernels import native
 from moeinf.manifest import Quantization, expert_path
 from moeinf.metamodel import is_experts_module
 from moeinf.pull import plan_pull, pull
@@ -112,7 +111,7 @@ def test_the_output_is_that_of_the_weights_that_the_numbers_stand_for(
             assert list(engine.session().generate(PROMPT[0].tolist(), sampling).tokens) == tokens
             stats = engine.stats()
             assert stats.quantization == f"{form.kind} experts (groups of {form.group})"
-            is_native = native.built_library() is not None and family != "inkling2_text"
+            is_native = shared_library.built_library() is not None and family != "inkling2_text"
             assert stats.kernels.startswith("native" if kinds == "auto" and is_native else "torch")
 
 
@@ -120,7 +119,7 @@ def test_without_the_library_torch_computes_numbers_too(
     plain: StoredModel, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOEINF_HOME", str(store.home))
-    monkeypatch.setattr(native, "built_library", lambda: None)
+    monkeypatch.setattr(shared_library, "built_library", lambda: None)
     quantize_model(plain, "small", INT4, store=store)
     with moeinf.load("small") as engine:
         assert engine.stats().kernels.startswith("torch: the native library is not built")

@@ -8,9 +8,9 @@ import pytest
 
 from moeinf import timing
 from moeinf.errors import IntegrityError
-from moeinf.kernels.native import NotNativeError
 from moeinf.manifest import expert_path
 from moeinf.rates import disk_rate, memory_rate
+from moeinf.shared_library import NotNativeError
 from moeinf.store import Store
 
 

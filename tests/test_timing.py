@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from moeinf import timing
-from moeinf.kernels.native import NativePool, built_library
+from moeinf.kernels.native import NativePool
+from moeinf.shared_library import built_library
 from moeinf.timing import best_of_each, measure_memory, undisturbed
 from moeinf.units import MIB
 

@@ -14,7 +14,8 @@ from itertools import cycle
 
 import torch
 
-from .kernels.native import NativePool, NotNativeError
+from .kernels.native import NativePool
+from .shared_library import NotNativeError
 from .transfer import allocate_buffer
 
 __all__ = ["Call", "best_of_each", "best_s", "measure_fresh_memory", "measure_memory", "open_pool", "undisturbed"]

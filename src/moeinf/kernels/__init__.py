@@ -15,10 +15,11 @@ from torch import nn
 
 from moeinf.errors import UnsupportedError
 from moeinf.manifest import ExpertLayout, scales_name
+from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
 from .dense import speed_up
-from .native import ExpandingMaths, NativeMaths, NativePool, NotNativeError
+from .native import ExpandingMaths, NativeMaths, NativePool
 from .torch_maths import DeviceSlots, ExpertMaths, Tensors, TokenMaths, route
 
 __all__ = [

@@ -10,7 +10,6 @@ expands weights that were released packed.
 from __future__ import annotations
 
 import ctypes
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from itertools import count, product, takewhile
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from moeinf.manifest import ExpertLayout, Quantization, TensorSpec, scales_name
+from moeinf.shared_library import NotNativeError, Signature, load_library
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
 
@@ -29,8 +29,6 @@ __all__ = [
     "NativeLayer",
     "NativeMaths",
     "NativePool",
-    "NotNativeError",
-    "built_library",
     "variants",
 ]
 
@@ -41,8 +39,6 @@ _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
-_INTERFACE = 4
-
 _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
 
@@ -51,10 +47,6 @@ _PROBE = 1024
 
 _SMALL = 1e-5
 """Differences below this are none, where gates and ups are about 4."""
-
-
-class NotNativeError(Exception):
-    """The library is not there, or cannot compute a layer; the message says why."""
 
 
 class NativeLayer(ctypes.Structure):
@@ -81,49 +73,29 @@ class NativeLayer(ctypes.Structure):
     )
 
 
-def built_library() -> Path | None:
-    """Where the library is, if it was built with the package."""
-    path = Path(__file__).with_name(f"_moe{sysconfig.get_config_var('EXT_SUFFIX')}")
-    return path if path.exists() else None
-
-
-def _load(path: Path | None) -> Any:
-    path = path or built_library()
-    if path is None:
-        raise NotNativeError("the native library is not built; install moeinf where there is a C compiler")
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NotNativeError(f"the native library cannot be loaded: {error}") from error
-    if library.moe_interface() != _INTERFACE:
-        raise NotNativeError("the native library is of another version; install moeinf again")
-    layer = POINTER(NativeLayer)
-    for name, result, arguments in (
-        ("moe_variant", c_char_p, (c_int,)),
-        ("moe_open", c_void_p, (c_int, c_int)),
-        ("moe_close", None, (c_void_p,)),
-        (
-            "moe_experts",
-            c_int,
-            (c_void_p, layer, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p),
-        ),
-        ("moe_sum", None, (layer, c_int, c_void_p, c_void_p, c_int, c_void_p)),
-        ("moe_activate", None, (layer, c_void_p, c_void_p)),
-        ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
-        ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
-        ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
-        ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
-        ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
-        ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
+_FUNCTIONS: tuple[Signature, ...] = (
+    ("moe_variant", c_char_p, (c_int,)),
+    ("moe_open", c_void_p, (c_int, c_int)),
+    ("moe_close", None, (c_void_p,)),
+    (
+        "moe_experts",
+        c_int,
+        (c_void_p, POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p),
+    ),
+    ("moe_sum", None, (POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_int, c_void_p)),
+    ("moe_activate", None, (POINTER(NativeLayer), c_void_p, c_void_p)),
+    ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
+    ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
+    ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
+    ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
+    ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
+)
 
 
 def variants(path: Path | None = None) -> list[str]:
     """The instruction sets that the library has and this processor can run, the best one last."""
-    library = _load(path)
+    library = load_library(_FUNCTIONS, path)
     return [name.decode() for name in takewhile(bool, map(library.moe_variant, count()))]
 
 
@@ -137,7 +109,7 @@ class NativePool:
     """
 
     def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
-        self.lib = _load(path)
+        self.lib = load_library(_FUNCTIONS, path)
         known = variants(path)
         self.variant = variant or known[-1]
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))

@@ -21,10 +21,11 @@ from moeinf import hardware, memory
 from moeinf.errors import IntegrityError
 from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem, explained, publish
-from moeinf.kernels.native import NotNativeError, variants
+from moeinf.kernels.native import variants
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Disk, Gpu, HostMemory, Machine, Processor, ReadRate
 from moeinf.progress import NO_PROGRESS, Progress
+from moeinf.shared_library import NotNativeError
 from moeinf.timing import measure_fresh_memory, measure_memory, open_pool
 
 from .disk import measure_disk
