@@ -52,6 +52,7 @@ LAYERS = [
         "kernels",
         "shared_library",
         "memory",
+        "native_routing",
         "policies",
         "predictors",
         "routing_memory",

@@ -12,13 +12,22 @@ from collections.abc import Sequence
 
 import pytest
 
+from moeinf import shared_library
 from moeinf.policies import make_policy
 from moeinf.policies.learned import NeighbourUsePolicy as Neighbours
 from moeinf.routing_memory import AHEAD, RoutingMemory
+from test_native import LIBRARY
 from test_policies import LAYER_OF, LAYERS, SIZES, TOP_K, routing, run
 
 FIRST = [sum(SIZES[:layer]) for layer in range(LAYERS)]
 KEEP = [float(keep) for keep in RoutingMemory._KEEP.ravel()]
+
+
+@pytest.fixture(autouse=True, params=["native", "numpy"])
+def _computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "native" and LIBRARY is None:
+        pytest.skip("the native library is not built")
+    monkeypatch.setattr(shared_library, "built_library", lambda: LIBRARY if request.param == "native" else None)
 
 
 class History:
@@ -81,7 +90,7 @@ class History:
     def visits_without(self, expert: int, near: list[tuple[int, float]]) -> float:
         average = self.average(expert)
         if not near:
-            return 1 / max(average, Neighbours._LEAST) - 1
+            return 1 / max(average, RoutingMemory._LEAST) - 1
         chosen, newest = self.chosen[LAYER_OF[expert]], self.runs[-1][1]
         last = len(chosen) - 1
         unused, wait, shares = 1.0, 0.0, []
@@ -91,11 +100,11 @@ class History:
                 follower = token + ahead if last == newest else token + ahead - 1
                 hits += weight * (expert in chosen[min(follower, last)])
             shares.append(hits / sum(weight for _, weight in near))
-            trust = float(Neighbours._SHARES[ahead - 1])
+            trust = float(RoutingMemory._TRUST.ravel()[ahead - 1])
             unused *= 1 - ((1 - trust) * average + trust * shares[-1])
             wait += unused if ahead < AHEAD else 0.0
-        later = (1 - Neighbours._LAST_SHARE) * average + Neighbours._LAST_SHARE * sum(shares) / len(shares)
-        return wait + unused / max(later, Neighbours._LEAST)
+        later = (1 - RoutingMemory._LATER_TRUST) * average + RoutingMemory._LATER_TRUST * sum(shares) / len(shares)
+        return wait + unused / max(later, RoutingMemory._LEAST)
 
 
 def remember(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +200,7 @@ def test_how_a_prompt_was_cut_is_forgotten() -> None:
 
 def test_without_past_tokens_the_averages_are_all_there_is() -> None:
     policy = Neighbours(SIZES)
-    never = LAYERS * (1 / Neighbours._LEAST - 1)
+    never = LAYERS * (1 / RoutingMemory._LEAST - 1)
     chosen = LAYERS * (1 / (1 - sum(KEEP) / len(KEEP)) - 1)
     for layer in range(LAYERS):
         assert ranks(policy, layer) == pytest.approx([never] * SIZES[layer], rel=1e-9)

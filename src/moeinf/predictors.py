@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .collection import RequestCounter
+from .native_routing import make_routing_memory
 from .routing_memory import RoutingMemory
 
 __all__ = ["CombinedPredictor", "EamPredictor", "GatePredictor", "NoPredictor", "Predictor"]
@@ -66,7 +67,7 @@ class EamPredictor:
     def __init__(
         self, sizes: Sequence[int], top_k: Sequence[int], counter: RequestCounter, memory: RoutingMemory | None = None
     ) -> None:
-        self._memory = memory or RoutingMemory(sizes)
+        self._memory = memory or make_routing_memory(sizes)
         self._feeds_memory = memory is None
         self._sizes = sizes
         self._top_k = top_k

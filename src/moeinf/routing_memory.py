@@ -2,7 +2,8 @@
 
 Routing follows the text, and text repeats itself in part: a token whose layers chose much the same experts as a past
 token is likely to be followed by much the same choices. Averages over time cannot see that; a search can. Pure numbers:
-knows nothing of caches, of what its answers are used for, or of torch.
+knows nothing of caches, of what its answers are used for, or of torch. `native_routing` computes
+the same sooner.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ __all__ = ["AHEAD", "RoutingMemory"]
 Floats = NDArray[np.float64]
 
 AHEAD = 4
-"""Visits of a layer that are foreseen. More of them gain nothing (docs/experiments.md)."""
+"""Visits of a layer that are foreseen. More of them gain nothing (docs/experiments.md). Like the number of neighbours
+and of averages, it stands in moe.h too.
+"""
+
+_WORD = 32
 
 
 class RoutingMemory:
@@ -26,13 +31,20 @@ class RoutingMemory:
     Likeness. `s(j)` compares the newest token t with the past token j, and the layers before with those before: for
     every layer that runs, `s(j) ← f · s(j) + (experts that both chose)`, with f = 0.1 ** (1 / layers), so the layers of
     one token ago count a tenth. From one token to the next, s(j) is what s(j - 1) was. The most that s can be, `m`,
-    grows alike by the number of experts chosen. The 16 tokens with the largest s are the neighbours; a neighbour weighs
-    exp(10 · s(j) / m).
+    grows alike by the number of experts chosen. The 16 tokens with the largest s are the neighbours, of those equally
+    like the newer ones; a neighbour weighs exp(10 · s(j) / m).
 
     A prompt counts as one step: only its last token is compared, and is the newest for every layer.
 
     Averages. Beside that, two averages per expert of whether it was chosen, with half-lives of 4 and 32 visits of its
-    layer; every token of a prompt counts.
+    layer; every token of a prompt counts. `b` is their mean.
+
+    Chance. `q_h` is the weighted share of the neighbours that were followed by the expert on the h-th visit of its
+    layer after them, h = 1 … 4. The chance of a use h visits ahead is `p_h = (1 - a_h) · b + a_h · q_h` with
+    a_h = 0.8 · 0.9 ** (h - 1), and of one on any later visit `p = 0.6 · b + 0.4 · (q_1 + … + q_4) / 4`.
+
+    Visits. Those that are expected to pass without a use are `S_1 + S_2 + S_3 + S_4 / p` with S_h the product of
+    1 - p_1 … 1 - p_h. Were all chances p, that would be 1 / p - 1, which it is as long as there is no past.
 
     Args:
         sizes: experts per MoE layer.
@@ -42,30 +54,27 @@ class RoutingMemory:
     _NEIGHBOURS = 16
     _SHARPNESS = 10.0
     _FADE = 0.1
-    _KEEP = 0.5 ** (1 / np.array([[[4.0]], [[32.0]]]))
-    _GAIN = 1 - _KEEP
+    _KEEP = 0.5 ** (1 / np.array([4.0, 32.0]))
+    _TRUST = 0.8 * 0.9 ** np.arange(AHEAD)[:, None, None]
+    _LATER_TRUST = 0.4
+    _LEAST = 1e-4
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        layers = len(sizes)
-        self._bits = next((bits for bits in (8, 16, 32) if max(sizes) <= bits), 64)
-        words = -(-max(sizes) // self._bits)
-        self.width = words * self._bits
+        layers, words = len(sizes), -(-max(sizes) // _WORD)
+        self.width = words * _WORD
         """Experts per layer, with room for the largest."""
         self._past = self._MEMORY - 1
         """Tokens that the newest one is compared with."""
-        self._chosen = np.zeros((layers, words, 4 * self._MEMORY), dtype=f"<u{self._bits // 8}")
+        self._chosen = np.zeros((layers, words, 4 * self._MEMORY), dtype=np.uint32)
         """What a token chose, a bit per expert, by its place: its number less `_begin`."""
-        self._flat = self._chosen.reshape(-1)
-        self._rows = self._chosen.shape[2] * np.arange(layers * words).reshape(layers, words)
-        self._newest = self._rows.copy()
-        """Where in `_flat` the words of each layer's newest token are."""
+        self._words = self._chosen.reshape(-1).data
+        self._newest = np.zeros(layers, dtype=np.int64)
+        """The place of each layer's newest token."""
         self._begin = -self._past
         self._likeness: Floats = np.zeros(self._past)
         """s, of the oldest token first: a token further on, each place is that of the next token, as it should be."""
         self._most_likeness = 0.0
-        self._fades: Floats = self._FADE ** (np.arange(layers + 1) / layers)
-        """f to the power of 0, 1 … layers."""
-        self._fades_of_words = self._fades[:-1][::-1].repeat(words)
+        self._fade = self._FADE ** (1 / layers)
         between = np.arange(self._past)[::-1, None]
         self._before_newest = np.maximum(between - np.arange(AHEAD), 0)
         """How long before the newest choice of a layer stands what followed, by the neighbour's place in `_likeness`;
@@ -88,9 +97,9 @@ class RoutingMemory:
         """`layer` has chosen for `tokens`: a list of experts (numbers within the layer) for each, the last one last.
         Layers come in order, over and over; of one with more tokens than half of the memory, the last ones are.
         """
-        tokens = tokens[-self._MEMORY // 2 :]
         if not tokens:
             return
+        tokens = tokens[-self._MEMORY // 2 :]
         token = (self._token if layer <= self._now else self._step) + len(tokens)
         if layer != self._now + 1 or token != self._token:
             self._learn()
@@ -103,11 +112,11 @@ class RoutingMemory:
             place += 1
             self._remember(layer, place, experts)
         for experts in tokens[:-1]:
-            self._averages[:, layer] *= self._KEEP[:, 0]
-            self._averages[:, layer, experts] += self._GAIN[:, 0]
-        self._newest[layer] = self._rows[layer] + place
+            self._averages[:, layer] *= self._KEEP[:, None]
+            self._averages[:, layer, experts] += 1 - self._KEEP[:, None]
+        self._newest[layer] = place
         self._now, self._token = layer, token
-        self._most_likeness = self._most_likeness * float(self._fades[1]) + len(tokens[-1])
+        self._most_likeness = self._most_likeness * self._fade + len(tokens[-1])
 
     def averages(self, layers: Sequence[int]) -> Floats:
         """The averages of the experts of `layers` [2, layers, width], the shorter half-life first."""
@@ -116,23 +125,44 @@ class RoutingMemory:
         return averages
 
     def followed(self, layers: Sequence[int]) -> Floats:
-        """The weighted share of the neighbours whose tokens chose each expert of `layers`, the h-th time that its layer
-        ran after them [AHEAD, layers, width]. Needs `has_past`.
+        """q_1 … q_4 of the experts of `layers` [AHEAD, layers, width]. Needs `has_past`.
 
-        After neighbour j that is token j + h, or j + h - 1 if the layer has yet to run for t, and the newest one if
+        After neighbour j stands token j + h, or j + h - 1 if the layer has yet to run for t, and the newest one if
         that is not known yet.
         """
         self._learn()
-        unknown = max(self._past - self._token, 0)
-        likeness = self._likeness[unknown:]
+        likeness = self._likeness[-self._known :]
         count = min(self._NEIGHBOURS, len(likeness))
-        near = likeness.argpartition(-count)[-count:]
+        near = np.flatnonzero(likeness >= np.partition(likeness, -count)[-count])
+        if len(near) > count:  # some are equally like
+            near = near[likeness[near].argsort(kind="stable")[-count:]]
         weights = np.exp(likeness[near] * (self._SHARPNESS / max(self._most_likeness, 1.0)))
-        before = self._before_newest[unknown:].take(near, axis=0)
-        words = self._flat.take(self._newest.take(layers, axis=0) - before[..., None, None], mode="clip")
-        chosen = self._unpack(words.reshape(count, -1))
+        before = self._before_newest[-self._known :].take(near, axis=0)
+        places = np.maximum(self._newest.take(layers) - before[..., None], 0)
+        chosen = self._unpack(self._chosen[layers, :, places].reshape(count, -1))
         shares: Floats = (weights / np.add.reduce(weights)) @ chosen
         return shares.reshape(AHEAD, len(layers), self.width)
+
+    def visits(self, layers: Sequence[int]) -> Floats:
+        """Visits of its layer that are expected to pass before an expert of `layers` is used [layers, width]."""
+        shorter, longer = self.averages(layers)
+        average: Floats = (shorter + longer) / 2
+        if not self.has_past:
+            visits: Floats = 1 / np.maximum(average, self._LEAST) - 1
+            return visits
+        over_average = self.followed(layers) - average
+        unused = 1 - average - self._TRUST * over_average
+        later = average + self._LATER_TRUST / AHEAD * np.add.reduce(over_average)
+        visits = unused[-1] / np.maximum(later, self._LEAST)
+        for share in unused[-2::-1]:
+            visits += 1
+            visits *= share
+        return visits
+
+    @property
+    def _known(self) -> int:
+        """Tokens that can be neighbours."""
+        return min(self._token, self._past)
 
     def _make_room(self) -> None:
         """Forget tokens that are too old, when a step might not find a place behind the newest."""
@@ -148,26 +178,30 @@ class RoutingMemory:
         bits = 0
         for expert in experts:
             bits |= 1 << expert
-        for number, word in enumerate(self._chosen[layer]):
-            word[place] = bits >> self._bits * number & (1 << self._bits) - 1
+        _, words, places = self._chosen.shape
+        for word in range(layer * words, (layer + 1) * words):
+            self._words[word * places + place] = bits & (1 << _WORD) - 1
+            bits >>= _WORD
 
     def _learn(self) -> None:
         """More layers ran for the newest token: how like is it now to those remembered? And what do they choose?"""
-        layers = slice(self._learned + 1, self._now + 1)
-        chosen = self._chosen[layers]
-        if not len(chosen):
-            return
-        place = self._token - self._begin
+        if self._learned < self._now:
+            self._learn_from(self._learned + 1, self._now + 1, self._token - self._begin)
+            self._learned = self._now
+
+    def _learn_from(self, first: int, end: int, place: int) -> None:
+        """The layers from `first` to before `end` ran for the token at `place`."""
+        chosen = self._chosen[first:end]
         newest = chosen[:, :, place]
         common = np.bitwise_count(chosen[:, :, place - self._past : place] & newest[:, :, None])
-        common = common.reshape(-1, self._past)
-        self._likeness *= self._fades[len(chosen)]
-        self._likeness += self._fades_of_words[-len(common) :] @ common
-        averages = self._averages[:, layers]
-        averages *= self._KEEP
-        averages += self._GAIN * self._unpack(newest)
-        self._learned = self._now
+        for words in common:
+            self._likeness *= self._fade
+            for count in words:
+                self._likeness += count
+        averages = self._averages[:, first:end]
+        averages *= self._KEEP[:, None, None]
+        averages += (1 - self._KEEP[:, None, None]) * self._unpack(newest)
 
     def _unpack(self, words: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
         """Words [n, words of a layer] as a 1 for every expert chosen [n, width]."""
-        return np.unpackbits(words.copy().view(np.uint8), axis=1, bitorder="little")
+        return np.unpackbits(words.astype("<u4").view(np.uint8), axis=1, bitorder="little")

@@ -1,4 +1,5 @@
-/* The maths of experts for one token, in C: what torch_maths.py computes, rounded where torch rounds.
+/* The maths of experts for one token, in C: what torch_maths.py computes, rounded where torch rounds. And, at the end,
+ * the loops of the routing memory, which need no pool.
  *
  * A caller opens a pool of threads once, describes each layer in a `moe_layer`, and per step calls `moe_experts` for
  * the experts that are in memory, as often as more arrive, then `moe_sum`. One thread at a time may use a pool. */
@@ -45,7 +46,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 4 };
+enum { MOE_INTERFACE = 5 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -114,5 +115,30 @@ MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */
 MOE_API uint64_t moe_read(moe_pool *pool, const void *memory, size_t bytes);
+
+/* What the routers chose of late: the arrays of RoutingMemory (routing_memory.py says what is computed with them).
+ * A token's choice is a bit per expert, in words that lie apart: [layers, width / 32, places]. */
+enum { MOE_AHEAD = 4, MOE_AVERAGES = 2, MOE_NEIGHBOURS = 16 };
+typedef struct {
+    int32_t layers, width, places; /* width: experts with room for the largest layer, a multiple of 32 */
+    int32_t past;                  /* tokens that the newest one is compared with */
+    const uint32_t *chosen;
+    const int64_t *newest;         /* [layers], places */
+    double *likeness;              /* [past], of the oldest token first */
+    double *averages;              /* [MOE_AVERAGES, layers, width] */
+    double fade, sharpness, least, later_trust;
+    double keep[MOE_AVERAGES], trust[MOE_AHEAD];
+} moe_routing;
+
+/* Layers from `first` to before `end` ran for the token at `place`: brings likeness and averages up to date. */
+MOE_API void moe_learn(const moe_routing *routing, int first, int end, int64_t place);
+
+/* What followed the tokens most like the newest, of `known` past ones, in `count` layers: [MOE_AHEAD, count, width]. */
+MOE_API void moe_followed(const moe_routing *routing, int known, double most_likeness, int count,
+                          const int32_t *layers, double *shares);
+
+/* Finds the same shares, and by them the visits that are expected to pass before an expert is chosen: [count, width]. */
+MOE_API void moe_visits(const moe_routing *routing, int known, double most_likeness, int count, const int32_t *layers,
+                        double *shares, double *visits);
 
 #endif
