@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from .cache import CacheCounters, ExpertCache, Outcome
 from .errors import UsageError
@@ -25,8 +27,7 @@ BELADY = "belady"
 """The clairvoyant bound, which only a replay can have."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One MoE layer of one step, experts numbered over all layers: what the tokens of the step chose, the last token
     last. `begins`: with it a request begins.
     """
@@ -36,10 +37,10 @@ class Event:
     is_prefill: bool
     begins: bool
 
-    @cached_property
+    @property
     def experts(self) -> list[int]:
         """Every expert that is asked for, once, ascending."""
-        return sorted({expert for row in self.choices for expert in row})
+        return sorted(set().union(*self.choices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,17 @@ class Replay:
 
 def events(trace: Trace) -> Iterator[Event]:
     """The trace in the order in which a model runs: the prompt of a sequence as one step, then token by token."""
-    first = [sum(trace.identity.layer_sizes[:layer]) for layer in range(len(trace.identity.layer_sizes))]
+    sizes = np.array(trace.identity.layer_sizes)
+    first = np.cumsum(sizes) - sizes
     for sequence in trace.sequences():
-        begins = True
-        for start, end in _steps(sequence.is_prefill.tolist()):
-            rows = sequence.experts[start:end].tolist()
-            for layer, offset in enumerate(first):
-                choices = tuple(tuple(offset + expert for expert in row[layer] if expert != NO_EXPERT) for row in rows)
-                yield Event(layer, choices, bool(sequence.is_prefill[start]), begins)
+        is_empty = sequence.experts == NO_EXPERT
+        experts = np.where(is_empty, NO_EXPERT, sequence.experts + first[:, None]).swapaxes(0, 1)
+        has_empty, is_prefill, begins = is_empty.any(), sequence.is_prefill.tolist(), True
+        for start, end in _steps(is_prefill):
+            for layer, rows in enumerate(experts[:, start:end].tolist()):
+                if has_empty:
+                    rows = [[expert for expert in row if expert != NO_EXPERT] for row in rows]
+                yield Event(layer, tuple(map(tuple, rows)), is_prefill[start], begins)
                 begins = False
 
 

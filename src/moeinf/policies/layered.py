@@ -55,12 +55,11 @@ class LayeredPolicy(ABC):
         self._residents: list[list[tuple[float, int]]] = [[] for _ in sizes]
         """(-rank, expert) of what is resident of each layer, the first to go first."""
         self._passing: dict[int, None] = {}
-        self._best_rank = np.full(self._layers, _NEVER)
-        self._score = np.full(self._layers, _NEVER)
-        """The rank of the first to go of each layer, and its score now."""
+        self._turns = list(range(self._layers))
+        """When each layer runs next, counted in layers from the beginning of the present token."""
+        self._scores = [_NEVER] * self._layers
+        """The rank of the first to go of each layer, and its turn: more than its wait by the same for all of them."""
         self._outdated = set(range(self._layers))
-        turn = np.arange(self._layers)
-        self._waits = list((turn[None, :] - turn[:, None] - 1) % self._layers + 1.0)
         self._now = 0
 
     @abstractmethod
@@ -76,8 +75,7 @@ class LayeredPolicy(ABC):
 
     def observe(self, layer: int, choices: Sequence[Sequence[int]]) -> None:
         first = self._first[layer]
-        self._now = layer
-        np.add(self._best_rank, self._waits[layer], out=self._score)
+        self._take_turn(layer)
         self.learn(layer, [[expert - first for expert in experts] for experts in choices])
         self._outdated.add(layer)
 
@@ -105,8 +103,10 @@ class LayeredPolicy(ABC):
         if len(self._outdated) >= self._TOGETHER:
             self._rank_anew(sorted(self._outdated))
             self._outdated.clear()
-        scores, free = self._score, dict[int, int]()
-        while scores[layer := int(scores.argmax())] > _NEVER:
+        scores = self._scores
+        free: dict[int, int] = {}
+        while (best := max(scores)) > _NEVER:
+            layer = scores.index(best)
             if layer in free:
                 return free[layer]
             residents = self._residents[layer]
@@ -115,14 +115,25 @@ class LayeredPolicy(ABC):
             if not free:
                 scores = scores.copy()
             order, free[layer] = next((each for each in residents if not is_leased(each[1])), (-_NEVER, -1))
-            scores[layer] = self._waits[self._now][layer] - order
+            scores[layer] = self._turns[layer] - order
         return None
+
+    def _take_turn(self, layer: int) -> None:
+        """`layer` runs, and next time only after all others."""
+        moved = range(layer, layer + 1)
+        if layer != self._now + 1:  # the layers start over
+            self._turns = [other + self._layers * (other < layer) for other in range(self._layers)]
+            moved = range(self._layers)
+        self._now = layer
+        self._turns[layer] = layer + self._layers
+        for other in moved:
+            self._score_first(other)
 
     def _rank_anew(self, layers: list[int]) -> None:
         for layer, ranks in zip(layers, self.ranks(layers).tolist(), strict=True):
             first = self._first[layer]
             self._ranks[first : first + self._sizes[layer]] = ranks[: self._sizes[layer]]
-            self._residents[layer] = sorted((-ranks[expert - first], expert) for _, expert in self._residents[layer])
+            self._residents[layer] = sorted([(-ranks[expert - first], expert) for _, expert in self._residents[layer]])
             self._score_first(layer)
 
     def _set_resident(self, expert: int, is_resident: bool) -> None:
@@ -138,8 +149,7 @@ class LayeredPolicy(ABC):
 
     def _score_first(self, layer: int) -> None:
         residents = self._residents[layer]
-        self._best_rank[layer] = rank = -residents[0][0] if residents else _NEVER
-        self._score[layer] = rank + self._waits[self._now][layer]
+        self._scores[layer] = self._turns[layer] - residents[0][0] if residents else _NEVER
 
 
 class _Recency(LayeredPolicy):
