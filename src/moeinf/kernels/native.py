@@ -41,7 +41,7 @@ _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
-_INTERFACE = 4
+_INTERFACE = 5
 
 _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
@@ -114,6 +114,7 @@ def _load(path: Path | None) -> Any:
         ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
         ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
         ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
+        ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
         ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
     ):
         function = getattr(library, name)
