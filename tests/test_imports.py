@@ -61,6 +61,7 @@ LAYERS = [
         "trials",
     },
     {
+        "draw",
         "engine",
         "generation",
         "hooks",
@@ -114,6 +115,7 @@ HEAVY = {
         "recorder",
         "runtime",
         "hooks",
+        "draw",
         "engine",
         "generation",
         "kvcache",
@@ -129,6 +131,7 @@ HEAVY = {
         "metamodel",
         "predictors",
         "hooks",
+        "draw",
         "engine",
         "generation",
         "kvcache",
