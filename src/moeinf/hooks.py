@@ -4,7 +4,8 @@ Loading: a "quantizer" that empties every experts module before the weights are 
 builds the dense part, for any family, and experts never occupy memory outside the slots. Compute: an experts
 implementation that transformers calls in place of its own. Attention: of a single token, where that is native, in front
 of transformers' own function. All are public extension points (transformers/quantizers/auto.py,
-transformers/integrations/moe.py, AttentionInterface), registered when this module is imported. A family
+transformers/integrations/moe.py, AttentionInterface), registered when this module is imported. The rotary embedding has
+no such point: in a loaded model the name that attention calls it by means another function. A family
 is supported when its experts module is made by `use_experts_implementation`; no family is named here.
 """
 
@@ -134,10 +135,15 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
     for module in model.modules():
         module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
         forward: Any = type(module).forward
-        if _ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        if _calls_rotation(forward):
             if forward not in forwards:
                 forwards[forward] = _with_rotation(forward, attention)
             module.forward = MethodType(forwards[forward], module)
+
+
+def _calls_rotation(forward: Any) -> bool:
+    is_plain = isinstance(forward, FunctionType)
+    return is_plain and _ROTATION in forward.__code__.co_names and _ROTATION in forward.__globals__
 
 
 def _with_rotation(forward: FunctionType, attention: NativeAttention) -> FunctionType:
