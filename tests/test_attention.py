@@ -1,4 +1,6 @@
-"""Native attention of one token against torch's, to the last bit, and left to torch where it is not known to be so."""
+"""Native attention and rotary embedding of one token against torch's, to the last bit, and left to torch where it is
+not known to be so.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_moe import Qwen3MoeConfig, modeling_qwen3_moe
 
 from moeinf import hooks
 from moeinf.kernels.attention import NativeAttention
@@ -116,3 +119,80 @@ def test_transformers_asks_it_for_plain_attention_only(attention: NativeAttentio
     bias = torch.randn(1, 4, 1, 20).to(torch.bfloat16)
     sdpa(module, query, key, value, None, scaling=0.3, position_bias=bias)
     assert len(asked) == trials
+
+
+def angles(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    half = torch.rand(1, 1, size // 2) * 100
+    both = torch.cat([half, half], 2)
+    return both.cos().to(torch.bfloat16), both.sin().to(torch.bfloat16)
+
+
+class Rotation:
+    """What the tests turn with, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        self.asked += 1
+        return modeling_qwen3_moe.apply_rotary_pos_emb(*args, **named)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 2), (7, 1, 30), (16, 4, 64), (32, 4, 128)])
+def test_the_rotary_embedding_is_torchs(heads: int, kv_heads: int, size: int, attention: NativeAttention) -> None:
+    torch.manual_seed(size)
+    function = Rotation()
+    rotate = attention.rotation(function)
+    for _ in range(20):
+        query, key, _ = tensors(heads, kv_heads, size, 1, spread=10.0)
+        cos, sin = angles(size)
+        expected = modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
+        assert all(map(torch.equal, rotate(query, key, cos, sin), expected))
+    assert function.asked == 1  # by the trial
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, cos, sin: (q, k, cos.expand(2, 1, 64), sin.expand(2, 1, 64)),
+        lambda q, k, cos, sin: (q.float(), k, cos, sin),
+        lambda q, k, cos, sin: (torch.cat([q, q], 2), torch.cat([k, k], 2), cos, sin),
+        lambda q, k, cos, sin: (q.transpose(1, 2), k.transpose(1, 2), cos, sin, 2),
+        lambda q, k, cos, sin: (q[0], k[0], cos, sin),
+    ],
+)
+def test_other_rotations_are_left_to_the_family(change: Any, attention: NativeAttention) -> None:
+    query, key, _ = tensors(4, 2, 64, 1)
+    function = Rotation()
+    rotate = attention.rotation(function)
+    rotate(query, key, *angles(64))
+    args = change(query, key, *angles(64))
+    expected = modeling_qwen3_moe.apply_rotary_pos_emb(*args)
+    assert all(map(torch.equal, rotate(*args), expected))
+    assert function.asked == 2
+
+
+def test_a_rotation_that_fails_its_trial_is_the_familys(attention: NativeAttention) -> None:
+    def turn_pairs(query: torch.Tensor, key: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return query.flip(3), key.flip(3)
+
+    query, key, _ = tensors(4, 2, 64, 1)
+    turned, _ = attention.rotation(turn_pairs)(query, key, *angles(64))
+    assert torch.equal(turned, query.flip(3))
+
+
+def test_one_model_rotates_natively_and_no_other_of_its_family(
+    attention: NativeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make: Any = Qwen3MoeConfig
+    config = make(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_implementation="sdpa")
+    module, other = (modeling_qwen3_moe.Qwen3MoeAttention(config, 0).to(torch.bfloat16) for _ in range(2))
+    module.load_state_dict(other.state_dict())
+    function = Rotation()
+    monkeypatch.setattr(attention, "rotation", lambda _: function)
+    hooks.attend(module, attention)
+    x, position = torch.randn(1, 1, 64).to(torch.bfloat16), angles(16)
+    with torch.inference_mode():
+        for each, asked in ((module, 1), (other, 1)):
+            each(x, position_embeddings=position, attention_mask=None)
+            assert function.asked == asked

@@ -155,6 +155,14 @@ def test_what_only_looks_like_a_norm_is_left_alone(pool: NativePool) -> None:
     assert speed_up(nn.ModuleList([added, nn.LayerNorm(64, bias=False).bfloat16(), nn.PReLU(64).bfloat16()]), pool) == 0
 
 
+def test_a_norm_that_cannot_do_without_its_gate_is_left_alone(pool: NativePool) -> None:
+    class Gated(Norm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x) * gate.sigmoid()  # type: ignore[union-attr]
+
+    assert speed_up(Gated(64).bfloat16(), pool) == 0
+
+
 def test_a_norm_that_is_given_more_is_torchs(pool: NativePool) -> None:
     torch.manual_seed(4)
     norm = Norm(64).bfloat16()

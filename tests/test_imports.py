@@ -63,6 +63,7 @@ LAYERS = [
         "trials",
     },
     {
+        "draw",
         "engine",
         "generation",
         "hooks",
@@ -116,6 +117,7 @@ HEAVY = {
         "recorder",
         "runtime",
         "hooks",
+        "draw",
         "engine",
         "generation",
         "kvcache",
@@ -131,6 +133,7 @@ HEAVY = {
         "metamodel",
         "predictors",
         "hooks",
+        "draw",
         "engine",
         "generation",
         "kvcache",

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .draw import QuickDraw, draws_as_torch_does
 from .errors import UsageError
 from .hooks import quiet
 from .kvcache import can_crop, make_cache
@@ -155,6 +156,7 @@ class Session:
             attention_mask=torch.ones_like(prompt),
             generation_config=config,
             past_key_values=self._cache,
+            logits_processor=_draw(config, model.device),
             streamer=clock,
             stopping_criteria=StoppingCriteriaList([clock.criterion()]),
             return_dict_in_generate=True,
@@ -264,6 +266,11 @@ class _Clock(BaseStreamer):
             prefill_tokens_per_s=prefilled / first if first else 0.0,
             decode_tokens_per_s=steps / rest if steps and rest else 0.0,
         )
+
+
+def _draw(config: GenerationConfig, place: torch.device) -> LogitsProcessorList:
+    draws = config.do_sample and place.type == "cpu" and draws_as_torch_does()
+    return LogitsProcessorList([QuickDraw()] if draws else [])
 
 
 def make_generation_config(base: GenerationConfig, sampling: Sampling, max_tokens: int) -> GenerationConfig:

@@ -4,7 +4,8 @@ Loading: a "quantizer" that empties every experts module before the weights are 
 builds the dense part, for any family, and experts never occupy memory outside the slots. Compute: an experts
 implementation that transformers calls in place of its own. Attention: of a single token, where that is native, in front
 of transformers' own function. All are public extension points (transformers/quantizers/auto.py,
-transformers/integrations/moe.py, AttentionInterface), registered when this module is imported. A family
+transformers/integrations/moe.py, AttentionInterface), registered when this module is imported. The rotary embedding has
+no such point: in a loaded model the name that attention calls it by means another function. A family
 is supported when its experts module is made by `use_experts_implementation`; no family is named here.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from .runtime import ExpertRuntime
 __all__ = ["attach", "attend", "load_dense_model", "move", "quiet"]
 
 _NAME = "moeinf"
+_ROTATION = "apply_rotary_pos_emb"
+"""What most families call the function that turns queries and keys."""
 
 
 @register_quantization_config(_NAME)
@@ -125,9 +129,29 @@ ALL_EXPERTS_FUNCTIONS.register(_NAME, _experts_forward)
 
 def attend(model: nn.Module, attention: NativeAttention | None) -> None:
     """Let `attention` do what it can of the attention of `model`; None leaves all of it to transformers."""
-    if attention is not None:
-        for module in model.modules():
-            module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
+    if attention is None:
+        return
+    forwards: dict[Any, FunctionType] = {}
+    for module in model.modules():
+        module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
+        forward: Any = type(module).forward
+        if _calls_rotation(forward):
+            if forward not in forwards:
+                forwards[forward] = _with_rotation(forward, attention)
+            module.forward = MethodType(forwards[forward], module)
+
+
+def _calls_rotation(forward: Any) -> bool:
+    is_plain = isinstance(forward, FunctionType)
+    return is_plain and _ROTATION in forward.__code__.co_names and _ROTATION in forward.__globals__
+
+
+def _with_rotation(forward: FunctionType, attention: NativeAttention) -> FunctionType:
+    """The same code, to which the name of the family's rotary embedding means the native one."""
+    names = {**forward.__globals__, _ROTATION: attention.rotation(forward.__globals__[_ROTATION])}
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
 
 
 _sdpa_forward: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]

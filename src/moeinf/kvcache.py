@@ -70,8 +70,8 @@ class _Room:
         if begin is None or begin + end > self._capacity:
             begin = 0
             memory[:, :, :middle] = held.clone()
-        memory[:, :, begin + middle : begin + end] = new
-        return memory[:, :, begin : begin + end]
+        memory.narrow(2, begin + middle, end - middle).copy_(new)
+        return memory.narrow(2, begin, end)
 
     def _position(self, memory: torch.Tensor, held: torch.Tensor) -> int | None:
         """How many tokens lie before `held`; None if it lies elsewhere."""

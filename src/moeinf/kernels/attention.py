@@ -1,20 +1,23 @@
-"""Attention of one token over its KV cache by the native library, in torch's order of adding up.
+"""Attention of one token over its KV cache by the native library, in torch's order of adding up, and the rotary
+embedding before it.
 
-torch's kernel for processors spends 10 times as long on a single token (csrc/attention.c). Knows the tensors that
-transformers hands to an attention function, and nothing of models.
+torch's kernel for processors spends 10 times as long on a single token (csrc/attention.c), and the embedding takes it a
+dozen small operations. Knows the tensors that transformers hands to such functions, and nothing of models.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .native import NativePool
 
-__all__ = ["NativeAttention"]
+__all__ = ["NativeAttention", "NativeRotation"]
 
 _LANES = 16
 _MOST_SIZE = 256
@@ -42,6 +45,10 @@ class NativeAttention:
     def __init__(self, pool: NativePool) -> None:
         self._pool = pool
         self._is_exact: dict[tuple[int, int, int], bool] = {}
+
+    def rotation(self, function: Callable[..., Any]) -> NativeRotation:
+        """What rotates queries and keys as `function` does."""
+        return NativeRotation(function, self._pool)
 
     def takes(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether `compute` can do it: query [1, heads, 1, size], key and value [1, KV heads, tokens, size]."""
@@ -84,3 +91,51 @@ class NativeAttention:
             if not torch.equal(self.compute(query, key, value, 0.2), expected.transpose(1, 2)):
                 return False
         return True
+
+
+class NativeRotation:
+    """A family's `apply_rotary_pos_emb` for one token, where the library gives its results to the last bit. That is
+    tried once for each size of heads, when it is first met. Else it is the `function` itself.
+    """
+
+    def __init__(self, function: Callable[..., Any], pool: NativePool) -> None:
+        self._function = function
+        self._pool = pool
+        self._is_exact: dict[int, bool] = {}
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if named or len(args) != 4 or not self._takes(*args):
+            return self._function(*args, **named)
+        query, key, cos, sin = args
+        return self._turn(query, cos, sin), self._turn(key, cos, sin)
+
+    def _takes(self, query: Any, key: Any, cos: Any, sin: Any) -> bool:
+        """Whether these are queries [1, heads, 1, size] and keys [1, KV heads, 1, size] in bfloat16, to be turned by
+        the angles of `cos` and `sin`, both [1, 1, size].
+        """
+        if {type(each) for each in (query, key, cos, sin)} != {torch.Tensor} or self._pool.handle is None:
+            return False
+        if not query.dtype == key.dtype == cos.dtype == sin.dtype == torch.bfloat16:
+            return False
+        size = cos.shape[-1]
+        if not cos.shape == sin.shape == (1, 1, size) or size % 2:
+            return False
+        if not all(x.dim() == 4 and x.shape == (1, x.shape[1], 1, size) for x in (query, key)):
+            return False
+        if size not in self._is_exact:
+            self._is_exact[size] = self._try(size)
+        return self._is_exact[size]
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        output = torch.empty_like(x)
+        angles = cos.contiguous().data_ptr(), sin.contiguous().data_ptr()
+        self._pool.lib.moe_rotate(x.shape[1], x.shape[3], x.data_ptr(), *angles, output.data_ptr())
+        return output
+
+    def _try(self, size: int) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        query, key = (torch.randn(1, heads, 1, size, generator=generator).to(torch.bfloat16) for heads in (8, 3))
+        cos, sin = (torch.randn(1, 1, size, generator=generator).to(torch.bfloat16) for _ in range(2))
+        expected = self._function(query, key, cos, sin)
+        return all(torch.equal(self._turn(x, cos, sin), each) for x, each in zip((query, key), expected, strict=True))

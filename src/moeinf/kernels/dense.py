@@ -112,7 +112,7 @@ class _Native(ABC):
         with torch.inference_mode():
             try:
                 return all(torch.equal(self(x), self._forward(x)) for x in inputs)
-            except (TypeError, RuntimeError):
+            except (AttributeError, TypeError, RuntimeError):
                 return False
 
 

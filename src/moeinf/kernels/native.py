@@ -89,6 +89,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
+    ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
 )
 
@@ -180,6 +181,7 @@ class NativeMaths(ExpandingMaths):
         self._anchor, self._offset = layout.tensors[0].name, layout.tensors[0].offset
         specs = {spec.name: spec for spec in layout.tensors}
         self.dtype = self._check(module, specs)
+        self.rounding = {weights: self._rounding(weights) for weights in _DTYPES}
         self.layer = self._describe(module, specs)
         self._recognise_activation(module)
 
@@ -203,6 +205,11 @@ class NativeMaths(ExpandingMaths):
 
     def _computes(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
         return hidden.dtype == self.dtype and weights.dtype in _DTYPES and self.pool.handle is not None
+
+    def _rounding(self, weights: torch.dtype) -> tuple[int, int]:
+        """What rows and their sum are rounded to with routing weights of this dtype."""
+        added, row = self.sum_dtype(self.dtype, weights), torch.promote_types(self.dtype, weights)
+        return _DTYPES[torch.bfloat16 if torch.bfloat16 in (row, added) else torch.float32], _DTYPES[added]
 
     def address(self, tensors: Tensors) -> int:
         """Where the expert that has these tensors begins."""
@@ -300,10 +307,7 @@ class _NativeToken:
         self._hidden = hidden.contiguous()
         self._weights = weights.float().contiguous()
         self.rows = torch.empty(weights.shape[1], hidden.shape[1])
-        added = maths.sum_dtype(hidden.dtype, weights.dtype)
-        row = torch.promote_types(hidden.dtype, weights.dtype)
-        self._sum_dtype = _DTYPES[added]
-        self._row_dtype = _DTYPES[torch.bfloat16 if torch.bfloat16 in (row, added) else torch.float32]
+        self._row_dtype, self._sum_dtype = maths.rounding[weights.dtype]
 
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
         maths, size = self._maths, len(places)

@@ -46,7 +46,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 5 };
+enum { MOE_INTERFACE = 6 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -111,6 +111,10 @@ typedef struct {
 /* The sum of values, weighed by softmax(scale * query * key). 0, -1 when memory is lacking, -2 where it is not compiled
  * in. */
 MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
+
+/* Rotary embedding in bfloat16 of `count` heads of x, one after the other: the halves of a head, [size], are turned by
+ * the angles whose cosines and sines are given, [size] too; products are rounded before they are added. */
+MOE_API void moe_rotate(int count, int64_t size, const void *x, const void *cosines, const void *sines, void *output);
 
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */
