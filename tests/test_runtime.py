@@ -14,12 +14,10 @@ import torch
 
 import moeinf
 from families import make_checkpoint
-from moeinf.cache import ExpertCache
 from moeinf.engine import Engine
 from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
-from moeinf.steps import OBSERVED_TOKENS
 from moeinf.store import Store
 from readers import FailingReader, RecordingReader, SlowReader, StuckReader, use_reader
 
@@ -211,30 +209,6 @@ def test_counters_tell_what_happened(wide: str) -> None:
     assert first.bytes.disk_to_host == first.experts.misses * engine.manifest.layout.nbytes > 0
     assert (again.experts.misses, again.experts.hit_rate, again.bytes.disk_to_host) == (0, 1.0, 0)
     assert again.stall_s == 0
-
-
-@pytest.mark.parametrize(
-    ("experts", "prefetch", "tells"), [("96", "off", False), ("96", "eam", True), ("95", "off", True)]
-)
-def test_decoded_tokens_are_told_where_it_matters(
-    wide: str, experts: str, prefetch: str, tells: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To a policy that may have to evict, or a predictor that may have to foresee."""
-    told: list[int] = []
-    observe = ExpertCache.observe
-
-    def spy(cache: ExpertCache, layer: int, choices: list[list[int]]) -> None:
-        told.append(len(choices))
-        observe(cache, layer, choices)
-
-    monkeypatch.setattr(ExpertCache, "observe", spy)
-    with moeinf.load(wide, experts=experts, prefetch=prefetch) as engine:
-        run(engine)
-        assert told[:3] == [OBSERVED_TOKENS] * 3
-        assert told[3:] == [1] * (3 * 11 if tells else 0)
-        assert engine.runtime.decode.requests == 3 * 11 * 2
-        assert prefetch != "off" or not any(engine.runtime.cache._leases)
-        engine.runtime.cache.check_integrity()
 
 
 @pytest.mark.parametrize("experts", ["10", "50%", "100%"])

@@ -92,7 +92,6 @@ class ExpertRuntime:
         self._fetcher = fetcher
         self._maths = maths
         self._layers = manifest.layers
-        self._num_experts = manifest.num_experts
         self._sizes = [layer.num_experts for layer in manifest.layers]
         self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
         self._prefetcher = Prefetcher(
@@ -209,13 +208,12 @@ class ExpertRuntime:
         token = self._maths[layer].token(hidden, weights)
         place = {first + expert: number for number, expert in enumerate(experts)}
         self._settle(place)
-        if not self._evicts_none or self.predictor != "off":  # else prompts tell the policy enough
-            cache.observe(layer, [list(place)])
-            self._prefetcher.observe(layer, [experts])
+        cache.observe(layer, [list(place)])
+        self._prefetcher.observe(layer, [experts])
         self.counter.count(layer, experts, 1, is_prefill=False)
         step = Step(self)
         try:
-            here = self._lease_all(step, sorted(place))
+            here = step.lease(sorted(place))
             self._prefetcher.look_ahead(layer)
             if here:
                 token.compute([place[key] for key in here], [self._tensors(key) for key in here])
@@ -228,23 +226,6 @@ class ExpertRuntime:
             step.end()
         self._prefetcher.has_run(layer, self.traffic.stall_s - stalled_s)
         return token.total([place[key] for key in sorted(place)])
-
-    @property
-    def _evicts_none(self) -> bool:
-        """Whether there is a slot for every expert: only a long prompt, which borrows slots, takes any away."""
-        return self.cache.num_slots >= self._num_experts
-
-    def _lease_all(self, step: Step, keys: list[int]) -> list[int]:
-        """Lease all `keys` for `step`, fetching what is not here; returns those that are. With a slot for every expert
-        nobody's is taken from it, and what is here is asked for without a lease.
-        """
-        cache = self.cache
-        if not self._evicts_none or not all(map(cache.is_resident, keys)):
-            return step.lease(keys)
-        for key in keys:
-            cache.acquire(key)
-            cache.release(key)
-        return keys
 
     def _forward_tokens(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor
