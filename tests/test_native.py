@@ -29,7 +29,7 @@ from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
-from moeinf.quantized import Packer, Quantizer, dequantize
+from moeinf.quantized import Packer, Quantizer, dequantize, fill_randomly
 from moeinf.shared_library import NotNativeError, built_library
 
 LIBRARY = Path(os.environ["MOEINF_TEST_LIBRARY"]) if "MOEINF_TEST_LIBRARY" in os.environ else built_library()
@@ -301,6 +301,23 @@ def released(
     return layout, tensors
 
 
+def float8(plain: ExpertLayout, scale: float, seed: int = 0) -> tuple[ExpertLayout, Tensors]:
+    """The same in float8, all bytes but NaN: blocks of gates and ups are apart."""
+    generator = torch.Generator().manual_seed(seed)
+    packer = Packer(plain, False, "fp8", {"gate_up_proj": 2})
+    memory = torch.empty(packer.layout.nbytes, dtype=torch.uint8)
+    tensors = {
+        spec.name: memory[spec.offset : spec.offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        for spec in packer.layout.tensors
+    }
+    fill_randomly(tensors, packer.quantization, generator)
+    for name in packer.quantization.widths:
+        numbers = tensors[name].view(torch.uint8).random_(0, 256, generator=generator)
+        numbers[numbers & 127 == 127] = 0
+        tensors[scales_name(name)].mul_(scale)
+    return packer.layout, tensors
+
+
 def expanded(layout: ExpertLayout, tensors: Tensors, plain: ExpertLayout) -> Tensors:
     """The same expert as `plain` has it, [out, in]."""
     made, whole = layout.quantization, make_expert(plain, torch.Generator())
@@ -329,6 +346,58 @@ def test_released_experts_give_what_they_give_expanded(pool: NativePool, kind: s
         wanted = compute(NativeMaths(module, plain, pool), hidden, weights, whole)
         found = compute(NativeMaths(module, layout, pool), hidden, weights, [tensors for _, tensors in experts])
         assert torch.equal(found, wanted)
+
+
+FLOAT8_SIZES = ((1, 1), (24, 33), (65, 100), (128, 127), (256, 384), (640, 192), (1152, 256))
+"""The next to last one has blocks that the library does not know."""
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-34, 1e34], ids=str)
+@pytest.mark.parametrize("kind", ["silu", "no-gate", "interleaved"])
+def test_float8_experts_give_what_they_give_expanded(pool: NativePool, kind: str, scale: float) -> None:
+    """To the last bit, with any instruction set: where weights are too small to be normal numbers, and infinite."""
+    module = Experts(**KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in FLOAT8_SIZES:
+        plain = make_layout(module, hidden_size, inner, torch.bfloat16)
+        experts = [float8(plain, scale, seed) for seed in range(3)]
+        if inner == 192:
+            with pytest.raises(NotNativeError, match="whole blocks alone"):
+                NativeMaths(module, experts[0][0], pool)
+            continue
+        hidden = (torch.randn(1, hidden_size, generator=generator) / scale).bfloat16()
+        weights = torch.rand(1, 3, generator=generator)
+        whole = [expanded(*expert, plain) for expert in experts]
+        wanted = compute(NativeMaths(module, plain, pool), hidden, weights, whole)
+        found = compute(NativeMaths(module, experts[0][0], pool), hidden, weights, [tensors for _, tensors in experts])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_library_expands_float8_as_torch_does(pool: NativePool) -> None:
+    """All bytes, NaN as well, and scales that make them tiny and infinite."""
+    module = Experts()
+    for hidden_size, inner in FLOAT8_SIZES:
+        for scale in (1.0, 1e-36, 1e40):
+            layout, tensors = float8(make_layout(module, hidden_size, inner, torch.bfloat16), scale)
+            by_library, about = ExpandingMaths(module, layout, pool), layout.quantization
+            assert about is not None
+            for name, width in about.widths.items():
+                numbers, scales = tensors[name], tensors[scales_name(name)]
+                numbers.view(torch.uint8).random_(0, 256)
+                rows = torch.empty(1, width, dtype=torch.bfloat16)
+                wanted = ExpertMaths(module, about)._expand(numbers, scales, rows)
+                found = by_library._expand(numbers, scales, rows)
+                torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_float8_nan_comes_through(pool: NativePool) -> None:
+    module = Experts()
+    layout, tensors = float8(make_layout(module, 256, 128, torch.bfloat16), 1.0)
+    numbers = tensors["down_proj"].view(torch.uint8)
+    numbers[5, 7], numbers[40, 3] = 0x7F, 0xFF
+    hidden, weights = torch.ones(1, 256).bfloat16(), torch.ones(1, 1)
+    found = compute(NativeMaths(module, layout, pool), hidden, weights, [tensors])
+    assert found.isnan().nonzero().tolist() == [[0, 5], [0, 40]]
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -380,6 +449,24 @@ def test_many_rows_of_released_experts_are_torch_s(pool: NativePool, kind: str) 
         weights = torch.rand(rows, 1, generator=generator)
         wanted = torch_maths.expert(hidden, tensors, weights)
         assert torch.equal(native_maths.expert(hidden, tensors, weights), wanted)
+
+
+@pytest.mark.skipif(not torch_adds_in_pairs(), reason="torch adds in another order on this processor")
+def test_float8_experts_are_native_by_themselves_where_that_is_exact() -> None:
+    module = Experts()
+    plain = make_layout(module, 1152, 768, torch.bfloat16)
+    (layout, tensors), (_, scratch) = float8(plain, 1.0), float8(plain, 1.0)
+    generator = torch.Generator().manual_seed(1)
+    with ExitStack() as stack:
+        [maths] = choose_maths([module], layout, "auto", scratch, stack)
+        assert isinstance(maths, NativeMaths)
+        for rows in (1, 1, 2, 40):
+            hidden = torch.randn(rows, 1152, generator=generator).bfloat16()
+            weights, torch_maths = torch.ones(rows, 1), ExpertMaths(module, layout.quantization)
+            if rows == 1:
+                wanted = compute(torch_maths, hidden, weights, [tensors])
+                assert torch.equal(compute(maths, hidden, weights, [tensors]), wanted)
+            assert torch.equal(maths.expert(hidden, tensors, weights), torch_maths.expert(hidden, tensors, weights))
 
 
 @pytest.mark.skipif(not torch_adds_in_pairs(), reason="torch adds in another order on this processor")

@@ -50,10 +50,12 @@ DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16"
 NUMBER_BITS = {"int8": 8, "int4": 4}
 GROUPS = (32, 64)
 """Weights of a row that share a factor."""
-RELEASED_BITS = {"mxfp4": 4}
+RELEASED_BITS = {"fp8": 8, "mxfp4": 4}
 """Packed weights that are kept as they were released, so that they stand for what they always did."""
-RELEASED_GROUPS = {"mxfp4": 32}
+RELEASED_GROUPS = {"fp8": 128, "mxfp4": 32}
 AS_RELEASED = "as released"
+_NUMBER_DTYPES = {"fp8": "F8_E4M3"}
+_SCALE_DTYPES = {"fp8": "F32", "mxfp4": "U8"}
 _QUANTIZATION_VERSION = 1
 
 
@@ -71,7 +73,7 @@ def scales_name(weight: str) -> str:
 class Quantization:
     """How the weights of experts are numbers of few bits with a factor for each `group` of a row; `dtype` is what they
     are expanded to. `kind` is one of NUMBER_BITS, whole numbers that are near what the weights were, or one of
-    RELEASED_BITS, which are the weights.
+    RELEASED_BITS, which are the weights. Of "fp8", up to `group` rows have their factors in common, too.
 
     `widths` has the quantised tensors, and how many weights a row of each has. Rows are outputs, whatever the model's
     module has them as. docs/store-format.md has the layout of each `version`.
@@ -99,9 +101,19 @@ class Quantization:
         return f"{self.kind} experts ({about})"
 
     @property
+    def is_in_blocks(self) -> bool:
+        """Whether a factor is that of a block of rows and columns."""
+        return self.kind == "fp8"
+
+    @property
+    def numbers_dtype(self) -> str:
+        """Of numbers, as safetensors calls it: float8, or bytes."""
+        return _NUMBER_DTYPES.get(self.kind, "U8")
+
+    @property
     def scales_dtype(self) -> str:
-        """Of factors, as safetensors calls it: float16, or bytes that are exponents of 2."""
-        return "U8" if self.is_released else "F16"
+        """Of factors, as safetensors calls it: float16, float32, or bytes that are exponents of 2."""
+        return _SCALE_DTYPES.get(self.kind, "F16")
 
     def row_bytes(self, weight: str) -> int:
         """Bytes of a row's numbers."""
@@ -110,6 +122,13 @@ class Quantization:
     def row_groups(self, weight: str) -> int:
         """Factors of a row."""
         return -(-self.widths[weight] // self.group)
+
+    def has_blocks(self, weight: str, rows: int, scale_rows: int) -> bool:
+        """Whether so many rows of factors cut `rows` and columns into blocks of one size, as transformers wants them,
+        none of which has more than `group` of either.
+        """
+        has_rows = 0 < scale_rows <= rows <= scale_rows * self.group and rows % scale_rows == 0
+        return has_rows and self.widths[weight] % max(1, self.row_groups(weight)) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,13 +321,18 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
             hint="update moeinf, or make the model again",
         )
     for name, width in made.widths.items():
-        if made.is_released and width % made.group:
+        (rows, _), (scale_rows, _) = specs[name].shape, specs[scales_name(name)].shape
+        if made.is_in_blocks:
+            if not made.has_blocks(name, rows, scale_rows):
+                raise ValueError(f"{scale_rows} rows of scales are no blocks of {name}, which is {rows} x {width}")
+        elif made.is_released and width % made.group:
             raise ValueError(f"a row of {name} has {width} weights, which are no groups of {made.group}")
-        rows = specs[name].shape[0]
-        for tensor, dtype, columns in (
-            (name, "U8", made.row_bytes(name)),
-            (scales_name(name), made.scales_dtype, made.row_groups(name)),
+        else:
+            scale_rows = rows
+        for tensor, dtype, shape in (
+            (name, made.numbers_dtype, (rows, made.row_bytes(name))),
+            (scales_name(name), made.scales_dtype, (scale_rows, made.row_groups(name))),
         ):
-            if (specs[tensor].dtype, specs[tensor].shape) != (dtype, (rows, columns)):
-                raise ValueError(f"{tensor} is not {dtype} of {rows} x {columns}")
+            if (specs[tensor].dtype, specs[tensor].shape) != (dtype, shape):
+                raise ValueError(f"{tensor} is not {dtype} of {shape[0]} x {shape[1]}")
     return made

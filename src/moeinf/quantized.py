@@ -20,7 +20,7 @@ from .files import Bytes
 from .manifest import DTYPE_BYTES, RELEASED_GROUPS, ExpertLayout, Quantization, TensorSpec, scales_name
 from .tensorfile import encode_expert_header
 
-__all__ = ["Packer", "Quantizer", "dequantize", "quantize"]
+__all__ = ["Packer", "Quantizer", "dequantize", "fill_randomly", "quantize"]
 
 _CHUNK_WEIGHTS = 1 << 18
 _LARGEST_FLOAT16 = 65504.0
@@ -31,6 +31,11 @@ _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 _FP4_PAIRS = torch.stack((_FP4.repeat(16), _FP4.repeat_interleave(16)), -1).view(torch.int64).flatten()
 """The two weights of every byte, as one number, so that they are looked up at once."""
 _POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
+_DRAWN_WEIGHTS = 1 << 20
+_DRAWN_EXPONENTS = (118, 126)
+_LARGEST_FLOAT8 = 448.0
+_FLOAT8_BITS = -0x7810
+"""Sign, exponent and fraction, where an int16 has them after a shift."""
 _LARGEST_EXPONENT = 252
 """Six, the largest of _FP4, times the next power of two is infinite."""
 
@@ -73,43 +78,59 @@ class Quantizer:
 class Packer:
     """Keeps experts that were released packed; `layout` says how they lie then.
 
-    `plain` is how they would lie expanded, and has [out, in] or, if `is_transposed`, [in, out]. Raises UnsupportedError
-    for rows that are no whole number of groups.
+    `plain` is how they would lie expanded, and has [out, in] or, if `is_transposed`, [in, out]. `pieces` says of how
+    many matrices of the checkpoint, one below the other, each is made; one unless it is named. Raises UnsupportedError
+    for rows that are no whole number of groups, and matrices that are no blocks of one size.
     """
 
-    def __init__(self, plain: ExpertLayout, is_transposed: bool, kind: str) -> None:
-        self.layout, self.quantization = _lay_out(plain, is_transposed, kind, RELEASED_GROUPS[kind])
+    def __init__(
+        self, plain: ExpertLayout, is_transposed: bool, kind: str, pieces: Mapping[str, int] | None = None
+    ) -> None:
+        group = RELEASED_GROUPS[kind]
+        self.layout, self.quantization = _lay_out(plain, is_transposed, kind, group, pieces)
+        rows = {spec.name: spec.shape[0] for spec in self.layout.tensors}
         for name, width in self.quantization.widths.items():
-            if width % self.quantization.group:
+            if not self.quantization.is_in_blocks:
+                if width % group:
+                    raise UnsupportedError(
+                        f"{name} has rows of {width} weights, and {kind} has groups of {group}",
+                        hint="use the model's original weights",
+                    )
+            elif not self.quantization.has_blocks(name, rows[name], rows[scales_name(name)]):
                 raise UnsupportedError(
-                    f"{name} has rows of {width} weights, and {kind} has groups of {self.quantization.group}",
+                    f"{name} is {rows[name]} x {width}, which transformers does not cut into blocks of {group}",
                     hint="use the model's original weights",
                 )
 
     def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
         """The data of an expert's file, from its tensors as they were released: of a matrix the bytes [out, groups,
-        bytes of a group] and exponents [out, groups]; and biases. `expert` is what messages call it.
+        bytes of a group] and exponents [out, groups], or float8 [out, in] and the scales of its blocks, of any float;
+        and biases. `expert` is what messages call it.
 
-        Raises IntegrityError for tensors that do not fit, and for exponents that no finite weight has.
+        Raises IntegrityError for tensors that do not fit, and for factors that no finite weight has.
         """
         made = self.quantization
-        for spec in self.layout.tensors:
-            tensor = tensors[spec.name]
-            shape = spec.shape
-            if spec.name in made.widths:
-                shape = (shape[0], made.row_groups(spec.name), made.group * made.bits // 8)
-            if tensor.shape != shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
-                raise IntegrityError(
-                    f"{spec.name} of {expert} is {tensor.dtype} {list(tensor.shape)}, not {spec.dtype} {list(shape)}"
-                )
+        ready = dict(tensors)
         for name in map(scales_name, made.widths):
-            if (largest := int(tensors[name].max())) > _LARGEST_EXPONENT:
+            if made.is_in_blocks:
+                ready[name] = _to_float32(tensors[name], f"{name} of {expert}")
+            elif tensors[name].numel() and (largest := int(tensors[name].max())) > _LARGEST_EXPONENT:
                 raise IntegrityError(
                     f"{name} of {expert} holds the exponent {largest}, which no finite weights have",
                     hint="the checkpoint is damaged",
                 )
         for spec in self.layout.tensors:
-            yield _bytes_of(tensors[spec.name])
+            tensor, shape = ready[spec.name], spec.shape
+            if spec.name in made.widths and not made.is_in_blocks:
+                shape = (shape[0], made.row_groups(spec.name), made.group * made.bits // 8)
+            if tensor.shape != shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+                raise IntegrityError(
+                    f"{spec.name} of {expert} is {tensor.dtype} {list(tensor.shape)}, not {spec.dtype} {list(shape)}",
+                    hint="the checkpoint is damaged, or packed in another way: --experts bf16 expands what"
+                    " transformers can",
+                )
+        for spec in self.layout.tensors:
+            yield _bytes_of(ready[spec.name])
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +161,11 @@ def dequantize(
     shape = (width, len(numbers)) if is_transposed else (len(numbers), width)
     weights = torch.empty(shape, dtype=dtype, device=numbers.device)
     by_rows = weights.t() if is_transposed else weights
-    expand = _expand_rows if quantization.is_released else _dequantize_rows
+    if quantization.is_in_blocks:
+        factors = factors.repeat_interleave(len(numbers) // len(factors), dim=0)
+        expand = _expand_float8_rows
+    else:
+        expand = _expand_mxfp4_rows if quantization.is_released else _dequantize_rows
     rows = max(1, _CHUNK_WEIGHTS // max(1, width))
     parts = (torch.split(tensor, rows) for tensor in (numbers, factors, by_rows))
     for some, theirs, into in zip(*parts, strict=True):
@@ -148,12 +173,55 @@ def dequantize(
     return weights
 
 
+def fill_randomly(
+    tensors: Mapping[str, torch.Tensor], quantization: Quantization | None, generator: torch.Generator
+) -> None:
+    """Write random weights, about as large as those of models, into the tensors of an expert that is plain or as it was
+    released. A million of them; larger tensors repeat themselves.
+    """
+    packed = quantization.widths if quantization else {}
+    scales = {scales_name(name) for name in packed}
+    for name, tensor in tensors.items():
+        count = min(tensor.numel(), _DRAWN_WEIGHTS)
+        if tensor.dtype == torch.uint8:
+            numbers = torch.randint(*(_DRAWN_EXPONENTS if name in scales else (0, 256)), (count,), generator=generator)
+        elif tensor.dtype == torch.float8_e4m3fn:
+            numbers = (torch.randn(count, generator=generator) * 100).clamp_(-_LARGEST_FLOAT8, _LARGEST_FLOAT8)
+        elif name in scales:
+            numbers = torch.rand(count, generator=generator) * 2e-4 + 1e-4
+        else:
+            numbers = torch.randn(count, generator=generator) * 0.02
+        for piece in torch.split(tensor.view(-1), count):
+            piece.copy_(numbers[: len(piece)])
+
+
 @cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return _FP4_PAIRS.to(device), _POWERS.to(device)
 
 
-def _expand_rows(numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor) -> None:
+def _expand_float8_rows(
+    numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor
+) -> None:
+    """Blocks of float8, as transformers expands them (transformers/integrations/finegrained_fp8.py).
+
+    torch's own conversion takes many times as long on a processor. Moved to where bfloat16 has them, float8's exponents
+    are 120 too small; what is then below its normal numbers is exact, too.
+    """
+    bits = numbers.view(torch.int8).to(torch.int16)
+    bits <<= 4
+    bits &= _FLOAT8_BITS
+    values = bits.view(torch.bfloat16).float()
+    values *= 2.0**120
+    values.masked_fill_(numbers.view(torch.uint8) & 127 == 127, torch.nan)
+    values = values.view(*factors.shape, -1)
+    values *= factors[..., None]
+    into.copy_(values.flatten(1))
+
+
+def _expand_mxfp4_rows(
+    numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor
+) -> None:
     """MXFP4, as transformers expands it (transformers/integrations/mxfp4.py)."""
     fp4_pairs, powers = _tables(numbers.device)
     pairs = torch.index_select(fp4_pairs, 0, numbers.flatten().int())
@@ -215,7 +283,19 @@ def _numbers(weights: torch.Tensor, factors: torch.Tensor, bits: int) -> torch.T
     return torch.where(factors != 0, weights / factors, 0).round_().clamp_(-largest, largest - 1)
 
 
-def _lay_out(plain: ExpertLayout, is_transposed: bool, kind: str, group: int) -> tuple[ExpertLayout, Quantization]:
+def _to_float32(scales: torch.Tensor, what: str) -> torch.Tensor:
+    """Without loss, for float32 has all that the others have."""
+    if not scales.is_floating_point() or scales.element_size() > 4:
+        raise IntegrityError(f"{what} is {scales.dtype}, which blocks of float8 do not have for scales")
+    scales = scales.float()
+    if not scales.isfinite().all():
+        raise IntegrityError(f"{what} holds NaN or infinity", hint="the checkpoint is damaged")
+    return scales
+
+
+def _lay_out(
+    plain: ExpertLayout, is_transposed: bool, kind: str, group: int, pieces: Mapping[str, int] | None = None
+) -> tuple[ExpertLayout, Quantization]:
     """How experts lie whose matrices are numbers. Tensors of the widest dtype come first, so that each starts at a
     multiple of its element's size.
     """
@@ -227,8 +307,12 @@ def _lay_out(plain: ExpertLayout, is_transposed: bool, kind: str, group: int) ->
     widths = {name: shape[0 if is_transposed else 1] for name, shape in matrices.items()}
     made = Quantization(kind, group, dtypes.pop(), widths)
     others = [(spec.name, spec.dtype, spec.shape) for spec in plain.tensors if spec.name not in widths]
-    scales = [(scales_name(name), made.scales_dtype, (rows[name], made.row_groups(name))) for name in widths]
-    numbers = [(name, "U8", (rows[name], made.row_bytes(name))) for name in widths]
+    scale_rows = dict(rows)
+    if made.is_in_blocks:
+        counts = {name: (pieces or {}).get(name, 1) for name in widths}
+        scale_rows = {name: count * -(-rows[name] // (count * group)) for name, count in counts.items()}
+    scales = [(scales_name(name), made.scales_dtype, (scale_rows[name], made.row_groups(name))) for name in widths]
+    numbers = [(name, made.numbers_dtype, (rows[name], made.row_bytes(name))) for name in widths]
     specs, offset = [], 0
     for name, dtype, shape in sorted([*others, *scales, *numbers], key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
         specs.append(TensorSpec(name, dtype, shape, offset))

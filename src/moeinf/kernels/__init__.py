@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from moeinf.errors import UnsupportedError
-from moeinf.manifest import ExpertLayout, scales_name
+from moeinf.manifest import ExpertLayout
+from moeinf.quantized import fill_randomly
 from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
@@ -35,8 +36,6 @@ __all__ = [
 ]
 
 _TRIALS = 2
-_TRIAL_NUMBERS = 1 << 20
-_TRIAL_EXPONENTS = (118, 126)
 _OTHER_ORDER = "native kernels add in another order than torch on this processor; --kernels native takes them anyway"
 
 
@@ -114,7 +113,7 @@ def _fall_back(module: nn.Module, layout: ExpertLayout, error: NotNativeError, k
 def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scratch: Tensors) -> bool:
     """Whether it gives what torch gives for an expert of random numbers, to the last bit."""
     generator = torch.Generator().manual_seed(0)
-    _fill(scratch, layout, generator)
+    fill_randomly(scratch, layout.quantization, generator)
     if native.dtype == torch.bfloat16 and not native.pool.adds_as_torch_does:
         return False
     weights = torch.ones(1, 1, dtype=native.dtype)
@@ -128,19 +127,3 @@ def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scra
         if not torch.equal(*results):
             return False
     return True
-
-
-def _fill(scratch: Tensors, layout: ExpertLayout, generator: torch.Generator) -> None:
-    """Write random weights."""
-    packed = layout.quantization.widths if layout.quantization else {}
-    exponents = {scales_name(name) for name in packed}
-    for name, tensor in scratch.items():
-        count = min(tensor.numel(), _TRIAL_NUMBERS)
-        if name in exponents:
-            numbers = torch.randint(*_TRIAL_EXPONENTS, (count,), generator=generator)
-        elif name in packed:
-            numbers = torch.randint(0, 256, (count,), generator=generator)
-        else:
-            numbers = torch.randn(count, generator=generator) * 0.02
-        for piece in torch.split(tensor.view(-1), count):
-            piece.copy_(numbers[: len(piece)])

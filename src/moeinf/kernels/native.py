@@ -34,7 +34,7 @@ __all__ = [
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3}
+_WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3, "fp8": 4}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
@@ -70,6 +70,8 @@ class NativeLayer(ctypes.Structure):
         ("down", c_int64),
         ("down_scales", c_int64),
         ("down_bias", c_int64),
+        ("up_block", c_int64),
+        ("down_block", c_int64),
     )
 
 
@@ -85,6 +87,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_sum", None, (POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_int, c_void_p)),
     ("moe_activate", None, (POINTER(NativeLayer), c_void_p, c_void_p)),
     ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
+    ("moe_expand_fp8", None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
@@ -135,15 +138,17 @@ class NativePool:
     def expand(
         self, numbers: torch.Tensor, factors: torch.Tensor, about: Quantization, width: int, *, is_transposed: bool
     ) -> torch.Tensor:
-        """A packed weight as bfloat16 [out, width], or [width, out] if `is_transposed`, as only released ones are. It
-        lies where the next one will: fresh memory takes the system longer than all of the rest.
+        """A packed weight as bfloat16 [out, width], or [width, out] if `is_transposed`, as only MXFP4 is. It lies where
+        the next one will: fresh memory takes the system longer than all of the rest.
         """
         out = len(numbers)
         if self._scratch.numel() < out * width:
             self._scratch = torch.empty(out * width, dtype=torch.bfloat16)
         weight = self._scratch[: out * width].view((width, out) if is_transposed else (out, width))
         packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
-        if about.is_released:
+        if about.is_in_blocks:
+            self.lib.moe_expand_fp8(self.handle, out // len(factors), *packed, into)
+        elif about.is_released:
             self.lib.moe_expand(self.handle, *packed, is_transposed, into)
         else:
             self.lib.moe_expand_int(self.handle, _WEIGHTS[about.kind], about.group, *packed, into)
@@ -164,6 +169,8 @@ class ExpandingMaths(ExpertMaths):
     def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         about = self._quantization
         if about is None or rows.dtype != torch.bfloat16 or self.pool.handle is None:
+            return super()._expand(numbers, factors, rows)
+        if _has_other_blocks(about, rows.shape[1]):
             return super()._expand(numbers, factors, rows)
         return self.pool.expand(numbers, factors, about, rows.shape[1], is_transposed=self._is_transposed)
 
@@ -229,6 +236,8 @@ class NativeMaths(ExpandingMaths):
             expected |= factors
             if quantization.is_released and quantization.dtype != "BF16":
                 raise NotNativeError(f"it does not compute {quantization.kind} experts in {quantization.dtype}")
+            if any(_has_other_blocks(quantization, width) for width in quantization.widths.values()):
+                raise NotNativeError(f"it computes {quantization.kind} experts in whole blocks alone")
         if len(dtypes) > 1 or not dtypes <= set(_NAMES):
             raise NotNativeError(f"it does not compute experts in {' and '.join(sorted(dtypes))}")
         if self._norm is not None:
@@ -247,6 +256,8 @@ class NativeMaths(ExpandingMaths):
         elif is_transposed:
             hidden, inner = inner, hidden
         offsets = {name: spec.offset for name, spec in specs.items()}
+        packed = quantization.widths if quantization else {}
+        blocks = {name: specs[name].shape[0] // specs[scales_name(name)].shape[0] for name in packed}
         return NativeLayer(
             dtype=_DTYPES[self.dtype],
             weights=kind,
@@ -263,6 +274,8 @@ class NativeMaths(ExpandingMaths):
             down=offsets["down_proj"],
             down_scales=offsets.get(scales_name("down_proj"), -1),
             down_bias=offsets.get("down_proj_bias", -1),
+            up_block=blocks.get(self._up, 0),
+            down_block=blocks.get("down_proj", 0),
         )
 
     def _recognise_activation(self, module: nn.Module) -> None:
@@ -336,6 +349,11 @@ class _NativeToken:
             output.data_ptr(),
         )
         return output
+
+
+def _has_other_blocks(about: Quantization, width: int) -> bool:
+    """Whether a row has several blocks that are not as wide as the library knows them."""
+    return about.is_in_blocks and width > about.group and width % about.group != 0
 
 
 def _attribute(module: nn.Module, *names: str) -> float:

@@ -18,9 +18,9 @@ from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativeMaths, NativePool
 from moeinf.machine import MathsRate
-from moeinf.manifest import NUMBER_BITS, RELEASED_BITS, ExpertLayout, Quantization, TensorSpec, scales_name
+from moeinf.manifest import NUMBER_BITS, RELEASED_BITS, ExpertLayout, TensorSpec
 from moeinf.progress import Task
-from moeinf.quantized import Packer, Quantizer
+from moeinf.quantized import Packer, Quantizer, fill_randomly
 from moeinf.timing import Call, best_of_each, best_s
 from moeinf.transfer import allocate_buffer
 
@@ -38,7 +38,6 @@ HIDDEN, INNER, TOP_K = 2048, 768, 8
 """The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
 TOKENS = (1, 16, 256)
 _GROUP = 64
-_EXPONENTS = (118, 122)
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
@@ -157,18 +156,11 @@ class Experts:
         if isinstance(self._encoder, Quantizer):
             data = b"".join(self._encoder.encode(tensors, "an expert"))
             return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if made := self._layout.quantization:
-            return self._packed_image(made, seed)
+        if isinstance(self._encoder, Packer):
+            image = torch.empty(self._layout.nbytes, dtype=torch.uint8)
+            fill_randomly(self._tensors(image), self._layout.quantization, torch.Generator().manual_seed(seed))
+            return image
         return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
-
-    def _packed_image(self, made: Quantization, seed: int) -> torch.Tensor:
-        """Any bytes are weights; with these exponents they are as large as others."""
-        generator = torch.Generator().manual_seed(seed)
-        image = torch.empty(self._layout.nbytes, dtype=torch.uint8).random_(0, 256, generator=generator)
-        for spec in self._layout.tensors:
-            if spec.name in map(scales_name, made.widths):
-                image[spec.offset : spec.offset + spec.nbytes].random_(*_EXPONENTS, generator=generator)
-        return image
 
     def _tensors(self, place: torch.Tensor) -> Tensors:
         return {

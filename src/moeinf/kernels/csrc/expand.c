@@ -1,15 +1,16 @@
 #include "library.h"
 
-/* One call of moe_expand. A ticket is PAD rows. */
+/* One call of moe_expand or moe_expand_fp8. A ticket is PAD rows. */
 typedef struct {
     const kernels *kernels;
     const uint8_t *weights, *scales;
+    fp8_blocks blocks; /* instead of `scales` */
     size_t rows, width;
     bool is_transposed;
     uint16_t *output;
 } expansion;
 
-static void run_ticket(void *job, size_t ticket) {
+static void expand_rows(void *job, size_t ticket) {
     const expansion *all = job;
     size_t first = ticket * PAD, count = smaller(PAD, all->rows - first), at = first * all->width;
     const uint8_t *weights = all->weights + at / 2, *scales = all->scales + at / FP4_GROUP;
@@ -21,6 +22,33 @@ static void run_ticket(void *job, size_t ticket) {
 
 void moe_expand(moe_pool *pool, const void *weights, const void *scales, int64_t rows, int64_t width,
                 int is_transposed, void *output) {
-    expansion all = {pool->kernels, weights, scales, (size_t)rows, (size_t)width, is_transposed, output};
-    pool_run(pool->threads, run_ticket, &all, ceil_div((size_t)rows, PAD));
+    expansion all = {
+        .kernels = pool->kernels,
+        .weights = weights,
+        .scales = scales,
+        .rows = (size_t)rows,
+        .width = (size_t)width,
+        .is_transposed = is_transposed,
+        .output = output,
+    };
+    pool_run(pool->threads, expand_rows, &all, ceil_div(all.rows, PAD));
+}
+
+static void expand_blocks(void *job, size_t ticket) {
+    const expansion *all = job;
+    size_t first = ticket * PAD, count = smaller(PAD, all->rows - first);
+    all->kernels->expand_fp8(all->weights, &all->blocks, all->width, first, count, all->output + first * all->width);
+}
+
+void moe_expand_fp8(moe_pool *pool, int64_t block, const void *weights, const void *scales, int64_t rows, int64_t width,
+                    void *output) {
+    expansion all = {
+        .kernels = pool->kernels,
+        .weights = weights,
+        .blocks = {scales, (size_t)block},
+        .rows = (size_t)rows,
+        .width = (size_t)width,
+        .output = output,
+    };
+    pool_run(pool->threads, expand_blocks, &all, ceil_div(all.rows, PAD));
 }

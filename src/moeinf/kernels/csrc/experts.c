@@ -16,6 +16,7 @@ enum { RUN = 3072 };
 typedef struct {
     int64_t weight, scales, bias; /* as in moe_layer */
     size_t inputs, outputs;
+    size_t block;   /* as in moe_layer */
     size_t tickets; /* per expert */
     size_t chains;  /* these three where weights are [in, out] */
     size_t run;
@@ -50,7 +51,7 @@ static packing choose_packing(const moe_layer *layer, const kernels *kernels) {
         return kernels->bytes;
     if (layer->weights == MOE_INT4)
         return kernels->nibbles;
-    if (layer->weights == MOE_MXFP4 || (layer->dtype == MOE_BF16 && !layer->is_transposed))
+    if (layer->weights == MOE_MXFP4 || layer->weights == MOE_FP8 || (layer->dtype == MOE_BF16 && !layer->is_transposed))
         return kernels->pairs;
     return (packing){pack_plain, PAD * sizeof(float)};
 }
@@ -65,6 +66,9 @@ static void dot(const step *step, const projection *projection, const char *expe
     if (layer->weights == MOE_MXFP4) {
         const uint8_t *scales = (const uint8_t *)expert + projection->scales + first * (inputs / FP4_GROUP);
         kernels->dot_mxfp4((const uint8_t *)w + first * inputs / 2, scales, inputs, count, x, out);
+    } else if (layer->weights == MOE_FP8) {
+        fp8_blocks blocks = {(const float *)(expert + projection->scales), projection->block};
+        kernels->dot_fp8((const uint8_t *)w, &blocks, inputs, first, count, x, out);
     } else if (layer->weights != MOE_PLAIN) {
         bool is_int8 = layer->weights == MOE_INT8;
         size_t row = is_int8 ? inputs : ceil_div(inputs, 2);
@@ -299,6 +303,8 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
         .packing = packing,
         .inner_size = padded(inner) / PAD * packing.bytes,
     };
+    step.up.block = (size_t)layer->up_block;
+    step.down.block = (size_t)layer->down_block;
     if (!reserve(pool, lay_out(&step, NULL)))
         return -1;
     lay_out(&step, pool->scratch);

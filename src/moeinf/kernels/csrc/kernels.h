@@ -55,12 +55,37 @@ static inline float from_e8m0(uint8_t exponent) {
     return value;
 }
 
+/* float8 (e4m3fn): a sign, four bits of exponent, three of fraction; no infinities, all ones being NaN. Moved to where
+ * float32 has them, its exponent is 120 too small. */
+static inline float from_e4m3(uint8_t byte) {
+    uint32_t bits = (uint32_t)(byte & 0x80) << 24 | (uint32_t)(byte & 0x7f) << 20;
+    if ((byte & 0x7f) == 0x7f)
+        bits |= 0x7fc00000;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value * 0x1p120f;
+}
+
+/* A float32 scale for every block of a weight in float8: of `rows` rows and FP8_BLOCK columns, or as many as there are
+ * where they are fewer. */
+enum { FP8_BLOCK = 128 };
+typedef struct {
+    const float *scales;
+    size_t rows;
+} fp8_blocks;
+
+static inline const float *scales_of(const fp8_blocks *blocks, size_t row, size_t width) {
+    return blocks->scales + row / blocks->rows * ((width + FP8_BLOCK - 1) / FP8_BLOCK);
+}
+
 /* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width; x as the packing of that name lays it out.
  * dot_int*: weights are whole numbers of 8 or 4 bits, the lower half of a byte first, rows beginning at whole bytes; a
  * group of 32 or 64 in a row has a common factor in float16 in `scales`, and scales of a row stand together.
  * dot_mxfp4: `width` is a multiple of FP4_GROUP, and x laid out and added as by dot_bf16, so that the sums are those of
  * dot_bf16 with the weights that expand_mxfp4 writes, out[r * width + i]. `turn_mxfp4`: out[i * stride + r], for up to PAD
  * rows.
+ * dot_fp8: likewise with the weights that expand_fp8 writes; w is all of a matrix, of which both take the rows from
+ * `first` on. `width` is a multiple of FP8_BLOCK, or less than that.
  * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
 typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
@@ -68,9 +93,12 @@ typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, siz
 
 typedef void dot_fp4(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out);
 
+typedef void dot_blocks(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows,
+                        const void *packed, float *out);
+
 typedef struct {
     const char *name;
-    packing pairs, bytes, nibbles; /* for dot_bf16 and dot_mxfp4, dot_int8, dot_int4; x is plain for dot_f32 */
+    packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4 and _fp8, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
     dot_int *dot_int8, *dot_int4;
@@ -78,12 +106,15 @@ typedef struct {
     void (*expand_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
     void (*turn_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, size_t stride,
                        uint16_t *out);
+    dot_blocks *dot_fp8;
+    void (*expand_fp8)(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows,
+                       uint16_t *out);
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
 
-/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c) and bytes (dot_vnni.c). */
+/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, dot_fp8.c) and bytes (dot_vnni.c). */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
 void pack_pairs(const float *values, size_t count, void *packed);
@@ -92,6 +123,7 @@ void pack_vnni8(const float *values, size_t count, void *packed);
 void pack_vnni4(const float *values, size_t count, void *packed);
 dot_int dot_vnni8, dot_vnni4;
 dot_fp4 dot_mxfp4;
+dot_blocks dot_fp8;
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 

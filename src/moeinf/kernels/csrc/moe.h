@@ -18,8 +18,9 @@ enum moe_activation { MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU2 };
 /* Weights are of the layer's dtype, or whole numbers with a factor (float16) for each group of them within a row; a byte
  * holds one, or two, the first one in its lower half. Such weights are [out, in]; rows begin at whole bytes. MXFP4 lies
  * like whole numbers of 4 bits in groups of 32, with a power of two (a byte) for each; the layer is of bfloat16, and its
- * widths are multiples of 32. */
-enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4, MOE_MXFP4 };
+ * widths are multiples of 32. float8 (e4m3fn) has a scale (float32) for every block of so many rows and 128 columns, or
+ * as many as there are where they are fewer; the layer is of bfloat16, and its widths are multiples of 128, or less. */
+enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4, MOE_MXFP4, MOE_FP8 };
 
 /* What becomes of gate g and up u, a being the activation:
  *   NONE     a(u); there is no gate
@@ -41,12 +42,13 @@ typedef struct {
     float limit, alpha;
     int64_t hidden, inner;  /* widths */
     int64_t up, up_scales, up_bias, down, down_scales, down_bias;
+    int64_t up_block, down_block; /* rows that share a scale; of use to float8 alone */
 } moe_layer;
 
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 6 };
+enum { MOE_INTERFACE = 7 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -73,6 +75,10 @@ MOE_API void moe_activate(const moe_layer *layer, const float *projected, float 
  * 32. */
 MOE_API void moe_expand(moe_pool *pool, const void *weights, const void *scales, int64_t rows, int64_t width,
                         int is_transposed, void *output);
+
+/* Expands float8 in blocks of so many rows, [rows, width], to bfloat16, [rows, width]. `width` is as in a layer. */
+MOE_API void moe_expand_fp8(moe_pool *pool, int64_t block, const void *weights, const void *scales, int64_t rows,
+                            int64_t width, void *output);
 
 /* Expands whole numbers of that kind, [rows, width], to bfloat16, [rows, width]. */
 MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales,

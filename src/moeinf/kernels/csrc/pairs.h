@@ -1,4 +1,4 @@
-/* What dot_pairs.c and dot_mxfp4.c share: one output per lane, of weights that lie one output per row. */
+/* What dot_pairs.c, dot_mxfp4.c and dot_fp8.c share: one output per lane, of weights that lie one output per row. */
 #ifndef PAIRS_H
 #define PAIRS_H
 
