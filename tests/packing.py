@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["edit", "edit_config", "pack_mxfp4"]
+__all__ = ["FLOAT8_CONFIG", "edit", "edit_config", "pack_float8", "pack_mxfp4"]
+
+BLOCK = 128
+FLOAT8_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -43,4 +51,28 @@ def pack_mxfp4(folder: Path, exponents: tuple[int, int] = (118, 124)) -> dict[st
         return packed
 
     edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]})
+    return edit(folder, pack)
+
+
+def pack_float8(folder: Path, scales_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Make a checkpoint one as DeepSeek-V3 is released: the weights of experts and of projections in float8, with a
+    scale for each block of 128 x 128. Returns all tensors.
+    """
+
+    def pack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        packed: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            is_linear = ".experts." in name or "_proj" in name
+            if tensor.dim() != 2 or not is_linear or not name.endswith("weight"):
+                packed[name] = tensor
+                continue
+            grid = [-(-size // BLOCK) for size in tensor.shape]
+            rows, columns = (size // count for size, count in zip(tensor.shape, grid, strict=True))
+            blocks = tensor.float().view(grid[0], rows, grid[1], columns)
+            scales = (blocks.abs().amax(dim=(1, 3)) / 448).to(scales_dtype)
+            values = (blocks / scales.float()[:, None, :, None]).clamp(-448, 448).view(tensor.shape)
+            packed |= {name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+        return packed
+
+    edit_config(folder, quantization_config=FLOAT8_CONFIG)
     return edit(folder, pack)

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,7 +33,7 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoint import Checkpoint
 from .dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
-from .manifest import DTYPE_BYTES, ExpertLayout, MoeLayer, TensorSpec
+from .manifest import DTYPE_BYTES, RELEASED_GROUPS, ExpertLayout, MoeLayer, TensorSpec
 from .metamodel import MetaModel, choose_dtype, load_config
 from .tensorfile import TensorFile, encode_expert_header
 
@@ -47,6 +47,9 @@ __all__ = [
 ]
 
 _Method = Literal["copy", "rows", "whole"]
+
+_NO_WEIGHTS = ("_scale_inv", "activation_scale")
+"""How the names of what lies beside weights in float8 end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,13 @@ class Recipe:
     converter: WeightConverter | None = field(default=None, repr=False)
     band_rows: int | None = None
 
+    def lacks_scales(self, source: Source) -> bool:
+        """Whether a weight is one that transformers scales where it has scales, and has none."""
+        match self.converter and self.converter.operations:
+            case [Fp8Dequantize(), *_] if not source.pattern.endswith(_NO_WEIGHTS):
+                return all(other.pattern != _scale_of(source.pattern) for other in self.sources)
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class DenseTensor:
@@ -88,19 +98,27 @@ class DenseTensor:
 
 @dataclass(frozen=True, slots=True)
 class ExpertPart:
-    """One tensor of one expert and its recipe. Fused sources hold all experts; the expert's row of each is meant."""
+    """One tensor of one expert and its recipe. Fused sources hold all experts; the expert's row of each is meant.
+
+    `packing` is what the tensor is released in, of the kinds that a store can keep (manifest.RELEASED_BITS); None for
+    another.
+    """
 
     spec: TensorSpec
     recipe: Recipe
     is_fused: bool
+    packing: str | None
 
     @property
-    def packing(self) -> str | None:
-        """What the tensor is released in, of the kinds that a store can keep (manifest.RELEASED_BITS)."""
-        match self.recipe.converter and self.recipe.converter.operations:
-            case [Mxfp4Dequantize()]:
-                return "mxfp4"
-        return None
+    def pieces(self) -> tuple[tuple[Source, Source], ...]:
+        """The numbers and scales of a packed tensor, in the order in which they come one below the other."""
+        sources = self.recipe.sources
+        if self.packing != "fp8":
+            return ((sources[0], sources[1]),)
+        assert self.recipe.converter is not None, "without one nothing is packed"
+        of = {source.pattern: source for source in sources}
+        patterns = (pattern for pattern in self.recipe.converter.source_patterns if pattern in of)
+        return tuple((of[name], of[_scale_of(name)]) for name in patterns if _scale_of(name) in of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +130,14 @@ class _LayerPart:
     names: tuple[tuple[str, tuple[str, ...]], ...]
     is_fused: bool
     converter: WeightConverter | None
+    packing: str | None
 
     def of_expert(self, expert: int) -> ExpertPart:
         at = 0 if self.is_fused else expert
         sources = tuple(Source(names[at], pattern) for pattern, names in self.names)
-        return ExpertPart(self.spec, Recipe((self.parameter,), sources, "whole", self.converter), self.is_fused)
+        return ExpertPart(
+            self.spec, Recipe((self.parameter,), sources, "whole", self.converter), self.is_fused, self.packing
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +181,13 @@ class Plan:
     @property
     def packing(self) -> str | None:
         """What all matrices of all experts are released in, of the kinds that a store can keep; None for another."""
-        parts = (part.of_expert(0) for layer in self._parts for part in layer)
-        kinds = {part.packing for part in parts if len(part.spec.shape) == 2}
+        kinds = {part.packing for layer in self._parts for part in layer if len(part.spec.shape) == 2}
         return kinds.pop() if len(kinds) == 1 else None
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """Of how many packed matrices of the checkpoint each of an expert's is made, if they are `packing`."""
+        return {part.spec.name: len(part.pieces) for part in self.expert_parts(0, 0) if part.packing is not None}
 
     def expert_parts(self, layer: int, expert: int) -> tuple[ExpertPart, ...]:
         """The tensors of an expert, in the order of `layout`. `layer` counts MoE layers."""
@@ -210,7 +235,7 @@ def plan_conversion(checkpoint: Checkpoint, dtype: str = "auto") -> Plan:
     maths = str(meta.dtype).removeprefix("torch.")
     naming = _Naming(meta, loaded.quantizer, checkpoint.tensor_files)
     probe = meta.probe()
-    layout, parts = _lay_out_experts(meta, probe.order, naming.recipes)
+    layout, parts = _lay_out_experts(meta, probe.order, naming.recipes, loaded.quantizer)
     dense, recipes = _lay_out_dense(meta, naming.recipes)
     plan = Plan(
         architecture=meta.architecture,
@@ -357,14 +382,16 @@ def _lay_out_dense(
 
 
 def _lay_out_experts(
-    meta: MetaModel, modules: Iterable[str], recipes: Mapping[str, Recipe]
+    meta: MetaModel, modules: Iterable[str], recipes: Mapping[str, Recipe], quantizer: HfQuantizer | None = None
 ) -> tuple[ExpertLayout, tuple[tuple[_LayerPart, ...], ...]]:
     layouts = {module: _layout(meta, module) for module in modules}
     first, layout = next(iter(layouts.items()))
     for module, other in layouts.items():
         if other != layout:
             raise UnsupportedError(f"the experts of {module} differ in shape or dtype from those of {first}")
-    parts = (tuple(_layer_part(meta, module, spec, recipes) for spec in layout.tensors) for module in layouts)
+    parts = (
+        tuple(_layer_part(meta, module, spec, recipes, quantizer) for spec in layout.tensors) for module in layouts
+    )
     return layout, tuple(parts)
 
 
@@ -391,7 +418,9 @@ def _num_experts(meta: MetaModel, module: str) -> int:
     return count
 
 
-def _layer_part(meta: MetaModel, module: str, spec: TensorSpec, recipes: Mapping[str, Recipe]) -> _LayerPart:
+def _layer_part(
+    meta: MetaModel, module: str, spec: TensorSpec, recipes: Mapping[str, Recipe], quantizer: HfQuantizer | None
+) -> _LayerPart:
     parameter, count = f"{module}.{spec.name}", _num_experts(meta, module)
     recipe = recipes[parameter]
     operations = recipe.converter.operations if recipe.converter else []
@@ -409,7 +438,45 @@ def _layer_part(meta: MetaModel, module: str, spec: TensorSpec, recipes: Mapping
                 f"{parameter} has {count} experts, and the checkpoint {len(found)} tensors like {found[0]} for them"
             )
     named = tuple((pattern, tuple(found)) for pattern, found in names.items())
-    return _LayerPart(parameter, spec, named, is_fused, recipe.converter)
+    packing = _packing(recipe, quantizer)
+    if packing == "fp8" and meta.is_transposed(module):
+        packing = None
+    return _LayerPart(parameter, spec, named, is_fused, recipe.converter, packing)
+
+
+def _packing(recipe: Recipe, quantizer: HfQuantizer | None) -> str | None:
+    """What an expert's tensor is released in, as far as names and config.json tell: `ExpertPart.packing`."""
+    match recipe.converter and recipe.converter.operations:
+        case [Mxfp4Dequantize()]:
+            return "mxfp4"
+        case [Fp8Dequantize(), *others] if all(_joins_rows(operation) for operation in others):
+            patterns = {source.pattern for source in recipe.sources}
+            weights = {name for name in patterns if not name.endswith(_NO_WEIGHTS)}
+            if _has_float8_blocks(quantizer) and weights and all(_scale_of(name) in patterns for name in weights):
+                return "fp8"
+    return None
+
+
+def _joins_rows(operation: ConversionOps) -> bool:
+    """Whether the operation puts matrices of an expert one below the other, or does nothing to one expert."""
+    match operation:
+        case MergeModulelist(dim=0) | Concatenate(dim=1):
+            return True
+    return False
+
+
+def _has_float8_blocks(quantizer: HfQuantizer | None) -> bool:
+    """Whether experts are in float8 with a scale for each block as the store has them."""
+    about: Any = quantizer and quantizer.quantization_config
+    size = RELEASED_GROUPS["fp8"]
+    return list(getattr(about, "weight_block_size", None) or ()) == [size, size] and getattr(
+        about, "expert_dtype", None
+    ) in ("fp8", None)
+
+
+def _scale_of(pattern: str) -> str:
+    """The pattern of a weight's scales, as transformers pairs them (Fp8Dequantize)."""
+    return f"{pattern}_scale_inv"
 
 
 def _keeps_experts_apart(operation: ConversionOps) -> bool:

@@ -350,7 +350,7 @@ class _Stored:
             return cls(plan, None)
         from .quantized import Packer
 
-        return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing))
+        return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing, plan.pieces))
 
     @property
     def layout(self) -> ExpertLayout:

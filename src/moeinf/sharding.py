@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from .conversion import DenseTensor, ExpertPart, Plan, Recipe
+from .conversion import DenseTensor, ExpertPart, Plan, Recipe, Source
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
 from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, expert_path, scales_name
@@ -197,10 +197,23 @@ class Sharder:
         if part.packing is None or not isinstance(self._encoder, Packer):
             yield name, self._make(part, layer, expert)
             return
-        self._check_rows(part, self._plan.layers[layer].num_experts)
-        sources = part.recipe.sources
-        for stored, source in zip((name, scales_name(name)), sources, strict=True):
-            yield stored, self._read(self._entry(source.name), (expert, expert + 1))[0]
+        if part.is_fused:
+            self._check_rows(part, self._plan.layers[layer].num_experts)
+        for stored, sources in zip((name, scales_name(name)), zip(*part.pieces, strict=True), strict=True):
+            yield stored, self._join(sources, expert if part.is_fused else None)
+
+    def _join(self, sources: tuple[Source, ...], expert: int | None) -> torch.Tensor:
+        """The sources one below the other, of fused ones what is the expert's."""
+        rows = None if expert is None else (expert, expert + 1)
+        tensors = [self._read(self._entry(source.name), rows) for source in sources]
+        if expert is not None:
+            tensors = [tensor[0] for tensor in tensors]
+        if len(tensors) == 1:
+            return tensors[0]
+        if tensors[0].dim() != 2 or len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+            shapes = " and ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+            raise IntegrityError(f"{', '.join(source.name for source in sources)} do not fit together: {shapes}")
+        return torch.cat(tensors)
 
     def _make(self, part: ExpertPart, layer: int, expert: int) -> torch.Tensor:
         rows = (expert, expert + 1) if part.is_fused else None
@@ -314,7 +327,7 @@ class Sharder:
     def _sources(self, recipe: Recipe, dtype: str, rows: tuple[int, int] | None) -> Iterator[torch.Tensor]:
         for source in recipe.sources:
             entry = self._entry(source.name)
-            if recipe.converter is None:
+            if recipe.converter is None or recipe.lacks_scales(source):
                 _check_kind(entry, dtype)
             yield self._read(entry, rows)
 
