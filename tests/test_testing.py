@@ -72,7 +72,7 @@ def test_a_checkpoint_says_that_it_is_random_and_runs(home: Path, tmp_path: Path
 def test_a_checkpoint_in_mxfp4_is_one_as_it_is_released(home: Path, tmp_path: Path) -> None:
     config = make_config("gpt_oss")
     config.dtype, config.vocab_size = torch.bfloat16, 300
-    write_checkpoint(config, tmp_path / "random-oss", "tiny", is_mxfp4=True)
+    write_checkpoint(config, tmp_path / "random-oss", "tiny", packing="mxfp4")
     stored = pull(str(tmp_path / "random-oss"), store=Store(home))
     assert stored.manifest.precision == "mxfp4 experts (as released)"
     plain = pull(str(tmp_path / "random-oss"), store=Store(home), name="plain", experts="bf16")
@@ -81,7 +81,23 @@ def test_a_checkpoint_in_mxfp4_is_one_as_it_is_released(home: Path, tmp_path: Pa
     with moeinf.load("random-oss", experts="50%", context=64) as engine:
         assert len(engine.session().generate([5, 6], Sampling(max_tokens=3)).tokens) == 3
     with pytest.raises(UsageError, match="qwen3_moe is not released in MXFP4"):
-        write_checkpoint(make_config("qwen3_moe"), tmp_path / "other", "tiny", is_mxfp4=True)
+        write_checkpoint(make_config("qwen3_moe"), tmp_path / "other", "tiny", packing="mxfp4")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_in_float8_is_one_as_it_is_released(home: Path, tmp_path: Path) -> None:
+    config = make_config("qwen3_moe")
+    config.dtype, config.vocab_size = torch.bfloat16, 300
+    write_checkpoint(config, tmp_path / "random-qwen", "tiny", packing="fp8")
+    stored = pull(str(tmp_path / "random-qwen"), store=Store(home))
+    assert stored.manifest.precision == "fp8 experts (as released)"
+    plain = pull(str(tmp_path / "random-qwen"), store=Store(home), name="plain", experts="bf16")
+    spread = torch.frombuffer(bytearray((plain.path / expert_path(0, 0)).read_bytes()[4096:]), dtype=torch.bfloat16)
+    assert 0.01 < float(spread.float().std()) < 0.05
+    with moeinf.load("random-qwen", experts="50%", context=64) as engine:
+        assert len(engine.session().generate([5, 6], Sampling(max_tokens=3)).tokens) == 3
+    with pytest.raises(UsageError, match="mixtral is not written in float8"):
+        write_checkpoint(make_config("mixtral"), tmp_path / "other", "tiny", packing="fp8")
     assert not (tmp_path / "other").exists()
 
 

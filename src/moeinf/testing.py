@@ -2,6 +2,7 @@
 
     python -m moeinf.testing qwen3-30b-a3b FOLDER --layers 12
     python -m moeinf.testing gpt-oss-20b FOLDER --mxfp4
+    python -m moeinf.testing qwen3-30b-a3b FOLDER --fp8
 
 Such a checkpoint times a machine, and says nothing about the model whose shapes it has: its config.json calls it
 random, and so does the store that it is pulled into. Holds one tensor in memory at a time.
@@ -14,7 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,12 +24,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoint import INDEX_NAME
 from .errors import UsageError
+from .manifest import RELEASED_GROUPS
 from .tensorfile import encode_header
 
 __all__ = ["RANDOM_KEY", "SHAPES", "Shape", "write_checkpoint"]
 
 _BLOCKS, _EXPONENTS = "_blocks", "_scales"
 """What gpt-oss calls the two tensors of a weight in MXFP4."""
+
+_SCALES = "_scale_inv"
+"""What the scales of a weight in float8 are called, beside the weight's name."""
+_BLOCK = RELEASED_GROUPS["fp8"]
+_FLOAT8_TYPES = ("deepseek_v2", "olmoe", "qwen3_moe")
+"""Families whose experts have the tensors of `_float8`, those of DeepSeek-V3."""
 
 _BYTES = 256
 
@@ -187,19 +195,27 @@ SHAPES = {
 
 
 def write_checkpoint(
-    config: PreTrainedConfig, folder: Path, name: str, seed: int = 0, *, is_mxfp4: bool = False
+    config: PreTrainedConfig, folder: Path, name: str, seed: int = 0, packing: Literal["mxfp4", "fp8"] | None = None
 ) -> None:
     """Write a random checkpoint of `config`, marked as of the shapes of `name`: a shard per layer, under the names and
     in the shapes of the transformers model itself.
 
     So transformers can map it into memory as it lies, which is the best case for the programs that moeinf is measured
-    against. With `is_mxfp4`, experts are packed as gpt-oss is released. Its tokenizer makes a token of every byte. A
-    folder that has an index already is left as it is.
+    against. In the `packing` "mxfp4", experts are packed as gpt-oss is released; in "fp8", all linear layers as
+    DeepSeek-V3 is, but for routers and the output layer. Its tokenizer makes a token of every byte. A folder that has
+    an index already is left as it is.
     """
-    if is_mxfp4:
+    describe = _plain
+    if packing == "mxfp4":
         if config.model_type != "gpt_oss":
             raise UsageError(f"{config.model_type} is not released in MXFP4", hint="leave out --mxfp4")
         config.quantization_config = {"quant_method": "mxfp4"}
+        describe = _mxfp4
+    elif packing == "fp8":
+        if config.model_type not in _FLOAT8_TYPES:
+            raise UsageError(f"{config.model_type} is not written in float8", hint="leave out --fp8")
+        config.quantization_config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [_BLOCK, _BLOCK]}
+        describe = _float8
     index = folder / INDEX_NAME
     if index.exists():
         return
@@ -211,11 +227,11 @@ def write_checkpoint(
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(_shards(config)):
         file = f"model-{number:05d}.safetensors"
-        described = [each for shape in shapes.items() for each in (_packed if is_mxfp4 else _plain)(*shape)]
+        described = [each for shape in shapes.items() for each in describe(*shape)]
         with (folder / file).open("wb") as shard:
             shard.write(encode_header(described, {"format": "pt"}))
-            for tensor, _, shape in described:
-                shard.write(_random(tensor, shape, generator).view(torch.uint8).numpy().data)
+            for tensor, dtype, shape in described:
+                shard.write(_random(tensor, dtype, shape, generator).view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys((tensor for tensor, _, _ in described), file)
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
@@ -234,7 +250,7 @@ def _plain(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int,
     return [(name, "BF16", shape)]
 
 
-def _packed(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
+def _mxfp4(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
     """The same of MXFP4, where a weight of experts is two tensors, with rows and columns exchanged."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return _plain(name, shape)
@@ -243,7 +259,26 @@ def _packed(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int
     return [(f"{name}{_BLOCKS}", "U8", (*groups, 16)), (f"{name}{_EXPONENTS}", "U8", groups)]
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _float8(name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The same of float8, where experts have their weights apart; linear layers are called …_proj, or nearly so."""
+    prefix, _, parameter = name.rpartition("experts.")
+    if parameter == "gate_up_proj":
+        apart = (shape[1] // 2, shape[2])
+        names = [f"{prefix}experts.{number}.{part}_proj" for number in range(shape[0]) for part in ("gate", "up")]
+        return [each for one in names for each in _float8(f"{one}.weight", apart)]
+    if parameter == "down_proj":
+        names = [f"{prefix}experts.{number}.down_proj.weight" for number in range(shape[0])]
+        return [each for one in names for each in _float8(one, shape[1:])]
+    if len(shape) != 2 or "_proj" not in name:
+        return _plain(name, shape)
+    return [(name, "F8_E4M3", shape), (f"{name}{_SCALES}", "F32", tuple(-(-size // _BLOCK) for size in shape))]
+
+
+def _random(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if dtype == "F8_E4M3":
+        return torch.empty(shape).normal_(0, 100, generator=generator).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    if dtype == "F32":
+        return torch.empty(shape).uniform_(1e-4, 3e-4, generator=generator)
     if name.endswith((_BLOCKS, _EXPONENTS)):
         limits = (0, 256) if name.endswith(_BLOCKS) else (118, 122)
         return torch.empty(shape, dtype=torch.uint8).random_(*limits, generator=generator)
@@ -278,12 +313,18 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="per layer; default: the model's own")
     parser.add_argument("--top-k", type=int, help="experts per token; default: the model's own")
     parser.add_argument("--vocabulary", type=int, help="tokens; default: the model's own, however few its layers")
-    parser.add_argument("--mxfp4", action="store_true", help="pack experts as gpt-oss is released")
+    packing = parser.add_mutually_exclusive_group()
+    packing.add_argument(
+        "--mxfp4", dest="packing", action="store_const", const="mxfp4", help="pack experts as gpt-oss is released"
+    )
+    packing.add_argument(
+        "--fp8", dest="packing", action="store_const", const="fp8", help="pack linear layers as DeepSeek-V3 is released"
+    )
     arguments = parser.parse_args()
     try:
         numbers = (arguments.layers, arguments.experts, arguments.top_k, arguments.vocabulary)
         config = SHAPES[arguments.shape].config(*numbers)
-        write_checkpoint(config, arguments.folder, arguments.shape, is_mxfp4=arguments.mxfp4)
+        write_checkpoint(config, arguments.folder, arguments.shape, packing=arguments.packing)
     except UsageError as error:
         parser.error(str(error))
 
