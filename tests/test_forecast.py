@@ -173,34 +173,36 @@ def test_the_first_prompt_waits_for_memory_that_nobody_used_before() -> None:
     assert times[1] - times[0] == pytest.approx(256 * 3 * MIB / (1 * GB), rel=0.01)
 
 
-def released(kernels: str, instructions: str) -> tuple[Situation, MemoryPlan]:
-    """The small model in MXFP4, on a machine that computes it natively with such instructions."""
+def released(kind: str, kernels: str, instructions: str) -> tuple[Situation, MemoryPlan]:
+    """The small model as released in `kind`, on a machine that computes it natively with such instructions."""
     plain = make_manifest().layout
     situation, plan = quantised(kernels)
     machine = dataclasses.replace(
         situation.machine,
         processor=dataclasses.replace(situation.machine.processor, kernels=instructions),
-        maths=(*situation.machine.maths, MathsRate("native", "mxfp4", 1, 10 * GB)),
+        maths=(*situation.machine.maths, MathsRate("native", kind, 1, 10 * GB)),
     )
-    manifest = dataclasses.replace(situation.manifest, layout=Packer(plain, False, "mxfp4").layout)
+    manifest = dataclasses.replace(situation.manifest, layout=Packer(plain, False, kind).layout)
     return dataclasses.replace(situation, machine=machine, manifest=manifest), plan
 
 
-def test_experts_as_released_are_computed_by_what_gives_torch_s_bits() -> None:
-    stored, plain = 128 * 3 * MIB * 17 // 64, 128 * 3 * MIB
+@pytest.mark.parametrize(("kind", "share"), [("mxfp4", 17 / 64), ("fp8", 0.5 + 1 / 8192)])
+def test_experts_as_released_are_computed_by_what_gives_torch_s_bits(kind: str, share: float) -> None:
+    stored, plain = 128 * 3 * MIB * share, 128 * 3 * MIB
     natively = pytest.approx(stored / (forecast.SUSTAINED * 10 * GB))
-    assert foretell(*released("auto", "avx512bf16")).experts_s == natively
-    assert foretell(*released("native", "avx2")).experts_s == natively
+    assert foretell(*released(kind, "auto", "avx512bf16")).experts_s == natively
+    assert foretell(*released(kind, "native", "avx2")).experts_s == natively
     for kernels, expanding in (("auto", forecast.EXPANDING_NATIVELY), ("torch", forecast.EXPANDING)):
-        by_torch_s = plain / (forecast.SUSTAINED * 15 * GB) * (1 + expanding["mxfp4"])
-        assert foretell(*released(kernels, "avx2")).experts_s == pytest.approx(by_torch_s)
+        by_torch_s = plain / (forecast.SUSTAINED * 15 * GB) * (1 + expanding[kind])
+        assert foretell(*released(kind, kernels, "avx2")).experts_s == pytest.approx(by_torch_s)
 
 
-def test_a_prompt_expands_experts_as_released_whole() -> None:
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_a_prompt_expands_experts_as_released_whole(kind: str) -> None:
     """However few its tokens are: what torch computes is what it always was."""
-    situation, plan = released("auto", "avx512bf16")
+    situation, plan = released(kind, "auto", "avx512bf16")
     as_plain = dataclasses.replace(situation, manifest=make_manifest())
-    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING_NATIVELY["mxfp4"]
+    expanding_s = 1024 * 3 * MIB / (15 * GB) * forecast.EXPANDING_NATIVELY[kind]
     many = [foretell(each, plan, prompt_tokens=1000).ttft_s for each in (situation, as_plain)]
     assert many[0] - many[1] == pytest.approx(expanding_s / forecast.SUSTAINED, rel=0.01)
 
