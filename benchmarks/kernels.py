@@ -3,13 +3,14 @@ this machine reads memory.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --weights int4
+    python benchmarks/kernels.py --weights fp8
     python benchmarks/kernels.py --weights mxfp4 --shapes gpt-oss-20b
     python benchmarks/kernels.py --shapes small --busy 2     # two other programs want the cores
 
 Every step takes the next experts of a working set far beyond the cache. Reading, torch and native take turns, so what
 else the machine does meets all three. Prints the median time per layer and the rate at which weights are read. With
 whole numbers for weights, torch's side is its own kernels for them, and the two projections alone. torch has none for
-mxfp4: its side expands weights and multiplies, as `--kernels torch` does.
+fp8 and mxfp4: its side expands weights and multiplies, as `--kernels torch` does.
 """
 
 from __future__ import annotations
@@ -33,15 +34,14 @@ from torch import nn
 from moeinf.dtypes import TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
-from moeinf.manifest import ExpertLayout, TensorSpec, scales_name
-from moeinf.quantized import Packer, quantize
+from moeinf.manifest import ExpertLayout, TensorSpec
+from moeinf.quantized import Packer, fill_randomly, quantize
 
 GB = 1e9
 TURN = 16
 """Layers that each computes before it is another's turn."""
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
-RELEASED = ("mxfp4",)
-EXPONENTS = (118, 122)
+RELEASED = ("fp8", "mxfp4")
 GROUP = 64
 COPIES = 4
 """Experts that differ; the others are copies of them, each with memory of its own."""
@@ -167,12 +167,9 @@ def token(maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor, exper
 
 
 def released(layout: ExpertLayout, generator: torch.Generator) -> torch.Tensor:
-    """A random expert as it lies packed: any bytes are weights, and these exponents make them as large as others."""
-    image = torch.empty(layout.nbytes, dtype=torch.uint8).random_(0, 256, generator=generator)
-    exponents = [scales_name(spec.name) for spec in layout.tensors]
-    for spec in layout.tensors:
-        if spec.name in exponents:
-            image[spec.offset : spec.offset + spec.nbytes].random_(*EXPONENTS, generator=generator)
+    """A random expert as it lies packed."""
+    image = torch.empty(layout.nbytes, dtype=torch.uint8)
+    fill_randomly(views(layout, image), layout.quantization, generator)
     return image
 
 
@@ -275,7 +272,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=0, help="programs beside it that never rest")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.weights in ("int8", "int4"):
+    if arguments.weights in ("fp8", "int8", "int4"):
         arguments.shapes = [name for name in arguments.shapes if not SHAPES[name].is_transposed]
     torch.set_num_threads(arguments.threads)
     pool = NativePool(arguments.threads)
