@@ -39,6 +39,7 @@ static const kernels avx512bf16 = {
     .turn_mxfp4 = turn_mxfp4_avx512,
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
+    .tiles = {pack_tile, multiply_tiles},
     .read = read_avx512,
 };
 #endif
