@@ -2,9 +2,9 @@
 layers, routers and norms.
 
 While decoding they are read once per token like the experts, and torch reads a matrix for one vector at half the rate
-at which memory gives it, and for a few not much sooner; a norm takes it eight small operations. The library adds in torch's own order where the
-processor has AVX-512 BF16 (csrc/dot_pairs.c, csrc/norm.c), which is tried for every shape that a model has, so the
-model's output does not change.
+at which memory gives it, and for a few not much sooner; a norm takes it eight small operations. The library adds in
+torch's own order where the processor has AVX-512 BF16 (csrc/dot_pairs.c, csrc/tiles.c, csrc/norm.c), which is tried
+for every shape that a model has, so the model's output does not change.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
 packed ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
 where torch rounds; sums of products are added in another order. Prompts are left to torch, whose matrix products are
-good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded. For torch it
-expands weights that were released packed.
+good, but for the products of a few rows, and for quantised experts: a few of these are computed sooner than weights are
+expanded. For torch it expands weights that were released packed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_activate", None, (POINTER(NativeLayer), c_void_p, c_void_p)),
     ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
-    ("moe_multiply", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
+    ("moe_linear", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
@@ -171,9 +171,9 @@ class NativePool:
         return result
 
     def apply(self, layer: LinearLayer, rows: torch.Tensor, result: torch.Tensor) -> None:
-        """Write `layer` of `rows` [..., inputs] to `result` [..., outputs]; as `multiply`, and of one row everywhere."""
+        """Write what `layer` makes of `rows` [..., in] to `result` [..., out], like `multiply`; one row anywhere."""
         count = rows.numel() // layer.inputs
-        if self.lib.moe_multiply(self.handle, layer, count, rows.data_ptr(), result.data_ptr()):
+        if self.lib.moe_linear(self.handle, layer, count, rows.data_ptr(), result.data_ptr()):
             raise MemoryError("no memory for the rows of a product")
 
     def read(self, memory: torch.Tensor) -> int:

@@ -88,12 +88,9 @@ typedef struct {
     const void *weight, *bias;
 } moe_linear_layer;
 
-/* The layer's outputs for one x. 0, or -1 when memory is lacking. */
-MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output);
-
-/* The same for `count` x, each added up as torch does for so many. 0, -1 when memory is lacking, -2 where it is not
- * compiled in. */
-MOE_API int moe_multiply(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output);
+/* The layer's outputs for `count` x, each added up as torch does for so many. 0, -1 when memory is lacking, -2 where more
+ * than one x is not compiled in. */
+MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output);
 
 /* A root-mean-square norm of the dense part in bfloat16, weight being [size]: x / sqrt(mean(x²) + epsilon), rounded or
  * not, times weight. */

@@ -1,6 +1,6 @@
 #include "library.h"
 
-/* Some of the x of one call. They lie in tiles, which the first tickets pack; every other ticket is BLOCK_OUTPUTS. */
+/* Some of the x of one call of moe_linear. They lie in tiles, which the first tickets pack; every other ticket is BLOCK_OUTPUTS. */
 typedef struct {
     const moe_pool *pool;
     const moe_linear_layer *layer;
@@ -43,10 +43,10 @@ static void run_ticket(void *job, size_t ticket) {
     }
 }
 
-int moe_multiply(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output) {
+int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output) {
     size_t inputs = (size_t)layer->inputs, outputs = (size_t)layer->outputs;
     if (count == 1)
-        return moe_linear(pool, layer, x, output);
+        return multiply_one(pool, layer, x, output);
     if (pool->kernels->tiles.multiply == NULL)
         return -2;
     for (size_t done = 0, rows; done < (size_t)count; done += rows) {
