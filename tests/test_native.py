@@ -226,6 +226,67 @@ def torch_adds_in_pairs() -> bool:
     return torch.equal(F.linear(x, weight)[0], total.bfloat16())
 
 
+@pytest.fixture
+def exact_pool() -> Iterator[NativePool]:
+    """One that adds as torch does; the test is skipped where there is none."""
+    pool = NativePool(2, path=LIBRARY)
+    try:
+        if not (pool.adds_as_torch_does and torch_adds_in_pairs()):
+            pytest.skip("torch adds in another order on this processor")
+        yield pool
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("inputs", [1, 33, 512, 600, 1024, 1056, 2600])
+def test_products_of_many_rows_are_torch_s(exact_pool: NativePool, inputs: int) -> None:
+    """All sizes of tiles and more rows than a block has; outputs that fill no panel; inputs that fill no step, or whose
+    chains are twice as long; infinities and NaNs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(100, inputs, generator=generator).bfloat16()
+    rows[3, 0], rows[7, -1] = float("inf"), float("nan")
+    for outputs in (1, 16, 70, 200):
+        weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+        for count in (*range(1, 27), 48, 96, 97, 100):
+            found = exact_pool.multiply(rows[:count], weight)
+            assert torch.equal(found.nan_to_num(1e30), F.linear(rows[:count], weight).nan_to_num(1e30)), count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+def test_rows_of_a_prompt_are_added_as_torch_adds_them(pool: NativePool, dtype: torch.dtype) -> None:
+    """Also where a token names an expert twice, whose rows torch adds up before it rounds."""
+    generator = torch.Generator().manual_seed(0)
+    maths = NativeMaths(Experts(), make_layout(Experts(), 33, 8, dtype), pool)
+    maths.most_rows = 64
+    total, rows = (torch.randn(count, 33, generator=generator).to(dtype) for count in (9, 5))
+    for tokens in ([0, 3, 2, 7, 8], [0, 3, 7, 8, 3]):
+        wanted = total.clone().index_add_(0, torch.tensor(tokens), rows)
+        found = total.clone()
+        maths.add(found, torch.tensor(tokens), rows)
+        assert torch.equal(found, wanted)
+
+
+def test_prompts_are_left_to_torch_where_it_adds_otherwise(
+    exact_pool: NativePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial decides, for short prompts and for single tokens apart."""
+    module = Experts()
+    layout = make_layout(module, 96, 64, torch.bfloat16)
+    scratch = make_expert(layout, torch.Generator())
+    multiply = NativePool.multiply
+    with ExitStack() as stack:
+        [maths] = choose_maths([module], layout, "auto", scratch, stack)
+        assert isinstance(maths, NativeMaths)
+        assert maths.most_rows > 1
+        monkeypatch.setattr(NativePool, "multiply", lambda *args: multiply(*args) * 1.01)
+        [maths] = choose_maths([module], layout, "auto", scratch, stack)
+        assert isinstance(maths, NativeMaths)
+        assert maths.most_rows == 0
+        rows, weights = torch.ones(3, 96, dtype=torch.bfloat16), torch.ones(3, 1)
+        assert torch.equal(maths.expert(rows, scratch, weights), ExpertMaths(module).expert(rows, scratch, weights))
+
+
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
 def test_the_output_of_a_real_layer_is_torch_s(pool: NativePool, kind: str) -> None:
     """Within one bfloat16 of torch's for 99.9 % of the outputs; the same where the library adds in torch's order."""
@@ -544,6 +605,7 @@ def test_which_families_are_native(family: str) -> None:
 
 def test_what_the_library_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_is_exact", lambda *_: True)
+    monkeypatch.setattr(kernels, "_is_exact_for_rows", lambda *_: True)
     module, normed = Experts(), Experts(act=torch.sin)
     halves = make_layout(module, 8, 8, torch.float16)
     layout = make_layout(module, 8, 8, torch.bfloat16)

@@ -256,7 +256,7 @@ class ExpertRuntime:
                 rows[expert] = maths.expert(hidden[tokens], self._tensors(key), shares).to(total.dtype)
                 while unadded and unadded[0] in rows:
                     expert = unadded.popleft()
-                    total.index_add_(0, requests[expert][0], rows.pop(expert))
+                    maths.add(total, requests[expert][0], rows.pop(expert))
         finally:
             step.end()
         if len(hidden) >= MANY_TOKENS and hidden.device.type == "cpu":

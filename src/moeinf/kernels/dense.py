@@ -1,17 +1,17 @@
-"""The dense part between the experts, by the native library where one token goes through it: linear layers, routers and
-norms.
+"""The dense part between the experts, by the native library where one token goes through it, or a short prompt: linear
+layers, routers and norms.
 
 While decoding they are read once per token like the experts, and torch reads a matrix for one vector at half the rate
-at which memory gives it; a norm takes it eight small operations. The library adds in torch's own order where the
-processor has AVX-512 BF16 (csrc/dot_pairs.c, csrc/norm.c), which is tried for every shape that a model has, so the
-model's output does not change.
+at which memory gives it, and for a few not much sooner; a norm takes it eight small operations. The library adds in
+torch's own order where the processor has AVX-512 BF16 (csrc/dot_pairs.c, csrc/tiles.c, csrc/norm.c), which is tried
+for every shape that a model has, so the model's output does not change.
 """
 
 from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import partial
 from typing import Any
@@ -20,37 +20,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .native import NativePool
+from .native import MOST_ROWS, LinearLayer, NativePool
 
 __all__ = ["speed_up"]
 
 _TRIALS = 4
+_TRIAL_ROWS = (2, 40)
 _MOST_NUMBERS = 1 << 15
 """More than one token brings to a norm, heads and all; torch has threads for more."""
 
 
 def speed_up(model: nn.Module, pool: NativePool) -> int:
     """Let `pool` compute the linear layers and root-mean-square norms of `model` in bfloat16, and what other modules
-    multiply by their own weights with `F.linear`, in steps of one token, if it gives torch's results to the last bit.
+    multiply by their own weights with `F.linear`, in steps of few tokens, if it gives torch's results to the last bit.
     Other steps are torch's as before. From then on weights have to stay where they are.
 
     Returns how many modules and weights it computes.
     """
     if not pool.adds_as_torch_does:
         return 0
-    exact_shapes: dict[tuple[int, ...], bool] = {}
+    most_rows: dict[tuple[int, ...], int] = {}
     replaced = 0
     for module in list(model.modules()):
-        native = _stand_in(module, pool, exact_shapes)
+        native = _stand_in(module, pool, most_rows)
         if native is not None:
             module.forward = native  # type: ignore[method-assign, assignment, unused-ignore]  # of this one alone
             replaced += 1
         elif not isinstance(module, nn.Linear | nn.Embedding):
-            replaced += _wrap_matrices(module, pool, exact_shapes)
+            replaced += _wrap_matrices(module, pool, most_rows)
     return replaced
 
 
-def _wrap_matrices(module: nn.Module, pool: NativePool, exact_shapes: dict[tuple[int, ...], bool]) -> int:
+def _wrap_matrices(module: nn.Module, pool: NativePool, most_rows: dict[tuple[int, ...], int]) -> int:
     """Have the products by the module's own matrices computed, as routers take them; returns how many there are."""
     own = dict(module.named_parameters(recurse=False))
     wrapped = 0
@@ -58,23 +59,23 @@ def _wrap_matrices(module: nn.Module, pool: NativePool, exact_shapes: dict[tuple
         bias = own.get("bias")
         if weight.dim() == 2 and all(each is None or _is_plain(each) for each in (weight, bias)):
             linear = _NativeLinear(partial(F.linear, weight=weight, bias=bias), pool, weight, bias)
-            if linear.is_exact(exact_shapes):
+            if linear.is_exact(most_rows):
                 setattr(module, name, _NativeWeight.of(weight, bias, linear))
                 wrapped += 1
     return wrapped
 
 
-def _stand_in(module: nn.Module, pool: NativePool, exact_shapes: dict[tuple[int, ...], bool]) -> _Native | None:
+def _stand_in(module: nn.Module, pool: NativePool, most_rows: dict[tuple[int, ...], int]) -> _Native | None:
     """What computes `module` from now on; None for most."""
     weights = list(module.parameters(recurse=False))
     if not weights or not all(map(_is_plain, weights)):
         return None
     if type(module) is nn.Linear:
         linear = _NativeLinear(module.forward, pool, module.weight, module.bias)
-        return linear if linear.is_exact(exact_shapes) else None
+        return linear if linear.is_exact(most_rows) else None
     if len(weights) == 1 and weights[0].dim() == 1 and _epsilon(module) and not list(module.children()):
         norms = (_NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
-        return next((norm for norm in norms if norm.gives_the_same()), None)
+        return next((norm for norm in norms if norm.is_exact()), None)
     return None
 
 
@@ -101,25 +102,13 @@ class _Native(ABC):
     @abstractmethod
     def compute(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    @abstractmethod
-    def trial(self, generator: torch.Generator) -> torch.Tensor:
-        """An input to be tried."""
-
-    def gives_the_same(self) -> bool:
+    def gives_the_same(self, inputs: Iterable[torch.Tensor]) -> bool:
         """Whether the library gives what the module gives, to the last bit; not if the module asks for more than x."""
-        generator = torch.Generator().manual_seed(0)
-        inputs = [self.trial(generator).to(torch.bfloat16) for _ in range(_TRIALS)]
         with torch.inference_mode():
             try:
-                return all(torch.equal(self(x), self._forward(x)) for x in inputs)
+                return all(torch.equal(self(x), self._forward(x)) for x in map(torch.Tensor.bfloat16, inputs))
             except (AttributeError, TypeError, RuntimeError):
                 return False
-
-
-class _LinearLayer(ctypes.Structure):
-    """`moe_linear_layer` of moe.h."""
-
-    _fields_ = (("inputs", c_int64), ("outputs", c_int64), ("weight", c_void_p), ("bias", c_void_p))
 
 
 class _NativeLinear(_Native):
@@ -134,27 +123,29 @@ class _NativeLinear(_Native):
         self._outputs, self._inputs = weight.shape
         self._has_bias = bias is not None
         addresses = weight.data_ptr(), None if bias is None else bias.data_ptr()
-        self._layer = _LinearLayer(self._inputs, self._outputs, *addresses)
-        self._address = ctypes.addressof(self._layer)
+        self._layer = LinearLayer(self._inputs, self._outputs, *addresses)
+        self._most_rows = 1
 
-    def is_exact(self, known: dict[tuple[int, ...], bool]) -> bool:
-        """Whether layers of this shape come out the same, which is tried once for each."""
+    def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:
+        """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
         shape = (self._inputs, self._outputs, self._has_bias)
         if shape not in known:
-            known[shape] = self.gives_the_same()
-        return known[shape]
+            known[shape] = int(self.gives_the_same(torch.randn(_TRIALS, 1, self._inputs, generator=_generator())))
+            if known[shape]:
+                self._most_rows = MOST_ROWS
+                rows = torch.randn(max(_TRIAL_ROWS), self._inputs, generator=_generator())
+                if self.gives_the_same(rows[:count] for count in _TRIAL_ROWS):
+                    known[shape] = MOST_ROWS
+        self._most_rows = known[shape]
+        return self._most_rows > 0
 
     def takes(self, x: torch.Tensor) -> bool:
-        return x.numel() == self._inputs
+        return 0 < x.numel() <= self._most_rows * self._inputs
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         output = x.new_empty(*x.shape[:-1], self._outputs)
-        if self._pool.lib.moe_linear(self._pool.handle, self._address, x.data_ptr(), output.data_ptr()):
-            raise MemoryError("no memory for the input of a linear layer")
+        self._pool.apply(self._layer, x, output)
         return output
-
-    def trial(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(1, self._inputs, generator=generator)
 
 
 class _NativeWeight(nn.Parameter):
@@ -209,8 +200,15 @@ class _NativeNorm(_Native):
             raise MemoryError("no memory for the input of a norm")
         return output
 
-    def trial(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(1, 3, self._size, generator=generator) * 10 ** torch.randn(1, generator=generator)
+    def is_exact(self) -> bool:
+        """Whether the norms of numbers of several sizes come out the same."""
+        generator = _generator()
+        sizes = 10 ** torch.randn(_TRIALS, 1, 1, 1, generator=generator)
+        return self.gives_the_same(torch.randn(_TRIALS, 1, 3, self._size, generator=generator) * sizes)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _epsilon(module: nn.Module) -> float:

@@ -3,8 +3,8 @@
 Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
 packed ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
 where torch rounds; sums of products are added in another order. Prompts are left to torch, whose matrix products are
-good, but for a few rows of a quantised expert: these are computed sooner than its weights are expanded. For torch it
-expands weights that were released packed.
+good, but for the products of a few rows, and for quantised experts: a few of these are computed sooner than weights are
+expanded. For torch it expands weights that were released packed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from moeinf.shared_library import NotNativeError, Signature, load_library
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
 
 __all__ = [
+    "MOST_ROWS",
     "ExpandingMaths",
+    "LinearLayer",
     "NativeLayer",
     "NativeMaths",
     "NativePool",
@@ -38,6 +40,9 @@ _WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3, "fp8": 4}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
+
+MOST_ROWS = 64
+"""As many rows are multiplied sooner than by torch (docs/experiments.md)."""
 
 _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
@@ -75,6 +80,12 @@ class NativeLayer(ctypes.Structure):
     )
 
 
+class LinearLayer(ctypes.Structure):
+    """`moe_linear_layer` of moe.h: a matrix [outputs, inputs] to multiply by, and what is added."""
+
+    _fields_ = (("inputs", c_int64), ("outputs", c_int64), ("weight", c_void_p), ("bias", c_void_p))
+
+
 _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_variant", c_char_p, (c_int,)),
     ("moe_open", c_void_p, (c_int, c_int)),
@@ -85,11 +96,12 @@ _FUNCTIONS: tuple[Signature, ...] = (
         (c_void_p, POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p),
     ),
     ("moe_sum", None, (POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_int, c_void_p)),
+    ("moe_add", c_int, (c_int, c_int64, c_int, c_void_p, c_void_p, c_void_p)),
     ("moe_activate", None, (POINTER(NativeLayer), c_void_p, c_void_p)),
     ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     ("moe_expand_fp8", None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
-    ("moe_linear", c_int, (c_void_p, c_void_p, c_void_p, c_void_p)),
+    ("moe_linear", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
@@ -154,6 +166,21 @@ class NativePool:
             self.lib.moe_expand_int(self.handle, _WEIGHTS[about.kind], about.group, *packed, into)
         return weight
 
+    def multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`F.linear` of `rows` [n, in] and `weight` [out, in], in bfloat16 and contiguous, added in torch's order. Only
+        where the variant `adds_as_torch_does`.
+        """
+        outputs, inputs = weight.shape
+        result = rows.new_empty(len(rows), outputs)
+        self.apply(LinearLayer(inputs, outputs, weight.data_ptr(), None), rows, result)
+        return result
+
+    def apply(self, layer: LinearLayer, rows: torch.Tensor, result: torch.Tensor) -> None:
+        """Write what `layer` makes of `rows` [..., in] to `result` [..., out], like `multiply`; one row anywhere."""
+        count = rows.numel() // layer.inputs
+        if self.lib.moe_linear(self.handle, layer, count, rows.data_ptr(), result.data_ptr()):
+            raise MemoryError("no memory for the rows of a product")
+
     def read(self, memory: torch.Tensor) -> int:
         """Read all of `memory` as fast as the threads can; returns the exclusive or of its words."""
         return int(self.lib.moe_read(self.handle, memory.data_ptr(), memory.nbytes))
@@ -177,7 +204,7 @@ class ExpandingMaths(ExpertMaths):
 
 class NativeMaths(ExpandingMaths):
     """The experts of one MoE layer: one token by the library, many by torch, which also takes over when the pool is
-    closed.
+    closed. Of up to `most_rows` of them the library computes the products.
 
     Raises NotNativeError when the library cannot compute them.
     """
@@ -191,6 +218,7 @@ class NativeMaths(ExpandingMaths):
         self.rounding = {weights: self._rounding(weights) for weights in _DTYPES}
         self.layer = self._describe(module, specs)
         self._recognise_activation(module)
+        self.most_rows = MOST_ROWS if pool.adds_as_torch_does else 0
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):
@@ -209,6 +237,22 @@ class NativeMaths(ExpandingMaths):
             row.compute([0], [tensors])
         dtype = torch.promote_types(hidden.dtype, weights.dtype)
         return torch.cat([row.rows for row in rows]).to(dtype)
+
+    def add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        is_native = len(rows) <= self.most_rows and rows.dtype in _DTYPES and self.pool.handle is not None
+        if not is_native or self._add(total, tokens.contiguous(), rows.contiguous()):
+            super().add(total, tokens, rows)
+
+    def _add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> bool:
+        """Whether the library left it undone."""
+        addresses = tokens.data_ptr(), rows.data_ptr(), total.data_ptr()
+        return bool(self.pool.lib.moe_add(_DTYPES[rows.dtype], rows.shape[1], len(rows), *addresses))
+
+    def _multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        is_native = rows.dtype == weight.dtype == torch.bfloat16 and self.pool.handle is not None
+        if self._is_transposed or len(rows) > self.most_rows or not is_native:
+            return super()._multiply(rows, weight)
+        return self.pool.multiply(rows.contiguous(), weight)
 
     def _computes(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
         return hidden.dtype == self.dtype and weights.dtype in _DTYPES and self.pool.handle is not None

@@ -79,6 +79,10 @@ class ExpertMaths:
         """What the rows are added to, shaped like `hidden`, in the dtype that this family adds up in."""
         return torch.zeros_like(hidden, dtype=self.sum_dtype(hidden.dtype, weights.dtype))
 
+    def add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add an expert's `rows` [n, H], which are of these `tokens` [n], to `total` [tokens, H] of the same dtype."""
+        total.index_add_(0, tokens, rows)
+
     def sum_dtype(self, hidden: torch.dtype, weights: torch.dtype) -> torch.dtype:
         """What this family adds up in."""
         if self._kind in _SUMS_IN_FLOAT32:
@@ -90,8 +94,11 @@ class ExpertMaths:
         if self._quantization is not None:
             weight = self._expand(weight, tensors[scales_name(name)], rows)
         weight = weight.to(rows.dtype)  # another one only on a device that does not compute in the weights' own
-        product = rows @ weight if self._is_transposed else F.linear(rows, weight)
+        product = self._multiply(rows, weight)
         return product if bias is None else product + bias
+
+    def _multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rows @ weight if self._is_transposed else F.linear(rows, weight)
 
     def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """A weight for products with `rows`, which lies as the module has it."""

@@ -337,3 +337,22 @@ void moe_activate(const moe_layer *layer, const float *projected, float *inner) 
     const float *ups = projected + (has_gates_first(layer) ? layer->inner : 0);
     gate_all(layer, projected, ups, (size_t)layer->inner, inner);
 }
+
+int moe_add(int dtype, int64_t width, int count, const int64_t *tokens, const void *rows, void *total) {
+    for (int k = 1; k < count; k++)
+        for (int i = 0; i < k; i++)
+            if (tokens[i] == tokens[k])
+                return -1;
+    for (int k = 0; k < count; k++) {
+        int64_t to = tokens[k] * width, from = k * width;
+        if (dtype == MOE_BF16)
+            for (int64_t i = 0; i < width; i++) {
+                float sum = from_bf16(((uint16_t *)total)[to + i]) + from_bf16(((const uint16_t *)rows)[from + i]);
+                ((uint16_t *)total)[to + i] = to_bf16(sum);
+            }
+        else
+            for (int64_t i = 0; i < width; i++)
+                ((float *)total)[to + i] += ((const float *)rows)[from + i];
+    }
+    return 0;
+}

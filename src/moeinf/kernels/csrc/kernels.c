@@ -41,6 +41,7 @@ static const kernels avx512bf16 = {
     .expand_fp8 = expand_fp8_avx512,
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
+    .tiles = {pack_tile, multiply_tiles},
     .read = read_avx512,
 };
 #endif

@@ -96,6 +96,16 @@ typedef void dot_fp4(const uint8_t *w, const uint8_t *scales, size_t width, size
 typedef void dot_blocks(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows,
                         const void *packed, float *out);
 
+/* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
+ * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[r * width + i] x[i] for
+ * r < outputs, i < width, and the x of all tiles; there are BLOCK_OUTPUTS and BLOCK_ROWS at most. */
+enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
+typedef struct {
+    void (*pack)(const uint16_t *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
+    void (*multiply)(const uint16_t *w, size_t width, size_t outputs, const uint32_t *packed, size_t tile, size_t tiles,
+                     float *sums);
+} tiling;
+
 typedef struct {
     const char *name;
     packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4 and _fp8, dot_int8, dot_int4; x is plain for dot_f32 */
@@ -111,10 +121,13 @@ typedef struct {
                        uint16_t *out);
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
+    tiling tiles; /* of NULLs where there are no such loops */
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
 
 /* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, dot_fp8.c) and bytes (dot_vnni.c). */
+
+/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, tiles.c) and bytes (dot_vnni.c). */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
 void pack_pairs(const float *values, size_t count, void *packed);
@@ -124,6 +137,10 @@ void pack_vnni4(const float *values, size_t count, void *packed);
 dot_int dot_vnni8, dot_vnni4;
 dot_fp4 dot_mxfp4;
 dot_blocks dot_fp8;
+
+void pack_tile(const uint16_t *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
+void multiply_tiles(const uint16_t *w, size_t width, size_t outputs, const uint32_t *packed, size_t tile, size_t tiles,
+                    float *sums);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 

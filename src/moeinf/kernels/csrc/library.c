@@ -35,6 +35,7 @@ void moe_close(moe_pool *pool) {
 bool reserve(moe_pool *pool, size_t bytes) {
     if (bytes <= pool->scratch_bytes)
         return true;
+    bytes = ceil_div(bytes, 64) * 64; /* or C11 may refuse it */
     void *larger = aligned_alloc(64, bytes);
     if (larger == NULL)
         return false;

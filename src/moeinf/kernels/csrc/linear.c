@@ -1,6 +1,6 @@
 #include "library.h"
 
-/* One call of moe_linear. A ticket is PAD outputs. */
+/* One x. A ticket is PAD outputs. */
 typedef struct {
     const kernels *kernels;
     const moe_linear_layer *layer;
@@ -21,7 +21,7 @@ static void run_ticket(void *job, size_t ticket) {
         output[i] = to_bf16(bias == NULL ? sums[i] : sums[i] + from_bf16(bias[first + i]));
 }
 
-int moe_linear(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output) {
+int multiply_one(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output) {
     const kernels *kernels = pool->kernels;
     size_t inputs = (size_t)layer->inputs, packed = kernels->pairs.bytes;
     if (!reserve(pool, padded(inputs) / PAD * packed))

@@ -48,7 +48,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 7 };
+enum { MOE_INTERFACE = 8 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -67,6 +67,10 @@ MOE_API int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const
 /* Adds up `count` rows in the order of `places`, rounding each sum to sum_dtype; output is of the layer's dtype. */
 MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
                      void *output);
+
+/* Adds `count` rows of a prompt to those of `total` that `tokens` names, both of that dtype and `width` wide. 0, or -1 when
+ * a token is named twice: torch rounds the sum of its rows once. */
+MOE_API int moe_add(int dtype, int64_t width, int count, const int64_t *tokens, const void *rows, void *total);
 
 /* The activation by itself, on `count` outputs of the up projection, as a layer of that width holds them. */
 MOE_API void moe_activate(const moe_layer *layer, const float *projected, float *inner);
@@ -90,8 +94,9 @@ typedef struct {
     const void *weight, *bias;
 } moe_linear_layer;
 
-/* The layer's outputs for one x. 0, or -1 when memory is lacking. */
-MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output);
+/* The layer's outputs for `count` x, each added up as torch does for so many. 0, -1 when memory is lacking, -2 where more
+ * than one x is not compiled in. */
+MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output);
 
 /* A root-mean-square norm of the dense part in bfloat16, weight being [size]: x / sqrt(mean(x²) + epsilon), rounded or
  * not, times weight. */

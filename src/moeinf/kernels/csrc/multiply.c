@@ -1,0 +1,73 @@
+#include "library.h"
+
+/* Some of the x of one call of moe_linear. They lie in tiles, which the first tickets pack; every other ticket is BLOCK_OUTPUTS. */
+typedef struct {
+    const moe_pool *pool;
+    const moe_linear_layer *layer;
+    size_t rows, tiles, tile, tile_words;
+    const uint16_t *x;
+    uint16_t *output;
+    uint32_t *packed;
+    atomic_int unpacked;
+} block;
+
+static void pack(block *block, size_t number) {
+    size_t inputs = (size_t)block->layer->inputs, first = number * block->tile;
+    size_t rows = first < block->rows ? smaller(block->tile, block->rows - first) : 0;
+    block->pool->kernels->tiles.pack(block->x + first * inputs, inputs, rows, block->tile,
+                                     block->packed + number * block->tile_words);
+    pool_done(block->pool->threads, &block->unpacked);
+}
+
+static void multiply(const block *block, size_t first) {
+    const moe_linear_layer *layer = block->layer;
+    size_t inputs = (size_t)layer->inputs, outputs = (size_t)layer->outputs;
+    size_t count = smaller(BLOCK_OUTPUTS, outputs - first);
+    const uint16_t *w = (const uint16_t *)layer->weight + first * inputs, *bias = layer->bias;
+    float sums[BLOCK_ROWS * BLOCK_OUTPUTS];
+    block->pool->kernels->tiles.multiply(w, inputs, count, block->packed, block->tile, block->tiles, sums);
+    for (size_t r = 0; r < block->rows; r++)
+        for (size_t i = 0; i < count; i++) {
+            float sum = sums[r * BLOCK_OUTPUTS + i];
+            block->output[r * outputs + first + i] = to_bf16(bias == NULL ? sum : sum + from_bf16(bias[first + i]));
+        }
+}
+
+static void run_ticket(void *job, size_t ticket) {
+    block *block = job;
+    if (ticket < block->tiles) {
+        pack(block, ticket);
+    } else {
+        pool_wait(block->pool->threads, &block->unpacked);
+        multiply(block, (ticket - block->tiles) * BLOCK_OUTPUTS);
+    }
+}
+
+int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output) {
+    size_t inputs = (size_t)layer->inputs, outputs = (size_t)layer->outputs;
+    if (count == 1)
+        return multiply_one(pool, layer, x, output);
+    if (pool->kernels->tiles.multiply == NULL)
+        return -2;
+    for (size_t done = 0, rows; done < (size_t)count; done += rows) {
+        rows = smaller(BLOCK_ROWS, (size_t)count - done);
+        size_t tiles = ceil_div(rows, TILE_ROWS), tile = ceil_div(rows, 2 * tiles) * 2;
+        size_t words = ceil_div(inputs, 2) * tile;
+        if (!reserve(pool, tiles * words * sizeof(uint32_t)))
+            return -1;
+        block block = {
+            .pool = pool,
+            .layer = layer,
+            .rows = rows,
+            .tiles = tiles,
+            .tile = tile,
+            .tile_words = words,
+            .x = (const uint16_t *)x + done * inputs,
+            .output = (uint16_t *)output + done * outputs,
+            .packed = pool->scratch,
+        };
+        atomic_init(&block.unpacked, (int)tiles);
+        pool_run(pool->threads, run_ticket, &block, tiles + ceil_div(outputs, BLOCK_OUTPUTS));
+    }
+    return 0;
+}
