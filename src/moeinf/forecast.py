@@ -37,9 +37,9 @@ FETCH_S = 75e-6
 """What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing its arrival."""
 FORESEE_S = 200e-6
 """Asking the next layer's router (docs/experiments.md)."""
-TOKEN_S = 2e-3
+TOKEN_S = 1.2e-3
 """What transformers' `generate` takes per token beside the model."""
-SUSTAINED = 0.75
+SUSTAINED = 0.8
 """A machine's rates are those of its best moments; over whole tokens weights are computed, and experts read, at this
 share of them (docs/performance.md)."""
 TRIM_S = 3.5e-3
