@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.library import Library
+from torch import library
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -108,7 +108,7 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-_fallback: Any = Library("_", "IMPL")  # type: ignore[no-untyped-call]
+_fallback: Any = library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
 _fallback.fallback(lambda operation, *args, **kwargs: _run(operation, args, kwargs), "PrivateUse1")
 
 
