@@ -1,4 +1,4 @@
-"""The next token drawn as `torch.multinomial` draws it, in less than half of the time.
+"""The next token drawn as `torch.multinomial` draws it, in half to three quarters of the time.
 
 torch divides each chance by a number of the exponential distribution, and takes the token with the largest quotient
 (ATen/native/Distributions.cpp). For each of these numbers it takes a logarithm by itself, a vocabulary's worth of them

@@ -2,8 +2,8 @@
 
 Routing follows the text, and text repeats itself in part: a token whose layers chose much the same experts as a past
 token is likely to be followed by much the same choices. Averages over time cannot see that; a search can. Pure numbers:
-knows nothing of caches, of what its answers are used for, or of torch. `native_routing` computes
-the same sooner.
+knows nothing of caches, of what its answers are used for, or of torch. `native_routing` computes the
+same sooner.
 """
 
 from __future__ import annotations
