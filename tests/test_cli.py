@@ -313,7 +313,7 @@ def test_what_quantize_and_quality_refuse(cli: CommandLine, checkpoint: Path) ->
     cli.check("""
         $ moeinf quantize mix --experts int3 --name small
         ! error: --experts int3 is not known
-        ! hint: choose one of: int8, int4
+        ! hint: choose one of: lossless, int8, int4
         = 2
     """)
     cli.check("""

@@ -30,6 +30,7 @@ LAYERS = [
         "hub",
         "incoming",
         "locks",
+        "lossless",
         "metamodel",
         "origins",
         "pull",
@@ -103,6 +104,8 @@ HEAVY = {
     "torch": {
         "conversion",
         "dtypes",
+        "fused",
+        "lossless",
         "metamodel",
         "quality",
         "quantized",

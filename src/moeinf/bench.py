@@ -320,7 +320,11 @@ def _survey(name: str, options: EngineOptions, wishes: Wishes) -> Survey:
 
 def _check_rivals(stored: StoredModel, wishes: Wishes) -> None:
     quantization = stored.manifest.layout.quantization
-    if quantization is not None and (unable := [rival for rival in wishes.rivals if rival in _ON_DISK]):
+    if (
+        quantization is not None
+        and not quantization.is_lossless
+        and (unable := [rival for rival in wishes.rivals if rival in _ON_DISK])
+    ):
         raise UnsupportedError(
             f"{stored.name} has {quantization.text}, which {unable[0]} cannot read",
             hint="leave out --against, or measure the same model with plain experts",

@@ -51,10 +51,10 @@ _FORESEEN = {"gate": 0.8, "auto": 0.8, "eam": 0.4, "off": 0.0}
 """Of a layer's choice, what each way of foreseeing names: the middle of the 72 to 89 % that are published for the next
 router, and what tokens alike told of misses on the demo model (docs/experiments.md). As much of what is named is
 right."""
-EXPANDING = {"int8": 3.6, "int4": 6.7, "fp8": 9.8, "mxfp4": 8.0}
+EXPANDING = {"lossless": 40.0, "int8": 3.6, "int4": 6.7, "fp8": 9.8, "mxfp4": 8.0}
 """Expanding a packed expert takes torch so many times as long as computing the plain one for a token
 (docs/planning.md)."""
-EXPANDING_NATIVELY = {"int8": 0.5, "int4": 0.5, "fp8": 1.0, "mxfp4": 2.5}
+EXPANDING_NATIVELY = {"lossless": 2.6, "int8": 0.5, "int4": 0.5, "fp8": 1.0, "mxfp4": 2.5}
 """As much where the library expands it."""
 
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
@@ -283,7 +283,7 @@ class _Costs:
         layout, machine = self._manifest.layout, self._machine
         expanding_s = _expanding_s(machine, layout, self._kernels)
         at_once_s = (layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s) / SUSTAINED
-        return at_once_s if layout.is_released else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
+        return at_once_s if layout.is_exact else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
     def prompt_s(self, tokens: int) -> float:
         """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
@@ -332,7 +332,7 @@ def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     """Bytes of experts per second for one token, with the kernels that the engine would choose."""
     kind, quantization = _kind_of(layout), layout.quantization
     is_exact = kind == "bfloat16" and machine.processor.kernels == "avx512bf16"
-    is_native = kernels == "native" or (kernels == "auto" and (is_exact or not layout.is_released))
+    is_native = kernels == "native" or (kernels == "auto" and (is_exact or not layout.is_exact))
     if quantization is None:
         return _rate(machine, kind, 1, "native" if is_native else "torch")
     if is_native and quantization.kind in {rate.weights for rate in machine.maths if rate.kernels == "native"}:

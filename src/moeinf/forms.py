@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .manifest import GROUPS, NUMBER_BITS, ExpertLayout, Quantization
+from .manifest import GROUPS, LOSSLESS, PANEL_ROWS, ExpertLayout, Quantization
 
 if TYPE_CHECKING:
-    from .quantized import Quantizer
+    from .quantized import Encoder
 
 __all__ = ["ExpertForm", "name_precision"]
 
-_DEFAULT_GROUPS = {"int8": 64, "int4": 32}
+_DEFAULT_GROUPS = {LOSSLESS: PANEL_ROWS, "int8": 64, "int4": 32}
 """Smaller groups are worth their factors for 4 bits (docs/quantization.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertForm:
-    """Quantised experts: `kind` is one of NUMBER_BITS, `group` one of GROUPS."""
+    """Experts that are packed here: `kind` is one of NUMBER_BITS, `group` one of GROUPS; or LOSSLESS, whose group is
+    what it is.
+    """
 
     kind: str
     group: int
@@ -30,23 +32,39 @@ class ExpertForm:
     @classmethod
     def read(cls, experts: str, group: int | None) -> ExpertForm:
         """What a person asks for; without a `group` it is 64 for int8, and 32 for int4. Raises UsageError."""
-        if experts not in NUMBER_BITS:
-            raise UsageError(f"--experts {experts} is not known", hint=f"choose one of: {', '.join(NUMBER_BITS)}")
+        if experts not in _DEFAULT_GROUPS:
+            raise UsageError(f"--experts {experts} is not known", hint=f"choose one of: {', '.join(_DEFAULT_GROUPS)}")
+        if experts == LOSSLESS and group is not None:
+            raise UsageError("--group says how int8 and int4 experts are grouped", hint="leave it out")
         if group not in (None, *GROUPS):
             raise UsageError(f"--group {group} is not known", hint=f"choose one of: {', '.join(map(str, GROUPS))}")
         return cls(experts, group or _DEFAULT_GROUPS[experts])
 
     @classmethod
     def of(cls, quantization: Quantization | None) -> ExpertForm | None:
-        """What experts were made to be stored as; None for plain ones, and for those that are as they were released."""
+        """What experts were packed as here; None for plain ones, and for those that are as they were released."""
         if quantization is None or quantization.is_released:
             return None
         return cls(quantization.kind, quantization.group)
 
-    def quantizer(self, layout: ExpertLayout, *, is_transposed: bool) -> Quantizer:
-        """What brings experts of that layout into this form."""
+    @property
+    def bits(self) -> int:
+        """Of a weight, without what its group has in common."""
+        return Quantization(self.kind, self.group, "BF16", {}).bits
+
+    @property
+    def options(self) -> list[str]:
+        """How a command line asks for it."""
+        group = [] if self.kind == LOSSLESS else ["--group", str(self.group)]
+        return ["--experts", self.kind, *group]
+
+    def encoder(self, layout: ExpertLayout, *, is_transposed: bool) -> Encoder:
+        """What brings experts of that layout into this form. Raises UnsupportedError for those that have none."""
+        from .lossless import LosslessPacker
         from .quantized import Quantizer
 
+        if self.kind == LOSSLESS:
+            return LosslessPacker(layout, is_transposed)
         return Quantizer(layout, is_transposed, self.kind, self.group)
 
 
@@ -54,4 +72,6 @@ def name_precision(before: str, layout: ExpertLayout) -> str:
     """What a manifest calls the precision of weights that had `before` as theirs and are stored in this layout."""
     if layout.quantization is None:
         return before
-    return layout.quantization.text if layout.is_released else f"{layout.quantization.text}, from {before}"
+    if layout.quantization.is_lossless:
+        return f"{before}, packed without loss"
+    return layout.quantization.text if layout.is_exact else f"{layout.quantization.text}, from {before}"

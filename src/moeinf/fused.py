@@ -35,7 +35,7 @@ def find_fused(manifest: Manifest) -> Path | None:
         with TensorFile.open(folder / file) as opened:
             found = {name: (entry.dtype, entry.shape) for name, entry in opened.entries.items()}
         for layer in manifest.layers:
-            for tensor in manifest.layout.tensors:
+            for tensor in manifest.layout.unpacked.tensors:
                 name = f"{layer.module}.{tensor.name}"
                 wanted = (tensor.dtype, (layer.num_experts, *tensor.shape))
                 if name not in checkpoint.tensor_files or found.get(name, wanted) != wanted:
@@ -51,9 +51,10 @@ def write_fused(stored: StoredModel, folder: Path, progress: Progress = NO_PROGR
     with explained(folder):
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize
-        if free < manifest.experts_bytes:
+        needed = manifest.num_experts * manifest.layout.unpacked.nbytes
+        if free < needed:
             raise CapacityError(
-                f"the experts take {format_bytes(manifest.experts_bytes)} once more, for the programs to compare with,"
+                f"the experts take {format_bytes(needed)} once more, for the programs to compare with,"
                 f" and {folder} has {format_bytes(free)} left",
                 hint="free some space, or leave out --against",
             )
@@ -81,7 +82,12 @@ def _link_others(stored: StoredModel, folder: Path) -> dict[str, str]:
 
 def _write_layer(stored: StoredModel, number: int, path: Path) -> list[str]:
     """Write one layer's experts; returns the names of its tensors."""
-    layer, layout = stored.manifest.layers[number], stored.manifest.layout
+    import torch
+
+    from .lossless import read_expert
+
+    layer, stored_layout = stored.manifest.layers[number], stored.manifest.layout
+    layout = stored_layout.unpacked
     names = [f"{layer.module}.{tensor.name}" for tensor in layout.tensors]
     shapes = [(layer.num_experts, *tensor.shape) for tensor in layout.tensors]
     dtypes = [tensor.dtype for tensor in layout.tensors]
@@ -92,8 +98,8 @@ def _write_layer(stored: StoredModel, number: int, path: Path) -> list[str]:
     with path.open("wb") as file:
         file.write(header)
         for expert in range(layer.num_experts):
-            with TensorFile.open(stored.path / expert_path(number, expert)) as source:
-                for begin, tensor in zip(begins, layout.tensors, strict=False):
-                    file.seek(begin + expert * tensor.nbytes)
-                    file.write(source.read(tensor.name))
+            made = read_expert(stored.path / expert_path(number, expert), stored_layout)
+            for begin, tensor in zip(begins, layout.tensors, strict=False):
+                file.seek(begin + expert * tensor.nbytes)
+                file.write(made[tensor.name].view(-1).view(torch.uint8).numpy().data)
     return names

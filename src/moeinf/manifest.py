@@ -17,14 +17,20 @@ from .errors import IntegrityError, UnsupportedError
 __all__ = [
     "AS_RELEASED",
     "DTYPE_BYTES",
+    "EXCEPTION_SHARE",
     "EXPERT_ALIGNMENT",
     "GROUPS",
+    "LOSSLESS",
     "MANIFEST_NAME",
     "NUMBER_BITS",
+    "PANEL_BYTES",
+    "PANEL_INPUTS",
+    "PANEL_ROWS",
     "QUANTIZED_SCHEMA",
     "RELEASED_BITS",
     "RELEASED_GROUPS",
     "SCHEMA",
+    "TABLE_WORDS",
     "ExpertLayout",
     "FileRecord",
     "Manifest",
@@ -33,7 +39,9 @@ __all__ = [
     "Source",
     "TensorSpec",
     "expert_path",
+    "lossless_shapes",
     "scales_name",
+    "uppers_name",
 ]
 
 SCHEMA = 1
@@ -53,6 +61,14 @@ GROUPS = (32, 64)
 RELEASED_BITS = {"fp8": 8, "mxfp4": 4}
 """Packed weights that are kept as they were released, so that they stand for what they always did."""
 RELEASED_GROUPS = {"fp8": 128, "mxfp4": 32}
+LOSSLESS = "lossless"
+"""bfloat16 whose upper bytes are indices of 4 bits into a table, so that a weight takes 12 bits and is what it was."""
+PANEL_ROWS, PANEL_INPUTS = 16, 8
+"""Of a lossless weight, so many rows and columns lie together, in PANEL_BYTES."""
+PANEL_BYTES = 192
+TABLE_WORDS = 4
+EXCEPTION_SHARE = 256
+"""A lossless weight has room for one exception, whose upper byte the table lacks, among so many weights."""
 AS_RELEASED = "as released"
 _NUMBER_DTYPES = {"fp8": "F8_E4M3"}
 _SCALE_DTYPES = {"fp8": "F32", "mxfp4": "U8"}
@@ -69,11 +85,24 @@ def scales_name(weight: str) -> str:
     return f"{weight}_scales"
 
 
+def uppers_name(weight: str) -> str:
+    """The tensor that holds the upper bytes of a lossless weight: the table of them, and the exceptions."""
+    return f"{weight}_uppers"
+
+
+def lossless_shapes(rows: int, width: int) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
+    """dtype and shape of what a lossless weight [rows, width] consists of: its panels, and its uppers."""
+    panels = rows // PANEL_ROWS
+    words = TABLE_WORDS + panels + 1 + rows * width // EXCEPTION_SHARE
+    return ("U8", (panels, width // PANEL_INPUTS, PANEL_BYTES)), ("U32", (words,))
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """How the weights of experts are numbers of few bits with a factor for each `group` of a row; `dtype` is what they
     are expanded to. `kind` is one of NUMBER_BITS, whole numbers that are near what the weights were, or one of
-    RELEASED_BITS, which are the weights. Of "fp8", up to `group` rows have their factors in common, too.
+    RELEASED_BITS, which are the weights, or LOSSLESS, which is the weights too. Of "fp8", up to `group` rows have their
+    factors in common; of LOSSLESS, `group` rows lie together.
 
     `widths` has the quantised tensors, and how many weights a row of each has. Rows are outputs, whatever the model's
     module has them as. docs/store-format.md has the layout of each `version`.
@@ -87,18 +116,37 @@ class Quantization:
 
     @property
     def bits(self) -> int:
-        return (NUMBER_BITS | RELEASED_BITS)[self.kind]
+        return (NUMBER_BITS | RELEASED_BITS | {LOSSLESS: 12})[self.kind]
 
     @property
     def is_released(self) -> bool:
-        """Whether the experts are as they were released, and the output is, too."""
+        """Whether the experts lie as they were released."""
         return self.kind in RELEASED_BITS
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.kind == LOSSLESS
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the experts stand for the weights that were released, and the output is theirs, too."""
+        return self.is_released or self.is_lossless
 
     @property
     def text(self) -> str:
         """What people call it."""
+        if self.is_lossless:
+            return "lossless experts (bfloat16 in 12 bits)"
         about = AS_RELEASED if self.is_released else f"groups of {self.group}"
         return f"{self.kind} experts ({about})"
+
+    def partner(self, weight: str) -> str:
+        """The tensor without which the packed `weight` says nothing."""
+        return uppers_name(weight) if self.is_lossless else scales_name(weight)
+
+    def rows(self, spec: TensorSpec) -> int:
+        """Rows of the packed weight that lies as `spec` says."""
+        return spec.shape[0] * (PANEL_ROWS if self.is_lossless else 1)
 
     @property
     def is_in_blocks(self) -> bool:
@@ -166,9 +214,9 @@ class ExpertLayout:
         return self.data_offset + self.nbytes
 
     @property
-    def is_released(self) -> bool:
+    def is_exact(self) -> bool:
         """Whether the experts' weights are those that were released."""
-        return self.quantization is None or self.quantization.is_released
+        return self.quantization is None or self.quantization.is_exact
 
     @property
     def expanded_bytes(self) -> int:
@@ -180,12 +228,29 @@ class ExpertLayout:
         """Bytes of one expert's weights as the maths has them: of quantised ones when all are expanded."""
         return sum(self._expanded()) or self.nbytes
 
+    @property
+    def unpacked(self) -> ExpertLayout:
+        """How lossless experts lie when they are plain; others as they lie."""
+        made = self.quantization
+        if made is None or not made.is_lossless:
+            return self
+        specs, offset = [], 0
+        for spec in self.tensors:
+            if spec.name in map(uppers_name, made.widths):
+                continue
+            dtype, shape = spec.dtype, spec.shape
+            if width := made.widths.get(spec.name):
+                dtype, shape = made.dtype, (made.rows(spec), width)
+            specs.append(TensorSpec(spec.name, dtype, shape, offset))
+            offset += specs[-1].nbytes
+        return ExpertLayout(EXPERT_ALIGNMENT, tuple(specs))
+
     def _expanded(self) -> list[int]:
         made = self.quantization
         if made is None:
             return []
         size = DTYPE_BYTES[made.dtype]
-        return [size * spec.shape[0] * made.widths[spec.name] for spec in self.tensors if spec.name in made.widths]
+        return [size * made.rows(spec) * made.widths[spec.name] for spec in self.tensors if spec.name in made.widths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +379,7 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
         return None
     made = Quantization(**raw)
     groups = dict.fromkeys(NUMBER_BITS, GROUPS) | {kind: (group,) for kind, group in RELEASED_GROUPS.items()}
+    groups[LOSSLESS] = (PANEL_ROWS,)
     if made.version != _QUANTIZATION_VERSION or made.group not in groups.get(made.kind, ()):
         raise UnsupportedError(
             f"its experts are {made.kind} in groups of {made.group}, version {made.version}, which this program does"
@@ -321,6 +387,9 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
             hint="update moeinf, or make the model again",
         )
     for name, width in made.widths.items():
+        if made.is_lossless:
+            _check_lossless(made, name, specs)
+            continue
         (rows, _), (scale_rows, _) = specs[name].shape, specs[scales_name(name)].shape
         if made.is_in_blocks:
             if not made.has_blocks(name, rows, scale_rows):
@@ -336,3 +405,10 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
             if (specs[tensor].dtype, specs[tensor].shape) != (dtype, shape):
                 raise ValueError(f"{tensor} is not {dtype} of {shape[0]} x {shape[1]}")
     return made
+
+
+def _check_lossless(made: Quantization, name: str, specs: dict[str, TensorSpec]) -> None:
+    rows = made.rows(specs[name])
+    there = [(specs[tensor].dtype, specs[tensor].shape) for tensor in (name, uppers_name(name))]
+    if made.dtype != "BF16" or tuple(there) != lossless_shapes(rows, made.widths[name]):
+        raise ValueError(f"{name} is no lossless weight of {rows} x {made.widths[name]} in {made.dtype}")

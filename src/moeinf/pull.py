@@ -23,7 +23,7 @@ from .errors import CapacityError, IntegrityError, ModelNotFoundError, Unsupport
 from .files import Bytes, explained
 from .forms import ExpertForm, name_precision
 from .incoming import DenseWriter, Incoming
-from .manifest import NUMBER_BITS, SCHEMA, ExpertLayout, Manifest, Source, expert_path
+from .manifest import SCHEMA, ExpertLayout, Manifest, Source, expert_path
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
 from .reference import MAX_NAME, Reference, read_reference
@@ -32,7 +32,7 @@ from .units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from .conversion import Plan
-    from .quantized import Packer, Quantizer
+    from .quantized import Encoder
 
 __all__ = ["Preview", "PullPlan", "plan_pull", "preview", "pull", "resolve"]
 
@@ -95,8 +95,9 @@ def pull(
 
     `source` is a folder, an alias, a hub id with or without `@revision`, or the name of a model that is here. What is
     here already from the same source is returned as it is, unless `force` asks for it anew. A pull that did not finish
-    is continued if its source is still the same. `experts` "int8" or "int4" writes them quantised, in groups of `group`
-    (docs/quantization.md); "bf16" expanded, where they are released packed, in a model that is bfloat16. `notify` gets
+    is continued if its source is still the same. `experts` "lossless" writes them packed, if they are bfloat16
+    (docs/lossless.md); "int8" or "int4" quantised, in groups of `group` (docs/quantization.md); "bf16" expanded, where
+    they are released packed, in a model that is bfloat16. `notify` gets
     a sentence about what a person might not expect.
 
     Raises UsageError when the name is taken by another model, CapacityError when the disk is too small (before any
@@ -114,7 +115,7 @@ def pull(
         # the download and, at the least, as much again in the store, or half of it where four bytes become two
         least_bytes = origin.blind_bytes * 2 if dtype == "auto" else origin.blind_bytes * 3 // 2
         if request.form is not None:
-            least_bytes = origin.blind_bytes * 9 // 8
+            least_bytes = origin.blind_bytes * (32 + request.form.bits) // 32
         require_room(least_bytes - _bytes_in(incoming.source))
         checkpoint = origin.read(incoming.source, progress)
         plan = _plan(checkpoint, dtype)
@@ -156,7 +157,7 @@ def plan_pull(
     stored = None if plan is None else _Stored.of(plan, request)
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
-    guess = sum(sizes) if request.form is None else sum(sizes) * NUMBER_BITS[request.form.kind] // 15
+    guess = sum(sizes) if request.form is None else sum(sizes) * request.form.bits // 15
     store_bytes = guess if stored is None else stored.nbytes
     return PullPlan(
         name=request.name,
@@ -340,12 +341,12 @@ class _Stored:
     """What is stored of a plan: experts in its layout, or in that of the encoder."""
 
     plan: Plan
-    encoder: Quantizer | Packer | None
+    encoder: Encoder | None
 
     @classmethod
     def of(cls, plan: Plan, request: _Request) -> _Stored:
         if request.form is not None:
-            return cls(plan, request.form.quantizer(plan.layout, is_transposed=plan.is_transposed))
+            return cls(plan, request.form.encoder(plan.layout, is_transposed=plan.is_transposed))
         if plan.packing is None or request.is_plain:
             return cls(plan, None)
         from .quantized import Packer

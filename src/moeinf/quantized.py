@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
 from .files import Bytes
+from .lossless import pack, unpack
 from .manifest import DTYPE_BYTES, RELEASED_GROUPS, ExpertLayout, Quantization, TensorSpec, scales_name
 from .tensorfile import encode_expert_header
 
-__all__ = ["Packer", "Quantizer", "dequantize", "fill_randomly", "quantize"]
+__all__ = ["Encoder", "Packer", "Quantizer", "dequantize", "fill_randomly", "quantize"]
 
 _CHUNK_WEIGHTS = 1 << 18
 _LARGEST_FLOAT16 = 65504.0
@@ -38,6 +40,16 @@ _FLOAT8_BITS = -0x7810
 """Sign, exponent and fraction, where an int16 has them after a shift."""
 _LARGEST_EXPONENT = 252
 """Six, the largest of _FP4, times the next power of two is infinite."""
+
+
+class Encoder(Protocol):
+    """Brings experts into another form; `layout` says how they lie then. (Here, and in `lossless`.)"""
+
+    @property
+    def layout(self) -> ExpertLayout: ...
+
+    def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
+        """The data of an expert's file. `expert` is what messages call it."""
 
 
 class Quantizer:
@@ -156,8 +168,10 @@ def dequantize(
     is_transposed: bool = False,
 ) -> torch.Tensor:
     """Numbers as weights [out, width] in `dtype`, or [width, out] if `is_transposed`: the products in float32, rounded
-    to it.
+    to it. Lossless weights are what they were.
     """
+    if quantization.is_lossless:
+        return unpack(numbers, factors).to(dtype)
     shape = (width, len(numbers)) if is_transposed else (len(numbers), width)
     weights = torch.empty(shape, dtype=dtype, device=numbers.device)
     by_rows = weights.t() if is_transposed else weights
@@ -181,6 +195,9 @@ def fill_randomly(
     """
     packed = quantization.widths if quantization else {}
     scales = {scales_name(name) for name in packed}
+    if quantization is not None and quantization.is_lossless:
+        _pack_randomly(tensors, quantization, generator)
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16}
     for name, tensor in tensors.items():
         count = min(tensor.numel(), _DRAWN_WEIGHTS)
         if tensor.dtype == torch.uint8:
@@ -193,6 +210,14 @@ def fill_randomly(
             numbers = torch.randn(count, generator=generator) * 0.02
         for piece in torch.split(tensor.view(-1), count):
             piece.copy_(numbers[: len(piece)])
+
+
+def _pack_randomly(tensors: Mapping[str, torch.Tensor], quantization: Quantization, generator: torch.Generator) -> None:
+    for name, width in quantization.widths.items():
+        plain = torch.empty(len(tensors[name]) * quantization.group, width, dtype=torch.bfloat16)
+        fill_randomly({name: plain}, None, generator)
+        for stored, made in zip((name, quantization.partner(name)), pack(plain), strict=True):
+            tensors[stored].view(made.dtype).copy_(made)
 
 
 @cache

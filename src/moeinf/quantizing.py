@@ -16,16 +16,14 @@ from .errors import CapacityError, ModelNotFoundError, UnsupportedError, UsageEr
 from .files import Bytes
 from .forms import ExpertForm, name_precision
 from .incoming import Incoming
-from .manifest import QUANTIZED_SCHEMA, ExpertLayout, Manifest, expert_path
+from .manifest import QUANTIZED_SCHEMA, Manifest, expert_path
 from .progress import NO_PROGRESS, Progress
 from .store import Store, StoredModel
-from .tensorfile import TensorFile, encode_expert_header
+from .tensorfile import encode_expert_header
 from .units import format_bytes
 
 if TYPE_CHECKING:
-    import torch
-
-    from .quantized import Quantizer
+    from .quantized import Encoder
 
 __all__ = ["quantize_model"]
 
@@ -49,7 +47,7 @@ def quantize_model(
     CapacityError when the disk is too small, IntegrityError for weights that are not finite, or for damaged files.
     """
     there = model.manifest.layout.quantization
-    if there is not None:
+    if there is not None and (not there.is_lossless or form.kind == there.kind):
         pulling = shlex.join(["moeinf", "pull", model.manifest.source.repo, "--experts", form.kind, "--name", name])
         raise UnsupportedError(
             f"{model.name} has {there.text} already",
@@ -64,15 +62,15 @@ def quantize_model(
         key = {"schema": QUANTIZED_SCHEMA, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
         if incoming.begin(key):
             notify(f"going on with {name}: {format_bytes(incoming.written_bytes)} are written")
-        quantizer = _quantizer(model, form)
+        encoder = _encoder(model, form)
         manifest = dataclasses.replace(
             model.manifest,
-            layout=quantizer.layout,
-            precision=name_precision(model.manifest.precision, quantizer.layout),
+            layout=encoder.layout,
+            precision=name_precision(model.manifest.precision, encoder.layout),
         )
         _require_room(store, manifest, incoming)
         _take_over_files(model, incoming)
-        _write_experts(model, quantizer, incoming, progress)
+        _write_experts(model, encoder, incoming, progress)
         incoming.publish(manifest)
     return store.open(name)
 
@@ -92,13 +90,13 @@ def _existing(model: StoredModel, name: str, form: ExpertForm, store: Store) -> 
     )
 
 
-def _quantizer(model: StoredModel, form: ExpertForm) -> Quantizer:
+def _encoder(model: StoredModel, form: ExpertForm) -> Encoder:
     from .metamodel import MetaModel, choose_dtype, load_config
 
     loaded = load_config(model.path)
     meta = MetaModel(loaded, choose_dtype(model.manifest.dtype, loaded.dtype))
     is_transposed = meta.is_transposed(model.manifest.layers[0].module)
-    return form.quantizer(model.manifest.layout, is_transposed=is_transposed)
+    return form.encoder(model.manifest.layout.unpacked, is_transposed=is_transposed)
 
 
 def _require_room(store: Store, manifest: Manifest, incoming: Incoming) -> None:
@@ -130,7 +128,7 @@ def _take_over_files(model: StoredModel, incoming: Incoming) -> None:
             incoming.link(path, model.path / path, model.manifest.files[path])
 
 
-def _write_experts(model: StoredModel, quantizer: Quantizer, incoming: Incoming, progress: Progress) -> None:
+def _write_experts(model: StoredModel, encoder: Encoder, incoming: Incoming, progress: Progress) -> None:
     manifest = model.manifest
     paths = {expert_path(layer, expert): (layer, expert) for layer, expert in _experts(manifest)}
     left = [path for path in paths if not incoming.is_done(path)]
@@ -138,27 +136,12 @@ def _write_experts(model: StoredModel, quantizer: Quantizer, incoming: Incoming,
         for path in left:
             layer, expert = paths[path]
             what = f"expert {expert} of {manifest.layers[layer].module}"
-            incoming.write(path, _expert_chunks(model, path, quantizer, what))
+            incoming.write(path, _expert_chunks(model, path, encoder, what))
             task.advance(1)
 
 
-def _expert_chunks(model: StoredModel, path: str, quantizer: Quantizer, what: str) -> Iterator[Bytes]:
-    yield encode_expert_header(quantizer.layout.tensors)
-    with TensorFile.open(model.path / path) as file:
-        tensors = _read(file, model.manifest.layout)
-    yield from quantizer.encode(tensors, what)
+def _expert_chunks(model: StoredModel, path: str, encoder: Encoder, what: str) -> Iterator[Bytes]:
+    from .lossless import read_expert
 
-
-def _read(file: TensorFile, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-    import torch
-
-    from .dtypes import TORCH_DTYPES
-
-    data = bytearray(layout.nbytes)
-    file.pread_into(data, layout.data_offset)
-    tensors = {}
-    for spec in layout.tensors:
-        dtype = TORCH_DTYPES[spec.dtype]
-        count = spec.nbytes // dtype.itemsize
-        tensors[spec.name] = torch.frombuffer(data, dtype=dtype, count=count, offset=spec.offset).view(spec.shape)
-    return tensors
+    yield encode_expert_header(encoder.layout.tensors)
+    yield from encoder.encode(read_expert(model.path / path, model.manifest.layout), what)

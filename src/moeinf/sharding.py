@@ -20,7 +20,7 @@ from .conversion import DenseTensor, ExpertPart, Plan, Recipe, Source
 from .dtypes import TORCH_DTYPES
 from .errors import IntegrityError, UnsupportedError
 from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, expert_path, scales_name
-from .quantized import Packer, Quantizer
+from .quantized import Encoder, Packer
 from .tensorfile import TensorEntry, TensorFile, encode_expert_header, encode_header
 from .units import MIB
 
@@ -79,7 +79,7 @@ class Sharder:
     Raises IntegrityError for a weight file that is damaged, or whose tensors are not what the plan was made of.
     """
 
-    def __init__(self, plan: Plan, sink: Sink, encoder: Quantizer | Packer | None = None) -> None:
+    def __init__(self, plan: Plan, sink: Sink, encoder: Encoder | None = None) -> None:
         self._plan = plan
         self._sink = sink
         self._encoder = encoder

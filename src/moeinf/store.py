@@ -138,7 +138,7 @@ class Store:
         if reference is None:
             raise self._not_found(argument)
         found = self.find(reference)
-        plain = [model for model in found if model.manifest.layout.is_released]
+        plain = [model for model in found if model.manifest.layout.is_exact]
         match plain or found:  # quantised experts are taken where they are named, or are all there is
             case [model]:
                 return model

@@ -78,9 +78,7 @@ class ModelIdentity:
             manifest.source,
             tuple(layer.num_experts for layer in manifest.layers),
             tuple(layer.top_k for layer in manifest.layers),
-            manifest.layout.quantization.text
-            if manifest.layout.quantization and not manifest.layout.is_released
-            else "",
+            manifest.layout.quantization.text if manifest.layout.quantization and not manifest.layout.is_exact else "",
         )
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import moeinf
 from moeinf import demo
 from moeinf.errors import MoeinfError
-from moeinf.manifest import AS_RELEASED
+from moeinf.manifest import AS_RELEASED, LOSSLESS
 from moeinf.pull import resolve
 from moeinf.store import Store
 from moeinf.units import format_bytes, format_seconds
@@ -77,7 +77,7 @@ def open_engine(
     name = stored.name
     if stored.manifest.source.repo == demo.NAME:
         output.note(demo.NOTE)
-    if stored.manifest.layout.quantization is not None and not stored.manifest.layout.is_released:
+    if stored.manifest.layout.quantization is not None and not stored.manifest.layout.is_exact:
         output.note(f"{name} has {stored.manifest.layout.quantization.text}: it does not answer exactly as released")
     options = engine_flags.resolve()
     with output.busy(f"loading {name}"):
@@ -143,7 +143,7 @@ def _describe_quantization(stats: Stats) -> list[str]:
     if not stats.quantization:
         return []
     lines = [f"{stats.quantization}, computed by {stats.kernels}"]
-    if AS_RELEASED in stats.quantization:
+    if AS_RELEASED in stats.quantization or LOSSLESS in stats.quantization:
         return lines
     return [*lines, stats.quality.text if stats.quality else "quality not measured (moeinf quality)"]
 

@@ -33,7 +33,7 @@ def pull(
     ] = "auto",
     experts: Annotated[
         str | None,
-        typer.Option(metavar="bf16|int8|int4", help="What the weights of experts are to be, if not as released."),
+        typer.Option(metavar="lossless|bf16|int8|int4", help="How experts are to be stored, if not as released."),
     ] = None,
     group: Group = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be downloaded and written.")] = False,
@@ -42,6 +42,7 @@ def pull(
 ) -> None:
     """\b
     moeinf pull mixtral-instruct
+    moeinf pull qwen3-30b --experts lossless
     moeinf pull ./my-checkpoint --name mine
 
     Download a model, or read it from a folder, and write it to the store with a file per expert. A pull that was
@@ -189,7 +190,7 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
     if problems:
         files = "1 file is" if len(problems) == 1 else f"{len(problems)} files are"
         form = ExpertForm.of(manifest.layout.quantization)
-        options = ["--experts", form.kind, "--group", str(form.group)] if form else []
+        options = form.options if form else []
         hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, *options, "--force"])
         raise IntegrityError(f"{name}: {files} not as written", hint=hint)
 
@@ -258,7 +259,7 @@ def _read_quality(stored: StoredModel, output: Output) -> Quality | None:
 def _quality_rows(stored: StoredModel, quality: Quality | None) -> list[tuple[str, str]]:
     if quality is not None:
         return [("quality", quality.text)]
-    if stored.manifest.layout.is_released:
+    if stored.manifest.layout.is_exact:
         return []
     return [("quality", f"not measured: moeinf quality {stored.name} --against MODEL")]
 

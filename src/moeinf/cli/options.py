@@ -75,7 +75,7 @@ SourceModel = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes; of models, names only.")]
 ExpertKind = Annotated[
-    str, typer.Option("--experts", metavar="int8|int4", help="What the weights of experts are to be.")
+    str, typer.Option("--experts", metavar="lossless|int8|int4", help="How experts are to be stored.")
 ]
 Group = Annotated[
     int | None, typer.Option(metavar="32|64", help="Weights that share a factor; by default 64 for int8, 32 for int4.")

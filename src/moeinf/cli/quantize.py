@@ -36,12 +36,13 @@ def quantize(
     output_flags: OutputFlags = OutputFlags(),
 ) -> None:
     """\b
+    moeinf quantize mixtral-instruct --experts lossless --name mixtral-lossless
     moeinf quantize mixtral-instruct --experts int4 --name mixtral-int4
-    moeinf quantize demo --experts int8 --name demo-int8
 
-    Make a model of MODEL whose experts take a half (int8) or a quarter (int4) of the bytes. Its answers are no longer
-    MODEL's: `moeinf quality` says how far they are from them. MODEL stays as it is. A run that was interrupted goes on
-    where it stopped when the same command is run again.
+    Make a model of MODEL whose experts take three quarters of the bytes (lossless), a half (int8) or a quarter (int4).
+    Lossless ones answer as MODEL does, to the last bit. The answers of the others are no longer MODEL's: `moeinf
+    quality` says how far they are from them. MODEL stays as it is. A run that was interrupted goes on where it stopped
+    when the same command is run again.
     """
     output = output_flags.output()
     store = Store()
@@ -60,7 +61,8 @@ def quantize(
     }
     line = f"{name}: {made.manifest.precision}, {format_bytes(after)} each instead of {format_bytes(before)}"
     output.result(data, lines=[line], names=[name])
-    output.note(f"what that costs in quality: {shlex.join(['moeinf', 'quality', name, '--against', stored.name])}")
+    if not made.manifest.layout.is_exact:
+        output.note(f"what that costs in quality: {shlex.join(['moeinf', 'quality', name, '--against', stored.name])}")
 
 
 def quality(

@@ -60,7 +60,7 @@ def choose_maths(
         return [_fall_back(module, layout, error, kernels) for module in modules]
     on_close.callback(pool.close)
     maths = [_native_maths(module, layout, pool, kernels) for module in modules]
-    if not layout.is_released:
+    if not layout.is_exact:
         return maths
     native = [(one, module) for one, module in zip(maths, modules, strict=True) if isinstance(one, NativeMaths)]
     if kernels == "auto" and native and not _is_exact(*native[0], layout, scratch):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeinf.manifest import ExpertLayout, Quantization, TensorSpec, scales_name
+from moeinf.manifest import LOSSLESS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
@@ -36,7 +36,7 @@ __all__ = [
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3, "fp8": 4}
+_WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3, "fp8": 4, LOSSLESS: 5}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
@@ -83,7 +83,13 @@ class NativeLayer(ctypes.Structure):
 class LinearLayer(ctypes.Structure):
     """`moe_linear_layer` of moe.h: a matrix [outputs, inputs] to multiply by, and what is added."""
 
-    _fields_ = (("inputs", c_int64), ("outputs", c_int64), ("weight", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("uppers", c_void_p),
+    )
 
 
 _FUNCTIONS: tuple[Signature, ...] = (
@@ -101,6 +107,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     ("moe_expand_fp8", None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    ("moe_expand_lossless", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_linear", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
@@ -153,12 +160,14 @@ class NativePool:
         """A packed weight as bfloat16 [out, width], or [width, out] if `is_transposed`, as only MXFP4 is. It lies where
         the next one will: fresh memory takes the system longer than all of the rest.
         """
-        out = len(numbers)
+        out = len(numbers) * (about.group if about.is_lossless else 1)
         if self._scratch.numel() < out * width:
             self._scratch = torch.empty(out * width, dtype=torch.bfloat16)
         weight = self._scratch[: out * width].view((width, out) if is_transposed else (out, width))
         packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
-        if about.is_in_blocks:
+        if about.is_lossless:
+            self.lib.moe_expand_lossless(self.handle, *packed, into)
+        elif about.is_in_blocks:
             self.lib.moe_expand_fp8(self.handle, out // len(factors), *packed, into)
         elif about.is_released:
             self.lib.moe_expand(self.handle, *packed, is_transposed, into)
@@ -166,13 +175,15 @@ class NativePool:
             self.lib.moe_expand_int(self.handle, _WEIGHTS[about.kind], about.group, *packed, into)
         return weight
 
-    def multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """`F.linear` of `rows` [n, in] and `weight` [out, in], in bfloat16 and contiguous, added in torch's order. Only
-        where the variant `adds_as_torch_does`.
+    def multiply(self, rows: torch.Tensor, weight: torch.Tensor, uppers: torch.Tensor | None = None) -> torch.Tensor:
+        """`F.linear` of `rows` [n, in] and `weight` [out, in], both in bfloat16 and contiguous, or `weight`
+        lossless with its `uppers`; added in torch's order. Only where the variant `adds_as_torch_does`.
         """
-        outputs, inputs = weight.shape
+        inputs = rows.shape[1]
+        outputs = len(weight) * (1 if uppers is None else PANEL_ROWS)
         result = rows.new_empty(len(rows), outputs)
-        self.apply(LinearLayer(inputs, outputs, weight.data_ptr(), None), rows, result)
+        also = None if uppers is None else uppers.data_ptr()
+        self.apply(LinearLayer(inputs, outputs, weight.data_ptr(), None, also), rows, result)
         return result
 
     def apply(self, layer: LinearLayer, rows: torch.Tensor, result: torch.Tensor) -> None:
@@ -227,7 +238,7 @@ class NativeMaths(ExpandingMaths):
 
     def expert(self, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
         quantization = self._quantization
-        is_torch_s = quantization is None or quantization.is_released
+        is_torch_s = quantization is None or quantization.is_exact
         if is_torch_s or len(hidden) > _FEW_ROWS or not self._computes(hidden, weights):
             return super().expert(hidden, tensors, weights)
         rows = [
@@ -248,11 +259,23 @@ class NativeMaths(ExpandingMaths):
         addresses = tokens.data_ptr(), rows.data_ptr(), total.data_ptr()
         return bool(self.pool.lib.moe_add(_DTYPES[rows.dtype], rows.shape[1], len(rows), *addresses))
 
+    def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
+        about = self._quantization
+        if about is None or not about.is_lossless or not self._multiplies(rows):
+            return super()._project(rows, tensors, name)
+        product = self.pool.multiply(rows.contiguous(), tensors[name], tensors[about.partner(name)])
+        bias = tensors.get(f"{name}_bias")
+        return product if bias is None else product + bias
+
     def _multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        is_native = rows.dtype == weight.dtype == torch.bfloat16 and self.pool.handle is not None
-        if self._is_transposed or len(rows) > self.most_rows or not is_native:
+        if not self._multiplies(rows) or weight.dtype != torch.bfloat16:
             return super()._multiply(rows, weight)
         return self.pool.multiply(rows.contiguous(), weight)
+
+    def _multiplies(self, rows: torch.Tensor) -> bool:
+        """Whether the library multiplies so many of these rows."""
+        is_native = rows.dtype == torch.bfloat16 and self.pool.handle is not None
+        return is_native and not self._is_transposed and len(rows) <= self.most_rows
 
     def _computes(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
         return hidden.dtype == self.dtype and weights.dtype in _DTYPES and self.pool.handle is not None
@@ -275,10 +298,10 @@ class NativeMaths(ExpandingMaths):
         if quantization is None:
             dtypes = {spec.dtype for spec in specs.values()}
         else:
-            factors = {scales_name(name) for name in weights}
+            factors = {quantization.partner(name) for name in weights}
             dtypes = {quantization.dtype, *(specs[name].dtype for name in specs.keys() - {*weights, *factors})}
             expected |= factors
-            if quantization.is_released and quantization.dtype != "BF16":
+            if quantization.is_exact and quantization.dtype != "BF16":
                 raise NotNativeError(f"it does not compute {quantization.kind} experts in {quantization.dtype}")
             if any(_has_other_blocks(quantization, width) for width in quantization.widths.values()):
                 raise NotNativeError(f"it computes {quantization.kind} experts in whole blocks alone")
@@ -292,16 +315,17 @@ class NativeMaths(ExpandingMaths):
 
     def _describe(self, module: nn.Module, specs: Mapping[str, TensorSpec]) -> NativeLayer:
         flags: Any = module
-        hidden, inner = specs["down_proj"].shape
         kind, group, is_transposed = 0, 0, self._is_transposed
         if quantization := self._quantization:
             kind, group, is_transposed = _WEIGHTS[quantization.kind], quantization.group, False
-            inner = quantization.widths["down_proj"]
-        elif is_transposed:
-            hidden, inner = inner, hidden
+            hidden, inner = quantization.rows(specs["down_proj"]), quantization.widths["down_proj"]
+        else:
+            hidden, inner = specs["down_proj"].shape[:: -1 if is_transposed else 1]
         offsets = {name: spec.offset for name, spec in specs.items()}
-        packed = quantization.widths if quantization else {}
-        blocks = {name: specs[name].shape[0] // specs[scales_name(name)].shape[0] for name in packed}
+        partners: dict[str, TensorSpec] = {}
+        if quantization:
+            partners = {name: specs[quantization.partner(name)] for name in quantization.widths}
+        blocks = {name: specs[name].shape[0] // spec.shape[0] for name, spec in partners.items()}
         return NativeLayer(
             dtype=_DTYPES[self.dtype],
             weights=kind,
@@ -313,10 +337,10 @@ class NativeMaths(ExpandingMaths):
             hidden=hidden,
             inner=inner,
             up=offsets[self._up],
-            up_scales=offsets.get(scales_name(self._up), -1),
+            up_scales=partners[self._up].offset if partners else -1,
             up_bias=offsets.get(f"{self._up}_bias", -1),
             down=offsets["down_proj"],
-            down_scales=offsets.get(scales_name("down_proj"), -1),
+            down_scales=partners["down_proj"].offset if partners else -1,
             down_bias=offsets.get("down_proj_bias", -1),
             up_block=blocks.get(self._up, 0),
             down_block=blocks.get("down_proj", 0),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeinf.manifest import Quantization, scales_name
+from moeinf.manifest import Quantization
 from moeinf.quantized import dequantize
 
 __all__ = ["DeviceSlots", "ExpertMaths", "Tensors", "TokenMaths", "route"]
@@ -56,7 +56,7 @@ class ExpertMaths:
         self.computed_by = f"torch: {reason}" if reason else "torch"
         self._quantization = quantization
         self._up = "gate_up_proj" if flags.has_gate else "up_proj"
-        self._is_transposed: bool = flags.is_transposed and (quantization is None or quantization.is_released)
+        self._is_transposed: bool = flags.is_transposed and (quantization is None or quantization.is_exact)
         self._activate = flags._apply_gate if flags.has_gate else flags.act_fn
         self._norm = flags.post_expert_norm if flags.has_post_expert_norm else None
         self._kind = type(module).__name__
@@ -92,7 +92,7 @@ class ExpertMaths:
     def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         weight, bias = tensors[name], tensors.get(f"{name}_bias")
         if self._quantization is not None:
-            weight = self._expand(weight, tensors[scales_name(name)], rows)
+            weight = self._expand(weight, tensors[self._quantization.partner(name)], rows)
         weight = weight.to(rows.dtype)  # another one only on a device that does not compute in the weights' own
         product = self._multiply(rows, weight)
         return product if bias is None else product + bias

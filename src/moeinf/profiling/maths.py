@@ -17,10 +17,11 @@ from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativeMaths, NativePool
+from moeinf.lossless import LosslessPacker
 from moeinf.machine import MathsRate
-from moeinf.manifest import NUMBER_BITS, RELEASED_BITS, ExpertLayout, TensorSpec
+from moeinf.manifest import LOSSLESS, NUMBER_BITS, RELEASED_BITS, ExpertLayout, TensorSpec
 from moeinf.progress import Task
-from moeinf.quantized import Packer, Quantizer, fill_randomly
+from moeinf.quantized import Encoder, Packer, Quantizer, fill_randomly
 from moeinf.timing import Call, best_of_each, best_s
 from moeinf.transfer import allocate_buffer
 
@@ -38,12 +39,13 @@ HIDDEN, INNER, TOP_K = 2048, 768, 8
 """The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
 TOKENS = (1, 16, 256)
 _GROUP = 64
+_PACKED = (LOSSLESS, *NUMBER_BITS, *RELEASED_BITS)
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
 MATHS = (
     *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
-    *(("native", weights, 1) for weights in NUMBER_BITS | RELEASED_BITS),
+    *(("native", weights, 1) for weights in _PACKED),
     *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
 )
 """(kernels, weights, tokens) that are measured. Packed weights: one token, which is what the library has for them."""
@@ -57,7 +59,7 @@ def measure_maths(
     rates: list[MathsRate] = []
     late = []
     with torch.inference_mode():
-        for weights in ("bfloat16", "float32", *NUMBER_BITS, *RELEASED_BITS):
+        for weights in ("bfloat16", "float32", *_PACKED):
             wanted = [(kernels, tokens) for kernels, kind, tokens in MATHS if kind == weights]
             wanted = [each for each in wanted if pool is not None or each[0] == "torch"]
             if not wanted:
@@ -118,9 +120,11 @@ class Experts:
         up, down = (2 * INNER, HIDDEN), (HIDDEN, INNER)
         first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
         self._plain = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
-        self._encoder: Quantizer | Packer | None = None
+        self._encoder: Encoder | None = None
         if weights in NUMBER_BITS:
             self._encoder = Quantizer(self._plain, False, weights, _GROUP)
+        elif weights == LOSSLESS:
+            self._encoder = LosslessPacker(self._plain, False)
         elif weights in RELEASED_BITS:
             self._encoder = Packer(self._plain, False, weights)
         self._layout = self._encoder.layout if self._encoder else self._plain
@@ -153,13 +157,13 @@ class Experts:
     def _image(self, seed: int) -> torch.Tensor:
         """One expert's bytes."""
         tensors = {spec.name: _noise(spec.shape, self._dtype, seed) for spec in self._plain.tensors}
-        if isinstance(self._encoder, Quantizer):
-            data = b"".join(self._encoder.encode(tensors, "an expert"))
-            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if isinstance(self._encoder, Packer):
             image = torch.empty(self._layout.nbytes, dtype=torch.uint8)
             fill_randomly(self._tensors(image), self._layout.quantization, torch.Generator().manual_seed(seed))
             return image
+        if self._encoder is not None:
+            data = b"".join(self._encoder.encode(tensors, "an expert"))
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
 
     def _tensors(self, place: torch.Tensor) -> Tensors:

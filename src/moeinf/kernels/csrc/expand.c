@@ -1,10 +1,11 @@
 #include "library.h"
 
-/* One call of moe_expand or moe_expand_fp8. A ticket is PAD rows. */
+/* One call of moe_expand and its kind. A ticket is PAD rows. */
 typedef struct {
     const kernels *kernels;
     const uint8_t *weights, *scales;
     fp8_blocks blocks; /* instead of `scales` */
+    lossless packed;   /* instead of both */
     size_t rows, width;
     bool is_transposed;
     uint16_t *output;
@@ -51,4 +52,22 @@ void moe_expand_fp8(moe_pool *pool, int64_t block, const void *weights, const vo
         .output = output,
     };
     pool_run(pool->threads, expand_blocks, &all, ceil_div(all.rows, PAD));
+}
+
+static void expand_panels(void *job, size_t ticket) {
+    const expansion *all = job;
+    size_t first = ticket * PAD, count = smaller(PAD, all->rows - first);
+    all->kernels->expand_lossless(&all->packed, all->width, first, count, all->output + first * all->width);
+}
+
+void moe_expand_lossless(moe_pool *pool, const void *panels, const void *uppers, int64_t rows, int64_t width,
+                         void *output) {
+    expansion all = {
+        .kernels = pool->kernels,
+        .packed = make_lossless(panels, uppers, (size_t)rows, (size_t)width),
+        .rows = (size_t)rows,
+        .width = (size_t)width,
+        .output = output,
+    };
+    pool_run(pool->threads, expand_panels, &all, ceil_div(all.rows, PAD));
 }

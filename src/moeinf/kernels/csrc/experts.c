@@ -51,7 +51,7 @@ static packing choose_packing(const moe_layer *layer, const kernels *kernels) {
         return kernels->bytes;
     if (layer->weights == MOE_INT4)
         return kernels->nibbles;
-    if (layer->weights == MOE_MXFP4 || layer->weights == MOE_FP8 || (layer->dtype == MOE_BF16 && !layer->is_transposed))
+    if (layer->weights >= MOE_MXFP4 || (layer->dtype == MOE_BF16 && !layer->is_transposed))
         return kernels->pairs;
     return (packing){pack_plain, PAD * sizeof(float)};
 }
@@ -69,6 +69,9 @@ static void dot(const step *step, const projection *projection, const char *expe
     } else if (layer->weights == MOE_FP8) {
         fp8_blocks blocks = {(const float *)(expert + projection->scales), projection->block};
         kernels->dot_fp8((const uint8_t *)w, &blocks, inputs, first, count, x, out);
+    } else if (layer->weights == MOE_LOSSLESS) {
+        lossless packed = make_lossless(w, expert + projection->scales, projection->outputs, inputs);
+        kernels->dot_lossless(&packed, inputs, first, count, x, out);
     } else if (layer->weights != MOE_PLAIN) {
         bool is_int8 = layer->weights == MOE_INT8;
         size_t row = is_int8 ? inputs : ceil_div(inputs, 2);

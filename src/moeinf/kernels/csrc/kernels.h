@@ -78,6 +78,40 @@ static inline const float *scales_of(const fp8_blocks *blocks, size_t row, size_
     return blocks->scales + row / blocks->rows * ((width + FP8_BLOCK - 1) / FP8_BLOCK);
 }
 
+/* bfloat16 of 12 bits (lossless.py): panels of so many rows, in which so many columns take so many bytes. These are first
+ * the lower bytes of four columns, four for each row in PANEL_ORDER, then those of the other four columns, then a byte
+ * for each row and place: two indices into a table of upper bytes, of the first four columns in the lower half. What
+ * the table lacks are exceptions, in words: column, row of the panel (4 bits), upper byte; those of a panel stand
+ * together by column, from begins[panel] on, and there are `room` at most. */
+enum { PANEL_ROWS = 16, PANEL_INPUTS = 8, PANEL_BYTES = 192, TABLE_WORDS = 4, EXCEPTION_SHARE = 256 };
+static const uint8_t PANEL_ORDER[4] = {0, 2, 1, 3};
+typedef struct {
+    const uint8_t *panels, *table;
+    const uint32_t *begins, *exceptions;
+    size_t room;
+} lossless;
+
+/* The weight [rows, width] of these two tensors. */
+static inline lossless make_lossless(const void *panels, const void *uppers, size_t rows, size_t width) {
+    const uint32_t *begins = (const uint32_t *)uppers + TABLE_WORDS;
+    return (lossless){panels, uppers, begins, begins + rows / PANEL_ROWS + 1, rows * width / EXCEPTION_SHARE};
+}
+
+/* The end of a panel's exceptions, and where they begin. Damaged files have others than there is room for. */
+static inline size_t find_exceptions(const lossless *w, size_t panel, size_t *begin) {
+    size_t end = w->begins[panel + 1] < w->room ? w->begins[panel + 1] : w->room;
+    *begin = w->begins[panel] < end ? w->begins[panel] : end;
+    return end;
+}
+
+static inline size_t column_of(uint32_t exception) {
+    return exception >> 12;
+}
+
+static inline size_t row_of(uint32_t exception) {
+    return exception >> 8 & 15;
+}
+
 /* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width; x as the packing of that name lays it out.
  * dot_int*: weights are whole numbers of 8 or 4 bits, the lower half of a byte first, rows beginning at whole bytes; a
  * group of 32 or 64 in a row has a common factor in float16 in `scales`, and scales of a row stand together.
@@ -86,6 +120,7 @@ static inline const float *scales_of(const fp8_blocks *blocks, size_t row, size_
  * rows.
  * dot_fp8: likewise with the weights that expand_fp8 writes; w is all of a matrix, of which both take the rows from
  * `first` on. `width` is a multiple of FP8_BLOCK, or less than that.
+ * dot_lossless: likewise with the weights that expand_lossless writes; rows are taken from `first` on, by fours in both.
  * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
 typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
@@ -96,19 +131,22 @@ typedef void dot_fp4(const uint8_t *w, const uint8_t *scales, size_t width, size
 typedef void dot_blocks(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows,
                         const void *packed, float *out);
 
+typedef void dot_packed(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out);
+
 /* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
  * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[r * width + i] x[i] for
- * r < outputs, i < width, and the x of all tiles; there are BLOCK_OUTPUTS and BLOCK_ROWS at most. */
+ * r < outputs, i < width, and the x of all tiles; there are BLOCK_OUTPUTS and BLOCK_ROWS at most. Or of a lossless weight
+ * the rows from `first` on, which begins a panel. */
 enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
 typedef struct {
     void (*pack)(const uint16_t *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-    void (*multiply)(const uint16_t *w, size_t width, size_t outputs, const uint32_t *packed, size_t tile, size_t tiles,
-                     float *sums);
+    void (*multiply)(const uint16_t *w, const lossless *packed_w, size_t first, size_t width, size_t outputs,
+                     const uint32_t *packed, size_t tile, size_t tiles, float *sums);
 } tiling;
 
 typedef struct {
     const char *name;
-    packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4 and _fp8, dot_int8, dot_int4; x is plain for dot_f32 */
+    packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4, _fp8 and _lossless, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
     dot_int *dot_int8, *dot_int4;
@@ -119,15 +157,17 @@ typedef struct {
     dot_blocks *dot_fp8;
     void (*expand_fp8)(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows,
                        uint16_t *out);
+    dot_packed *dot_lossless;
+    void (*expand_lossless)(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     tiling tiles; /* of NULLs where there are no such loops */
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
 
-/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, dot_fp8.c) and bytes (dot_vnni.c). */
-
-/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, tiles.c) and bytes (dot_vnni.c). */
+/* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, dot_fp8.c, dot_lossless.c, tiles.c)
+ * and bytes (dot_vnni.c). expand_lossless takes whole panels; write_lossless writes `inputs` columns of one, from `start`
+ * on, as pairs with an output in each lane. */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
 void pack_pairs(const float *values, size_t count, void *packed);
@@ -137,10 +177,13 @@ void pack_vnni4(const float *values, size_t count, void *packed);
 dot_int dot_vnni8, dot_vnni4;
 dot_fp4 dot_mxfp4;
 dot_blocks dot_fp8;
+dot_packed dot_lossless;
+void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
+void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words);
 
 void pack_tile(const uint16_t *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-void multiply_tiles(const uint16_t *w, size_t width, size_t outputs, const uint32_t *packed, size_t tile, size_t tiles,
-                    float *sums);
+void multiply_tiles(const uint16_t *w, const lossless *packed_w, size_t first, size_t width, size_t outputs,
+                    const uint32_t *packed, size_t tile, size_t tiles, float *sums);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 

@@ -16,7 +16,11 @@ static void run_ticket(void *job, size_t ticket) {
     const uint16_t *w = (const uint16_t *)layer->weight + first * inputs, *bias = layer->bias;
     uint16_t *output = (uint16_t *)product->output + first;
     float sums[PAD];
-    product->kernels->dot_bf16(w, inputs, count, product->x, sums);
+    if (layer->uppers != NULL) {
+        lossless packed = make_lossless(layer->weight, layer->uppers, (size_t)layer->outputs, inputs);
+        product->kernels->dot_lossless(&packed, inputs, first, count, product->x, sums);
+    } else
+        product->kernels->dot_bf16(w, inputs, count, product->x, sums);
     for (size_t i = 0; i < count; i++)
         output[i] = to_bf16(bias == NULL ? sums[i] : sums[i] + from_bf16(bias[first + i]));
 }

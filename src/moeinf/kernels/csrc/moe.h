@@ -19,8 +19,10 @@ enum moe_activation { MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU2 };
  * holds one, or two, the first one in its lower half. Such weights are [out, in]; rows begin at whole bytes. MXFP4 lies
  * like whole numbers of 4 bits in groups of 32, with a power of two (a byte) for each; the layer is of bfloat16, and its
  * widths are multiples of 32. float8 (e4m3fn) has a scale (float32) for every block of so many rows and 128 columns, or
- * as many as there are where they are fewer; the layer is of bfloat16, and its widths are multiples of 128, or less. */
-enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4, MOE_MXFP4, MOE_FP8 };
+ * as many as there are where they are fewer; the layer is of bfloat16, and its widths are multiples of 128, or less.
+ * Lossless weights are bfloat16 in panels, with their upper bytes instead of scales (lossless.py); rows of a matrix are a
+ * multiple of 16, and widths of 8. */
+enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4, MOE_MXFP4, MOE_FP8, MOE_LOSSLESS };
 
 /* What becomes of gate g and up u, a being the activation:
  *   NONE     a(u); there is no gate
@@ -48,7 +50,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 8 };
+enum { MOE_INTERFACE = 9 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -88,10 +90,14 @@ MOE_API void moe_expand_fp8(moe_pool *pool, int64_t block, const void *weights, 
 MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales,
                             int64_t rows, int64_t width, void *output);
 
-/* A linear layer of the dense part in bfloat16: weight is [outputs, inputs], bias [outputs] or NULL. */
+/* Expands a lossless weight to bfloat16, [rows, width]. */
+MOE_API void moe_expand_lossless(moe_pool *pool, const void *panels, const void *uppers, int64_t rows, int64_t width,
+                                 void *output);
+
+/* A linear layer in bfloat16: weight is [outputs, inputs], with `uppers` a lossless one, and bias [outputs] or NULL. */
 typedef struct {
     int64_t inputs, outputs;
-    const void *weight, *bias;
+    const void *weight, *bias, *uppers;
 } moe_linear_layer;
 
 /* The layer's outputs for `count` x, each added up as torch does for so many. 0, -1 when memory is lacking, -2 where more

@@ -25,7 +25,11 @@ static void multiply(const block *block, size_t first) {
     size_t count = smaller(BLOCK_OUTPUTS, outputs - first);
     const uint16_t *w = (const uint16_t *)layer->weight + first * inputs, *bias = layer->bias;
     float sums[BLOCK_ROWS * BLOCK_OUTPUTS];
-    block->pool->kernels->tiles.multiply(w, inputs, count, block->packed, block->tile, block->tiles, sums);
+    lossless packed = {0};
+    if (layer->uppers != NULL)
+        packed = make_lossless(layer->weight, layer->uppers, outputs, inputs);
+    block->pool->kernels->tiles.multiply(w, layer->uppers == NULL ? NULL : &packed, first, inputs, count, block->packed,
+                                         block->tile, block->tiles, sums);
     for (size_t r = 0; r < block->rows; r++)
         for (size_t i = 0; i < count; i++) {
             float sum = sums[r * BLOCK_OUTPUTS + i];

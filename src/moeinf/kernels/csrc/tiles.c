@@ -85,8 +85,8 @@ TARGET static void add_tile(const __m512i *words, size_t count, const uint32_t *
     }
 }
 
-TARGET void multiply_tiles(const uint16_t *w, size_t width, size_t outputs, const uint32_t *x, size_t tile,
-                           size_t tiles, float *sums) {
+TARGET void multiply_tiles(const uint16_t *w, const lossless *packed_w, size_t first_row, size_t width, size_t outputs,
+                           const uint32_t *x, size_t tile, size_t tiles, float *sums) {
     size_t stride = width * sizeof *w, long_chain = width > LONG_CHAIN ? LONG_CHAIN : CHAIN;
     size_t tile_words = (width + 1) / 2 * tile, panels = tile <= SMALL_TILE ? 2 : 1;
     float chains[BLOCK_ROWS * BLOCK_OUTPUTS];
@@ -96,6 +96,10 @@ TARGET void multiply_tiles(const uint16_t *w, size_t width, size_t outputs, cons
         for (size_t first = 0; first < outputs; first += panels * ROWS) {
             for (size_t p = 0; p < panels; p++) {
                 size_t row = first + p * ROWS, left = row < outputs ? outputs - row : 0;
+                if (packed_w != NULL && left > 0) {
+                    write_lossless(packed_w, (first_row + row) / ROWS, width, start, inputs, words + p * PANEL);
+                    continue;
+                }
                 const char *panel = (const char *)(w + row * width + start);
                 const char *next = left > ROWS ? panel + ROWS * stride : (const char *)(w + end);
                 write_panel(panel, stride, left < ROWS ? left : ROWS, inputs, next, words + p * PANEL);

@@ -1,0 +1,134 @@
+/* Lossless weights times bfloat16: dot_pairs.c's sums, to the last bit, and tiles.c's.
+ *
+ * A panel has 16 rows because a vector has 16 lanes, and four columns of a row in a word because two shifts then leave two
+ * pairs. So weights are read in the order in which they lie, and nothing is transposed: three loads and ten
+ * operations make four vectors of pairs. */
+#include "pairs.h"
+
+#ifdef HAS_DOT_PAIRS
+
+#include <stdbool.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+/* Where the exceptions of a panel are that come next. */
+typedef struct {
+    const uint32_t *next, *end;
+} cursor;
+
+static inline cursor exceptions_of(const lossless *w, size_t panel) {
+    size_t begin, end = find_exceptions(w, panel, &begin);
+    return (cursor){w->exceptions + begin, w->exceptions + end};
+}
+
+TARGET static inline __m512i load_table(const lossless *w) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->table));
+}
+
+/* The upper bytes of the eight columns from `column` on that are exceptions. */
+TARGET static __attribute__((noinline)) void correct(cursor *at, size_t column, __m512i high[2]) {
+    for (; at->next < at->end && column_of(*at->next) < column + PANEL_INPUTS; at->next++) {
+        size_t inside = column_of(*at->next) - column;
+        if (inside < PANEL_INPUTS) /* damaged files have others */
+            ((uint8_t *)&high[inside / 4])[row_of(*at->next) * 4 + PANEL_ORDER[inside % 4]] = (uint8_t)*at->next;
+    }
+}
+
+/* The pairs of eight columns of a panel. */
+TARGET static inline void expand_eight(const uint8_t *w, __m512i table, cursor *at, size_t column, __m512i pairs[4]) {
+    const __m512i nibble = _mm512_set1_epi8(15), even = _mm512_set1_epi32(0x00ff00ff);
+    __m512i index = _mm512_loadu_si512(w + 128), high[2];
+    high[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(index, nibble));
+    high[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(index, 4), nibble));
+    if (__builtin_expect(at->next < at->end && column_of(*at->next) < column + PANEL_INPUTS, 0))
+        correct(at, column, high);
+    for (int half = 0; half < 2; half++) {
+        __m512i low = _mm512_loadu_si512(w + 64 * half);
+        pairs[2 * half] = _mm512_ternarylogic_epi32(even, low, _mm512_slli_epi16(high[half], 8), 0xca);
+        pairs[2 * half + 1] = _mm512_ternarylogic_epi32(even, _mm512_srli_epi16(low, 8), high[half], 0xca);
+    }
+}
+
+/* All outputs of a panel; 0xca chooses by the bits of its first operand. */
+TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out) {
+    const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
+    __m512i table = load_table(w);
+    cursor at = exceptions_of(w, panel);
+    __m512 total = _mm512_setzero_ps();
+    for (size_t start = 0; start < width; start += CHAIN) {
+        size_t end = width - start < CHAIN ? width : start + CHAIN;
+        __m512 chain = _mm512_setzero_ps();
+        for (size_t i = start; i < end; i += PANEL_INPUTS, from += PANEL_BYTES) {
+            __m512i pairs[4];
+            expand_eight(from, table, &at, i, pairs);
+            for (int k = 0; k < 4; k++)
+                chain = add_pair(pairs[k], x + i + 2 * k, chain);
+        }
+        total = _mm512_add_ps(total, chain);
+    }
+    _mm512_storeu_ps(out, total);
+}
+
+void dot_lossless(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+    for (size_t r = first, end = first + rows; r < end;) {
+        size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
+        float panel[PANEL_ROWS];
+        dot_panel(w, r / PANEL_ROWS, width, packed, panel);
+        memcpy(out + r - first, panel + inside, count * sizeof *out);
+        r += count;
+    }
+}
+
+TARGET void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words) {
+    const uint8_t *from = w->panels + (panel * width + start) / PANEL_INPUTS * PANEL_BYTES;
+    __m512i table = load_table(w);
+    cursor at = exceptions_of(w, panel);
+    while (at.next < at.end && column_of(*at.next) < start)
+        at.next++;
+    for (size_t i = 0; i < inputs; i += PANEL_INPUTS, from += PANEL_BYTES)
+        expand_eight(from, table, &at, start + i, (__m512i *)words + i / 2);
+}
+
+/* 32 columns of a panel, row after row: of each four rows the first comes from four vectors, and so on. */
+TARGET static inline void put_rows(const __m512i *pairs, uint16_t *out, size_t stride) {
+    __m512i quads[4][4];
+    for (int g = 0; g < 4; g++, pairs += 4) {
+        /* quads[k][g] has, in 128-bit lane l, eight columns of row 4 l + k. */
+        __m512i low01 = _mm512_unpacklo_epi32(pairs[0], pairs[1]), high01 = _mm512_unpackhi_epi32(pairs[0], pairs[1]);
+        __m512i low23 = _mm512_unpacklo_epi32(pairs[2], pairs[3]), high23 = _mm512_unpackhi_epi32(pairs[2], pairs[3]);
+        quads[0][g] = _mm512_unpacklo_epi64(low01, low23);
+        quads[1][g] = _mm512_unpackhi_epi64(low01, low23);
+        quads[2][g] = _mm512_unpacklo_epi64(high01, high23);
+        quads[3][g] = _mm512_unpackhi_epi64(high01, high23);
+    }
+    for (size_t k = 0; k < 4; k++) {
+        const __m512i *q = quads[k];
+        __m512i low0 = _mm512_shuffle_i32x4(q[0], q[1], 0x44), low1 = _mm512_shuffle_i32x4(q[2], q[3], 0x44);
+        __m512i high0 = _mm512_shuffle_i32x4(q[0], q[1], 0xee), high1 = _mm512_shuffle_i32x4(q[2], q[3], 0xee);
+        _mm512_storeu_si512(out + k * stride, _mm512_shuffle_i32x4(low0, low1, 0x88));
+        _mm512_storeu_si512(out + (k + 4) * stride, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+        _mm512_storeu_si512(out + (k + 8) * stride, _mm512_shuffle_i32x4(high0, high1, 0x88));
+        _mm512_storeu_si512(out + (k + 12) * stride, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+    }
+}
+
+/* Whole panels. */
+TARGET void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out) {
+    for (size_t r = first; r < first + rows; r += PANEL_ROWS, out += PANEL_ROWS * width) {
+        for (size_t i = 0; i < width; i += STEP) {
+            __m512i pairs[16] = {0};
+            size_t count = width - i < STEP ? width - i : STEP;
+            write_lossless(w, r / PANEL_ROWS, width, i, count, pairs);
+            if (count == STEP) {
+                put_rows(pairs, out + i, width);
+                continue;
+            }
+            uint16_t last[PANEL_ROWS][STEP];
+            put_rows(pairs, last[0], STEP);
+            for (size_t k = 0; k < PANEL_ROWS; k++)
+                memcpy(out + k * width + i, last[k], count * sizeof *out);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,356 @@
+"""Lossless experts: that nothing is lost, in the store, in torch, in the native library and on a device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeinf
+from families import make_checkpoint
+from moeinf.errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from moeinf.forms import ExpertForm
+from moeinf.fused import write_fused
+from moeinf.kernels import ExpertMaths, Tensors
+from moeinf.kernels.native import MOST_ROWS, ExpandingMaths, NativeMaths, NativePool
+from moeinf.lossless import LosslessPacker, pack, read_expert, unpack
+from moeinf.manifest import (
+    EXCEPTION_SHARE,
+    QUANTIZED_SCHEMA,
+    TABLE_WORDS,
+    ExpertLayout,
+    Manifest,
+    TensorSpec,
+    expert_path,
+    lossless_shapes,
+    uppers_name,
+)
+from moeinf.pull import plan_pull, pull
+from moeinf.quantized import dequantize, fill_randomly
+from moeinf.quantizing import quantize_model
+from moeinf.store import Store, StoredModel
+from standin import use_device
+from test_native import KINDS, LIBRARY, VARIANTS, Experts, compute, make_expert, make_layout
+
+LOSSLESS = ExpertForm.read("lossless", None)
+PROMPT = torch.randint(5, 100, (1, 21), generator=torch.Generator().manual_seed(1))
+FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe", "granitemoe"]
+
+
+def bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.view(torch.int16)
+
+
+def draw(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Weights as models have them, and some that none has: the largest and smallest there are, zeros, NaN, infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(rows, width, generator=generator) * 0.02).bfloat16()
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3e38, 1e-38, 1e-40, -1e-40]).bfloat16()
+    for place in torch.randint(rows * width, (rows * width // (2 * EXCEPTION_SHARE),), generator=generator).tolist():
+        weight.view(-1)[place] = odd[place % len(odd)]
+    return weight
+
+
+SIDES = [(16, 8), (16, 512), (32, 520), (144, 256), (256, 72), (48, 1544)]
+
+
+@pytest.mark.parametrize(("rows", "width"), SIDES)
+def test_a_weight_is_what_it_was(rows: int, width: int) -> None:
+    weight = draw(rows, width)
+    panels, uppers = pack(weight)
+    shapes = lossless_shapes(rows, width)
+    assert (tuple(panels.shape), tuple(uppers.shape)) == (shapes[0][1], shapes[1][1])
+    assert torch.equal(bits(unpack(panels, uppers)), bits(weight))
+
+
+def test_a_weight_of_several_chunks_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeinf.lossless._CHUNK_WEIGHTS", 3 * 16 * 256)
+    weight = draw(16 * 11, 256)
+    assert torch.equal(bits(unpack(*pack(weight))), bits(weight))
+
+
+def test_a_weight_takes_12_bits_and_an_eighth() -> None:
+    packed = sum(tensor.nbytes for tensor in pack(draw(1536, 2048)))
+    assert packed * 8 / (1536 * 2048) == pytest.approx(12.13, abs=0.01)
+
+
+def test_the_format_is_as_documented() -> None:
+    """By the words of docs/store-format.md, one weight after the other."""
+    weight = draw(32, 24)
+    panels, uppers = pack(weight)
+    table = uppers[:TABLE_WORDS].view(torch.uint8).tolist()
+    begins = uppers[TABLE_WORDS : TABLE_WORDS + 3].tolist()
+    for row, column in ((row, column) for row in range(32) for column in range(24)):
+        panel, inside = panels[row // 16, column // 8].tolist(), 4 * (row % 16) + (0, 2, 1, 3)[column % 4]
+        half = column % 8 // 4
+        lower, upper = panel[64 * half + inside], table[panel[128 + inside] >> 4 * half & 15]
+        for word in uppers[TABLE_WORDS + 3 :][begins[row // 16] : begins[row // 16 + 1]].tolist():
+            if (word >> 12, word >> 8 & 15) == (column, row % 16):
+                upper = word & 255
+        assert upper << 8 | lower == int(bits(weight)[row, column]) & 0xFFFF
+
+
+def test_numbers_that_are_no_weights_are_refused() -> None:
+    noise = torch.randint(-(1 << 15), 1 << 15, (32, 256), generator=torch.Generator().manual_seed(0))
+    weight = noise.to(torch.int16).view(torch.bfloat16)
+    packer = LosslessPacker(ExpertLayout(4096, (TensorSpec("down_proj", "BF16", (32, 256), 0),)), False)
+    with pytest.raises(UnsupportedError, match=r"down_proj of expert 3 has [\d,]+ weights of unusual size, and .* 32"):
+        list(packer.encode({"down_proj": weight}, "expert 3"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "is_transposed", "complaint"),
+    [
+        ("F32", (16, 8), False, "experts in F32"),
+        ("BF16", (16, 8), True, r"lie \[in, out\]"),
+        ("BF16", (24, 8), False, "is 24 x 8: .* multiples of 16 x 8"),
+        ("BF16", (16, 12), False, "is 16 x 12"),
+        ("BF16", (16, 1 << 16), False, "up to 32,768 wide"),
+    ],
+)
+def test_experts_that_cannot_be_packed(dtype: str, shape: tuple[int, int], is_transposed: bool, complaint: str) -> None:
+    layout = ExpertLayout(4096, (TensorSpec("down_proj", dtype, shape, 0),))
+    with pytest.raises(UnsupportedError, match=complaint) as caught:
+        LosslessPacker(layout, is_transposed)
+    assert caught.value.hint == "store them as bf16"
+
+
+# In the store
+
+
+@pytest.fixture
+def store(home: Path) -> Store:
+    return Store(home)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lossless") / str(request.param)
+    make_checkpoint(request.param, folder)
+    return folder
+
+
+def both(checkpoint: Path, store: Store) -> tuple[StoredModel, StoredModel]:
+    """The model as it is, and packed."""
+    plain = pull(str(checkpoint), store=store, name="plain", dtype="bfloat16")
+    return plain, pull(str(checkpoint), store=store, name="packed", dtype="bfloat16", experts="lossless")
+
+
+def outputs(name: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
+    with moeinf.load(name, **options) as engine, torch.inference_mode():
+        logits = engine.model(PROMPT.to(engine.model.device)).logits.cpu()
+        engine.generation_config.eos_token_id = None
+        sampling = moeinf.Sampling(max_tokens=24, temperature=0)
+        tokens = list(engine.session().generate(PROMPT[0].tolist(), sampling).tokens)
+        engine.runtime.cache.check_integrity()
+        return logits, tokens
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about families of its
+def test_every_expert_is_what_it_was_and_so_is_the_output(checkpoint: Path, store: Store, tmp_path: Path) -> None:
+    plain, packed = both(checkpoint, store)
+    there = packed.manifest
+    assert (there.precision, there.schema) == (f"{plain.manifest.precision}, packed without loss", QUANTIZED_SCHEMA)
+    assert Manifest.from_json(there.to_json()) == there
+    assert store.verify("packed") == []
+    for layer, described in enumerate(there.layers):
+        for expert in range(described.num_experts):
+            tensors, wanted = (
+                read_expert(model.path / expert_path(layer, expert), model.manifest.layout) for model in (packed, plain)
+            )
+            assert tensors.keys() == wanted.keys()
+            assert all(torch.equal(bits(tensors[name]), bits(wanted[name])) for name in wanted)
+    for experts, kernels in (("50%", "torch"), ("100%", "auto"), ("25%", "auto")):
+        logits, tokens = outputs("plain", experts=experts, kernels=kernels)
+        found = outputs("packed", experts=experts, kernels=kernels)
+        assert torch.equal(found[0], logits), (experts, kernels)
+        assert found[1] == tokens, (experts, kernels)
+
+
+def test_packed_ones_are_quantised_like_plain_ones(store: Store, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path / "source")
+    plain, packed = both(tmp_path / "source", store)
+    again = quantize_model(plain, "again", LOSSLESS, store=store)
+    assert again.manifest == packed.manifest
+    form = ExpertForm.read("int4", None)
+    made = [quantize_model(model, f"int4-{model.name}", form, store=store).manifest for model in (plain, packed)]
+    assert made[0].files == made[1].files
+    with pytest.raises(UnsupportedError, match=r"packed has lossless experts .* already"):
+        quantize_model(packed, "once-more", LOSSLESS, store=store)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_to_compare_with_get_plain_experts(store: Store, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path / "source")
+    folders = []
+    for model in both(tmp_path / "source", store):
+        (folder := tmp_path / f"fused-{model.name}").mkdir()
+        write_fused(model, folder)
+        folders.append(folder)
+    for path in folders[0].glob("experts-*.safetensors"):
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
+
+
+def test_what_a_pull_will_take_is_known_before(store: Store, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    plan = plan_pull(str(tmp_path), store=store, dtype="bfloat16", experts="lossless")
+    model = pull(str(tmp_path), store=store, dtype="bfloat16", experts="lossless")
+    there = model.manifest
+    assert model.name.endswith("-lossless")
+    assert plan.store_bytes == there.num_experts * there.layout.file_bytes + there.dense_bytes
+    assert there.layout.plain_bytes == there.layout.unpacked.nbytes > there.layout.nbytes
+
+
+def test_what_cannot_be_asked_for(store: Store, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    with pytest.raises(UsageError, match="--group says how int8 and int4"):
+        pull(str(tmp_path), store=store, experts="lossless", group=32)
+    with pytest.raises(UnsupportedError, match="experts in F32 are not packed"):
+        pull(str(tmp_path), store=store, dtype="float32", experts="lossless")
+    assert store.names() == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "field", "value"),
+    [
+        ("down_proj", "shape", [2, 4, 191]),
+        ("down_proj", "dtype", "I8"),
+        ("down_proj_uppers", "shape", [3]),
+        ("down_proj_uppers", "dtype", "F32"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_damaged(
+    tensor: str, field: str, value: object, store: Store, tmp_path: Path
+) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    raw = json.loads(both(tmp_path, store)[1].manifest.to_json())
+    (spec,) = (spec for spec in raw["layout"]["tensors"] if spec["name"] == tensor)
+    spec[field] = value
+    with pytest.raises(MoeinfError, match=r"moeinf\.json is damaged"):
+        Manifest.from_json(json.dumps(raw))
+    raw["layout"]["quantization"]["group"] = 32
+    with pytest.raises((UnsupportedError, IntegrityError)):
+        Manifest.from_json(json.dumps(raw))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_device_has_the_same_output(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    both(tmp_path, store)
+    with use_device(monkeypatch) as device:
+        for experts, device.host_slots in (("3", 4), ("100%", None)):
+            (logits, tokens), found = (outputs(name, experts=experts) for name in ("plain", "packed"))
+            assert torch.equal(found[0], logits)
+            assert found[1] == tokens
+
+
+# In the native library
+
+
+@pytest.fixture(params=VARIANTS)
+def pool(request: pytest.FixtureRequest) -> Iterator[NativePool]:
+    pool = NativePool(2, request.param, LIBRARY)
+    yield pool
+    pool.close()
+
+
+def packed(plain: Tensors, packer: LosslessPacker) -> Tensors:
+    """In a piece of memory that ends where the expert does, with uppers where an odd number of words ends."""
+    memory = torch.frombuffer(bytearray(b"".join(packer.encode(plain, "an expert"))), dtype=torch.uint8)
+    dtypes = {"U8": torch.uint8, "U32": torch.uint32, "BF16": torch.bfloat16}
+    return {
+        spec.name: memory[spec.offset : spec.offset + spec.nbytes].view(dtypes[spec.dtype]).view(spec.shape)
+        for spec in packer.layout.tensors
+    }
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu-tanh", "no-gate", "interleaved"])
+def test_experts_give_what_they_give_unpacked(pool: NativePool, kind: str) -> None:
+    module = Experts(**KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size, inner in ((16, 16), (64, 72), (528, 272), (1040, 640)):
+        inner += inner % 16 if kind == "no-gate" else 0
+        plain = make_layout(module, hidden_size, inner, torch.bfloat16)
+        packer = LosslessPacker(plain, False)
+        experts = [make_expert(plain, generator) for _ in range(3)]
+        for expert in experts:
+            for name in packer.quantization.widths:  # what no table has
+                odd = torch.randint(expert[name].numel(), (expert[name].numel() // 600,), generator=generator)
+                expert[name].view(-1)[odd] *= 2.0**-30
+        few = [packed(expert, packer) for expert in experts]
+        native, theirs = NativeMaths(module, packer.layout, pool), NativeMaths(module, plain, pool)
+        assert native.computed_by == f"native, {pool.variant}"
+        hidden = torch.randn(1, hidden_size, generator=generator).bfloat16()
+        weights = torch.rand(1, 3, generator=generator).bfloat16()
+        assert torch.equal(compute(native, hidden, weights, few), compute(theirs, hidden, weights, experts))
+        for rows in (1, 2, 7, 40, MOST_ROWS, MOST_ROWS + 1):
+            some = torch.randn(rows, hidden_size, generator=generator).bfloat16()
+            shares = torch.rand(rows, 1, generator=generator).bfloat16()
+            wanted = theirs.expert(some, experts[0], shares)
+            for maths in (native, ExpandingMaths(module, packer.layout, pool)):
+                assert torch.equal(maths.expert(some, few[0], shares), wanted), rows
+
+
+@pytest.mark.parametrize(("rows", "width"), SIDES)
+def test_the_library_unpacks_as_torch_does(pool: NativePool, rows: int, width: int) -> None:
+    plain = ExpertLayout(4096, (TensorSpec("down_proj", "BF16", (rows, width), 0),))
+    about = LosslessPacker(plain, False).quantization
+    weight = draw(rows, width)
+    panels, uppers = pack(weight)
+    assert torch.equal(bits(pool.expand(panels, uppers, about, width, is_transposed=False)), bits(weight))
+    assert torch.equal(bits(dequantize(panels, uppers, about, width, torch.bfloat16)), bits(weight))
+
+
+def test_damaged_uppers_do_no_harm(pool: NativePool) -> None:
+    """Files are not hashed while they are read: what is wrong may give wrong weights, but touches no other memory."""
+    rows, width = 48, 72
+    plain = ExpertLayout(4096, (TensorSpec("down_proj", "BF16", (rows, width), 0),))
+    about = LosslessPacker(plain, False).quantization
+    panels, uppers = pack(draw(rows, width))
+    for seed in range(20):
+        noise = torch.randint(-(1 << 31), 1 << 31, uppers.shape, generator=torch.Generator().manual_seed(seed))
+        damaged = torch.where(torch.arange(len(uppers)) < TABLE_WORDS, uppers, noise.int())
+        if seed % 2:
+            damaged[TABLE_WORDS : TABLE_WORDS + 4] = torch.tensor([0, 1 << 30, 2, 1 << 30])
+        weight = pool.expand(panels, damaged, about, width, is_transposed=False).clone()
+        assert torch.equal(bits(weight) & 255, bits(unpack(panels, uppers)) & 255)
+        if pool.adds_as_torch_does:
+            pool.multiply(torch.ones(3, width, dtype=torch.bfloat16), panels, damaged)
+            pool.multiply(torch.ones(1, width, dtype=torch.bfloat16), panels, damaged)
+
+
+def test_random_experts_are_whole_ones() -> None:
+    module = Experts(**KINDS["gelu-tanh"])
+    packer = LosslessPacker(make_layout(module, 64, 48, torch.bfloat16), False)
+    dtypes = {"U8": torch.uint8, "U32": torch.uint32, "BF16": torch.bfloat16}
+    tensors = {spec.name: torch.zeros(spec.shape, dtype=dtypes[spec.dtype]) for spec in packer.layout.tensors}
+    fill_randomly(tensors, packer.quantization, torch.Generator().manual_seed(0))
+    for name in packer.quantization.widths:
+        weight = unpack(tensors[name], tensors[uppers_name(name)])
+        assert weight.float().std() == pytest.approx(0.02, rel=0.1)
+    assert tensors["down_proj_bias"].float().std() == pytest.approx(0.02, rel=0.4)
+
+
+def test_they_are_native_by_themselves_where_that_is_exact() -> None:
+    """With `auto`, as plain ones are."""
+    from test_native import torch_adds_in_pairs
+
+    if not torch_adds_in_pairs():
+        pytest.skip("torch adds in another order on this processor")
+    module = Experts(**KINDS["silu"])
+    plain = make_layout(module, 512, 256, torch.bfloat16)
+    expert = make_expert(plain, torch.Generator().manual_seed(0))
+    packer = LosslessPacker(plain, False)
+    pool = NativePool(2, path=LIBRARY)
+    try:
+        native, few = NativeMaths(module, packer.layout, pool), packed(expert, packer)
+        for rows in (1, 2, 30):
+            hidden = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)).bfloat16()
+            shares = torch.ones(rows, 1, dtype=torch.bfloat16)
+            assert torch.equal(native.expert(hidden, few, shares), ExpertMaths(module).expert(hidden, expert, shares))
+    finally:
+        pool.close()
