@@ -15,7 +15,7 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "forecast", "machine", "manifest", "ledger", "outlook", "prompts"},
+    {"catalog", "demo", "forecast", "machine", "manifest", "ledger", "outlook", "panels", "prompts"},
     {
         "checkpoint",
         "collection",

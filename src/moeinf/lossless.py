@@ -12,6 +12,7 @@ by side. Works on some rows at a time.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,24 +22,20 @@ from .dtypes import TORCH_DTYPES
 from .errors import UnsupportedError
 from .files import Bytes
 from .manifest import (
-    DTYPE_BYTES,
     EXCEPTION_SHARE,
-    LOSSLESS,
     PANEL_INPUTS,
     PANEL_ROWS,
     TABLE_WORDS,
     ExpertLayout,
-    Quantization,
-    TensorSpec,
     lossless_shapes,
     uppers_name,
 )
+from .panels import lossless_layout
 from .tensorfile import TensorFile, encode_expert_header
 
 __all__ = ["LosslessPacker", "pack", "read_expert", "unpack"]
 
 _CHUNK_WEIGHTS = 1 << 22
-_MOST_INPUTS = 1 << 15
 _TABLE_SIZE = 16
 _LOWER_BYTES = 128
 """Of a panel's eight columns; 64 bytes of indices follow."""
@@ -52,20 +49,10 @@ class LosslessPacker:
     """
 
     def __init__(self, plain: ExpertLayout, is_transposed: bool) -> None:
-        matrices = {spec.name: spec for spec in plain.tensors if len(spec.shape) == 2}
-        _check(matrices, is_transposed)
-        widths = {name: spec.shape[1] for name, spec in matrices.items()}
-        self.quantization = Quantization(LOSSLESS, PANEL_ROWS, "BF16", widths)
-        shapes = {name: lossless_shapes(*spec.shape) for name, spec in matrices.items()}
-        tensors = [(name, *panels) for name, (panels, _) in shapes.items()]
-        others = [(uppers_name(name), *uppers) for name, (_, uppers) in shapes.items()]
-        others += [(spec.name, spec.dtype, spec.shape) for spec in plain.tensors if spec.name not in matrices]
-        tensors += sorted(others, key=lambda tensor: -DTYPE_BYTES[tensor[1]])
-        specs, offset = [], 0
-        for name, dtype, shape in tensors:  # panels first: they are read by cache lines
-            specs.append(TensorSpec(name, dtype, shape, offset))
-            offset += specs[-1].nbytes
-        self.layout = ExpertLayout(len(encode_expert_header(specs)), tuple(specs), self.quantization)
+        if is_transposed:
+            raise UnsupportedError("experts that lie [in, out] are not packed without loss", hint="store them as bf16")
+        layout = lossless_layout(plain)
+        self.layout = dataclasses.replace(layout, data_offset=len(encode_expert_header(layout.tensors)))
 
     def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
         """The data of an expert's file, from its tensors in the plain layout. `expert` is what messages call it.
@@ -73,7 +60,8 @@ class LosslessPacker:
         Raises UnsupportedError for a matrix that has more exceptions than there is room for.
         """
         made = dict(tensors)
-        for name in self.quantization.widths:
+        assert self.layout.quantization is not None, "lossless_layout says how they are packed"
+        for name in self.layout.quantization.widths:
             try:
                 made[name], made[uppers_name(name)] = pack(tensors[name])
             except UnsupportedError as error:
@@ -174,20 +162,3 @@ def _reorder(four: torch.Tensor) -> torch.Tensor:
     words = four.view(torch.int32)
     words = (words & ~0xFFFF00) | (words >> 8 & 0xFF00) | (words << 8 & 0xFF0000)
     return words.view(torch.uint8)
-
-
-def _check(matrices: Mapping[str, TensorSpec], is_transposed: bool) -> None:
-    hint = "store them as bf16"
-    dtypes = {spec.dtype for spec in matrices.values()}
-    if dtypes != {"BF16"}:
-        raise UnsupportedError(f"experts in {' and '.join(sorted(dtypes)) or 'no matrices'} are not packed", hint=hint)
-    if is_transposed:
-        raise UnsupportedError("experts that lie [in, out] are not packed without loss", hint=hint)
-    for name, spec in matrices.items():
-        rows, width = spec.shape
-        if rows % PANEL_ROWS or width % PANEL_INPUTS or width > _MOST_INPUTS:
-            raise UnsupportedError(
-                f"{name} is {rows} x {width}: packing without loss takes multiples of {PANEL_ROWS} x {PANEL_INPUTS}, up"
-                f" to {_MOST_INPUTS:,} wide",
-                hint=hint,
-            )

@@ -17,7 +17,7 @@ from .errors import IntegrityError
 
 __all__ = ["Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from .errors import UnsupportedError
 from .forecast import Correction, Forecast, PastRun, Situation, correction, foretell
 from .ledger import MemoryPlan, make_plan
 from .machine import Machine
+from .panels import lossless_layout
 from .units import format_bytes
 
 __all__ = ["COMFORTABLE", "USABLE", "Advice", "AtBudget", "Outlook", "Verdict", "at_budgets", "look_ahead"]
@@ -26,6 +29,7 @@ USABLE = 3.0
 _BUDGETS = 8
 _WORTH_IT = 1.05
 """A gain below this is none."""
+_PACKED = "the same experts packed without loss (--experts lossless)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +127,22 @@ def _advise(situation: Situation, plan: MemoryPlan, now: Forecast) -> tuple[Advi
     budget = min(whole, 2 * plan.total)
     roomy = _at_budget(situation, plan.context, budget, now.factor)
     fast = dataclasses.replace(situation, machine=_with_fast_disk(situation.machine))
-    ideas = (
+    ideas = [
         (f"{format_bytes(budget)} of memory for it instead of {format_bytes(plan.total)}", roomy.forecast),
         ("a disk twice as fast", foretell(fast, plan).times(now.factor)),
-    )
+    ]
+    with suppress(UnsupportedError):
+        packed = _with_lossless_experts(situation)
+        ideas.append((_PACKED, _at_budget(packed, plan.context, plan.total, now.factor).forecast))
     gains = [Advice(what, then.tokens_per_s) for what, then in ideas if then.tpot_s * _WORTH_IT < now.tpot_s]
     return tuple(sorted(gains, key=lambda advice: -advice.tokens_per_s))
+
+
+def _with_lossless_experts(situation: Situation) -> Situation:
+    """Raises UnsupportedError for experts that cannot be packed so."""
+    manifest = situation.manifest
+    layout = lossless_layout(manifest.layout)
+    return dataclasses.replace(situation, manifest=dataclasses.replace(manifest, layout=layout))
 
 
 def _with_fast_disk(machine: Machine) -> Machine:

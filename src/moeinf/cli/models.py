@@ -42,8 +42,7 @@ def pull(
 ) -> None:
     """\b
     moeinf pull mixtral-instruct
-    moeinf pull qwen3-30b --experts lossless
-    moeinf pull ./my-checkpoint --name mine
+    moeinf pull ./my-checkpoint --name mine --experts lossless
 
     Download a model, or read it from a folder, and write it to the store with a file per expert. A pull that was
     interrupted goes on where it stopped when the same command is run again.
