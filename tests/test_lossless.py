@@ -68,10 +68,17 @@ def test_a_weight_is_what_it_was(rows: int, width: int) -> None:
     assert torch.equal(bits(unpack(panels, uppers)), bits(weight))
 
 
-def test_a_weight_of_several_chunks_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_same_bytes_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in several chunks, and with as many exceptions as there is room for."""
+    weights = [draw(rows, width, seed=1) for rows, width in (*SIDES, (16 * 11, 256))]
+    weights.append(torch.full((16, 256), 0.01).bfloat16())
+    weights[-1][3, 16 * 5 : 16 * 6] = 2.0 ** torch.arange(2, 34, 2)
+    native = [pack(weight) for weight in weights]
     monkeypatch.setattr("moeinf.lossless._CHUNK_WEIGHTS", 3 * 16 * 256)
-    weight = draw(16 * 11, 256)
-    assert torch.equal(bits(unpack(*pack(weight))), bits(weight))
+    monkeypatch.setattr("moeinf.lossless._library", lambda: None)
+    for weight, made in zip(weights, native, strict=True):
+        assert all(torch.equal(*each) for each in zip(pack(weight), made, strict=True))
+        assert torch.equal(bits(unpack(*made)), bits(weight))
 
 
 def test_a_weight_takes_12_bits_and_an_eighth() -> None:
@@ -95,7 +102,10 @@ def test_the_format_is_as_documented() -> None:
         assert upper << 8 | lower == int(bits(weight)[row, column]) & 0xFFFF
 
 
-def test_numbers_that_are_no_weights_are_refused() -> None:
+@pytest.mark.parametrize("is_native", [True, False])
+def test_numbers_that_are_no_weights_are_refused(is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_native:
+        monkeypatch.setattr("moeinf.lossless._library", lambda: None)
     noise = torch.randint(-(1 << 15), 1 << 15, (32, 256), generator=torch.Generator().manual_seed(0))
     weight = noise.to(torch.int16).view(torch.bfloat16)
     packer = LosslessPacker(ExpertLayout(4096, (TensorSpec("down_proj", "BF16", (32, 256), 0),)), False)

@@ -7,13 +7,16 @@ DFloat11 builds on, arXiv 2504.11651, which codes each in as many bits as it nee
 used. Here all indices have one size, so that a product can look them up as it goes.)
 
 Owns how such a weight lies (docs/store-format.md): in panels of 16 rows, as the native kernel adds up 16 outputs side
-by side. Works on some rows at a time.
+by side. Packing is the library's where it is at hand (csrc/pack.c), and works on some rows at a time elsewhere.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Iterator, Mapping
+from ctypes import c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,10 +34,12 @@ from .manifest import (
     uppers_name,
 )
 from .panels import lossless_layout
+from .shared_library import NotNativeError, Signature, load_library
 from .tensorfile import TensorFile, encode_expert_header
 
 __all__ = ["LosslessPacker", "pack", "read_expert", "unpack"]
 
+_FUNCTIONS: tuple[Signature, ...] = (("moe_pack_lossless", c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),)
 _CHUNK_WEIGHTS = 1 << 22
 _TABLE_SIZE = 16
 _LOWER_BYTES = 128
@@ -78,21 +83,40 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows, width = weight.shape
     (_, panels_shape), (_, uppers_shape) = lossless_shapes(rows, width)
-    panels = torch.empty(panels_shape, dtype=torch.uint8)
-    uppers = torch.zeros(uppers_shape, dtype=torch.int32)
-    both = weight.contiguous().view(torch.uint8).view(rows, width, 2)
-    chunk = max(1, _CHUNK_WEIGHTS // (PANEL_ROWS * width)) * PANEL_ROWS
-    counts = sum(torch.bincount(part[..., 1].flatten(), minlength=256) for part in torch.split(both, chunk))
-    assert isinstance(counts, torch.Tensor), "there are rows"
-    table = torch.argsort(counts, descending=True, stable=True)[:_TABLE_SIZE].to(torch.uint8)
-    room, others = rows * width // EXCEPTION_SHARE, rows * width - int(counts[table.int()].sum())
-    if others > room:
+    panels, uppers = torch.empty(panels_shape, dtype=torch.uint8), torch.empty(uppers_shape, dtype=torch.int32)
+    if library := _library():
+        weight = weight.contiguous()
+        others = library.moe_pack_lossless(weight.data_ptr(), rows, width, panels.data_ptr(), uppers.data_ptr())
+    else:
+        others = _pack(weight, panels, uppers)
+    if others > (room := rows * width // EXCEPTION_SHARE):
         raise UnsupportedError(
             f"has {others:,} weights of unusual size, and there is room for {room:,}", hint="store it as bf16"
         )
+    return panels, uppers
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return load_library(_FUNCTIONS)
+    except NotNativeError:
+        return None
+
+
+def _pack(weight: torch.Tensor, panels: torch.Tensor, uppers: torch.Tensor) -> int:
+    """Fill these, and return how many exceptions there are; if too many, they are not filled."""
+    rows, width = weight.shape
+    both = weight.contiguous().view(torch.uint8).view(rows, width, 2)
+    chunk = max(1, _CHUNK_WEIGHTS // (PANEL_ROWS * width)) * PANEL_ROWS
+    counts = torch.stack([torch.bincount(part[..., 1].flatten(), minlength=256) for part in torch.split(both, chunk)])
+    frequent = torch.argsort(counts.sum(0), descending=True, stable=True)[:_TABLE_SIZE]
+    others = rows * width - int(counts[:, frequent].sum())
+    if others > rows * width // EXCEPTION_SHARE:
+        return others
     index = torch.full((256,), _TABLE_SIZE, dtype=torch.uint8)
-    index[table.int()] = torch.arange(_TABLE_SIZE, dtype=torch.uint8)
-    uppers[:TABLE_WORDS] = table.view(torch.int32)
+    index[frequent] = torch.arange(_TABLE_SIZE, dtype=torch.uint8)
+    uppers.zero_()[:TABLE_WORDS] = frequent.to(torch.uint8).view(torch.int32)
     begins = uppers[TABLE_WORDS : TABLE_WORDS + len(panels) + 1]
     exceptions, done = uppers[TABLE_WORDS + len(panels) + 1 :], 0
     for first, part in zip(range(0, len(panels), chunk // PANEL_ROWS), torch.split(both, chunk), strict=True):
@@ -106,7 +130,7 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         done += len(keys)
         codes[row, column] = 0
         _fill(panels[first : first + len(ends)], part[..., 0], codes)
-    return panels, uppers
+    return others
 
 
 def unpack(panels: torch.Tensor, uppers: torch.Tensor) -> torch.Tensor:

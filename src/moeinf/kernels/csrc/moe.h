@@ -1,5 +1,5 @@
 /* The maths of experts for one token, in C: what torch_maths.py computes, rounded where torch rounds. And, at the end,
- * the loops of the routing memory, which need no pool.
+ * what needs no pool: the loops of the routing memory, and the packing of lossless weights.
  *
  * A caller opens a pool of threads once, describes each layer in a `moe_layer`, and per step calls `moe_experts` for
  * the experts that are in memory, as often as more arrive, then `moe_sum`. One thread at a time may use a pool. */
@@ -161,5 +161,9 @@ MOE_API void moe_followed(const moe_routing *routing, int known, double most_lik
 /* Finds the same shares, and by them the visits that are expected to pass before an expert is chosen: [count, width]. */
 MOE_API void moe_visits(const moe_routing *routing, int known, double most_likeness, int count, const int32_t *layers,
                         double *shares, double *visits);
+
+/* Packs bfloat16 [rows, width], multiples of 16 and 8, as lossless.py does. Returns how many are exceptions; where there is
+ * no room for them, panels are not written. */
+MOE_API int64_t moe_pack_lossless(const void *weights, int64_t rows, int64_t width, void *panels, void *uppers);
 
 #endif
