@@ -12,7 +12,7 @@ import torch
 
 import moeinf
 from families import make_checkpoint
-from moeinf.errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
+from moeinf.errors import IntegrityError, MoeinfError, UnpackableError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
 from moeinf.fused import write_fused
 from moeinf.kernels import ExpertMaths, Tensors
@@ -34,6 +34,7 @@ from moeinf.pull import plan_pull, pull
 from moeinf.quantized import dequantize, fill_randomly
 from moeinf.quantizing import quantize_model
 from moeinf.store import Store, StoredModel
+from packing import edit
 from standin import use_device
 from test_native import KINDS, LIBRARY, VARIANTS, Experts, compute, make_expert, make_layout
 
@@ -214,6 +215,39 @@ def test_what_a_pull_will_take_is_known_before(store: Store, tmp_path: Path) -> 
     assert model.name.endswith("-lossless")
     assert plan.store_bytes == there.num_experts * there.layout.file_bytes + there.dense_bytes
     assert there.layout.plain_bytes == there.layout.unpacked.nbytes > there.layout.nbytes
+
+
+def spoil(folder: Path) -> None:
+    """Give the last expert weights of all sizes."""
+    noise = torch.randint(-(1 << 14), 1 << 14, (32, 24), generator=torch.Generator().manual_seed(0))
+    weight = noise.to(torch.int16).view(torch.bfloat16)
+    edit(folder, lambda tensors: tensors | {"model.layers.2.mlp.experts.7.down_proj.weight": weight})
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_pull_that_meets_what_cannot_be_packed_stores_experts_as_they_are(
+    is_interrupted: bool, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was packed before is unpacked, and not fetched again."""
+    make_checkpoint("qwen3_moe", tmp_path, "bfloat16", moe_intermediate_size=24)
+    spoil(tmp_path)
+    plain = pull(str(tmp_path), store=store, name="plain")
+    notes: list[str] = []
+    monkeypatch.setattr("moeinf.incoming._BATCH_FILES", 1)
+    if is_interrupted:
+        left = iter(range(3))
+        with monkeypatch.context() as patch:
+            patch.setattr("moeinf.lossless.read_expert", lambda *of: next(left) * [] or read_expert(*of))
+            with pytest.raises(StopIteration):
+                pull(str(tmp_path), store=store, name="packed", experts="lossless")
+    model = pull(str(tmp_path), store=store, name="packed", experts="lossless", notify=notes.append)
+    assert model.manifest.files == plain.manifest.files
+    assert model.manifest.layout == plain.manifest.layout
+    assert store.verify("packed") == []
+    told = [note for note in notes if note.startswith("experts are stored as they are: down_proj of expert 7 of ")]
+    assert len(told) == (not is_interrupted)
+    with pytest.raises(UnpackableError, match=r"down_proj of expert 7 of model\.layers\.2\.mlp\.experts has"):
+        quantize_model(plain, "quantized", LOSSLESS, store=store)
 
 
 def test_what_cannot_be_asked_for(store: Store, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""torch's dtypes by the names that safetensors gives them, and the other way round."""
+"""torch's dtypes by the names that safetensors gives them, the other way round, and the bytes of tensors."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["SAFETENSORS_NAMES", "TORCH_DTYPES"]
+__all__ = ["SAFETENSORS_NAMES", "TORCH_DTYPES", "bytes_of"]
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -25,3 +25,8 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Its numbers as a file has them, row-major."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

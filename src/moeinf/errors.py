@@ -7,6 +7,7 @@
     ├── CapacityError          5    not enough disk or memory
     ├── HubError               6    network or permission at the hub
     └── UnsupportedError       7    moeinf cannot do this with this model, or refuses to for safety
+        └── UnpackableError    7    these weights do not become smaller without loss
 
 The class is chosen by what the caller does next. A message says what failed and on what; `hint` says what to do about
 it, as a command to paste where there is one. An interrupt is no error: it stays KeyboardInterrupt (exit code 130).
@@ -57,3 +58,7 @@ class HubError(MoeinfError):
 
 class UnsupportedError(MoeinfError):
     exit_code = 7
+
+
+class UnpackableError(UnsupportedError):
+    pass

@@ -82,8 +82,7 @@ def _link_others(stored: StoredModel, folder: Path) -> dict[str, str]:
 
 def _write_layer(stored: StoredModel, number: int, path: Path) -> list[str]:
     """Write one layer's experts; returns the names of its tensors."""
-    import torch
-
+    from .dtypes import bytes_of
     from .lossless import read_expert
 
     layer, stored_layout = stored.manifest.layers[number], stored.manifest.layout
@@ -101,5 +100,5 @@ def _write_layer(stored: StoredModel, number: int, path: Path) -> list[str]:
             made = read_expert(stored.path / expert_path(number, expert), stored_layout)
             for begin, tensor in zip(begins, layout.tensors, strict=False):
                 file.seek(begin + expert * tensor.nbytes)
-                file.write(made[tensor.name].view(-1).view(torch.uint8).numpy().data)
+                file.write(bytes_of(made[tensor.name]))
     return names

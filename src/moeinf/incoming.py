@@ -121,6 +121,10 @@ class Incoming:
         """Whether the file is written. It is durable after the next `sync`."""
         return path in self._state.files
 
+    def size(self, path: str) -> int | None:
+        """Bytes of a file that is done, or None."""
+        return self._state.files[path].size if self.is_done(path) else None
+
     def has_tensor(self, path: str, tensor: str) -> bool:
         """Whether a tensor of a dense file in the making is written. It is durable after the next `sync`."""
         return path in self._state.dense and tensor in self._state.tensors[path]

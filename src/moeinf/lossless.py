@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from .dtypes import TORCH_DTYPES
-from .errors import UnsupportedError
+from .dtypes import TORCH_DTYPES, bytes_of
+from .errors import UnpackableError, UnsupportedError
 from .files import Bytes
 from .manifest import (
     EXCEPTION_SHARE,
@@ -62,23 +62,23 @@ class LosslessPacker:
     def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
         """The data of an expert's file, from its tensors in the plain layout. `expert` is what messages call it.
 
-        Raises UnsupportedError for a matrix that has more exceptions than there is room for.
+        Raises UnpackableError for a matrix that has more exceptions than there is room for.
         """
         made = dict(tensors)
         assert self.layout.quantization is not None, "lossless_layout says how they are packed"
         for name in self.layout.quantization.widths:
             try:
                 made[name], made[uppers_name(name)] = pack(tensors[name])
-            except UnsupportedError as error:
-                raise UnsupportedError(f"{name} of {expert} {error}", hint=error.hint) from error
+            except UnpackableError as error:
+                raise UnpackableError(f"{name} of {expert} {error}", hint=error.hint) from error
         for spec in self.layout.tensors:
-            yield made[spec.name].contiguous().view(-1).view(torch.uint8).numpy().data
+            yield bytes_of(made[spec.name])
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`weight` [rows, width] in bfloat16 as (panels uint8 [rows / 16, width / 8, 192], uppers int32 [words]).
 
-    Raises UnsupportedError, in words that go on from a name, when more than one weight in EXCEPTION_SHARE is an
+    Raises UnpackableError, in words that go on from a name, when more than one weight in EXCEPTION_SHARE is an
     exception.
     """
     rows, width = weight.shape
@@ -90,7 +90,7 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         others = _pack(weight, panels, uppers)
     if others > (room := rows * width // EXCEPTION_SHARE):
-        raise UnsupportedError(
+        raise UnpackableError(
             f"has {others:,} weights of unusual size, and there is room for {room:,}", hint="store it as bf16"
         )
     return panels, uppers

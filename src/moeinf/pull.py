@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import catalog, demo
 from .checkpoint import CONFIG_NAME, Checkpoint
-from .errors import CapacityError, IntegrityError, ModelNotFoundError, UnsupportedError, UsageError
+from .errors import CapacityError, IntegrityError, ModelNotFoundError, UnpackableError, UnsupportedError, UsageError
 from .files import Bytes, explained
 from .forms import ExpertForm, name_precision
 from .incoming import DenseWriter, Incoming
@@ -28,6 +28,7 @@ from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
 from .reference import MAX_NAME, Reference, read_reference
 from .store import Store, StoredModel, is_valid_name
+from .tensorfile import encode_expert_header
 from .units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -124,7 +125,14 @@ def pull(
         if stored.precision != plan.dtype:
             notify(f"precision: {stored.precision}")
         _copy_companions(incoming, checkpoint, plan)
-        _shard(incoming, origin, checkpoint, stored, require_room, progress)
+        if stored.is_unpacked_in(incoming):
+            stored = _unpack(incoming, stored)
+        try:
+            _shard(incoming, origin, checkpoint, stored, require_room, progress)
+        except UnpackableError as error:
+            notify(f"experts are stored as they are: {error}")
+            stored = _unpack(incoming, stored)
+            _shard(incoming, origin, checkpoint, stored, require_room, progress)
         incoming.publish(_manifest(origin.source, stored))
     return store.open(request.name)
 
@@ -354,6 +362,18 @@ class _Stored:
         return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing, plan.pieces))
 
     @property
+    def expert_paths(self) -> Iterator[str]:
+        for index, layer in enumerate(self.plan.layers):
+            yield from (expert_path(index, expert) for expert in range(layer.num_experts))
+
+    def is_unpacked_in(self, incoming: Incoming) -> bool:
+        """Whether an earlier run found that experts cannot be packed without loss."""
+        made = self.layout.quantization
+        if made is None or not made.is_lossless:
+            return False
+        return any(incoming.size(path) == self.plan.layout.file_bytes for path in self.expert_paths)
+
+    @property
     def layout(self) -> ExpertLayout:
         return self.encoder.layout if self.encoder else self.plan.layout
 
@@ -371,10 +391,7 @@ class _Stored:
         from .sharding import DENSE_NAME
 
         plan = self.plan
-        paths = (
-            expert_path(index, expert) for index, layer in enumerate(plan.layers) for expert in range(layer.num_experts)
-        )
-        experts = sum(map(incoming.is_done, paths))
+        experts = sum(map(incoming.is_done, self.expert_paths))
         if incoming.is_done(DENSE_NAME):
             dense_bytes = plan.dense_bytes
         else:
@@ -472,6 +489,20 @@ def _shard(
                 origin.forget(set(sharder.finished_files()) - finished, incoming.source)
                 finished.update(sharder.finished_files())
         sharder.finish()
+
+
+def _unpack(incoming: Incoming, stored: _Stored) -> _Stored:
+    """Write what is packed already as it was, and let the rest follow: no download is needed twice."""
+    from .dtypes import bytes_of
+    from .lossless import read_expert
+
+    layout, plain = stored.layout, stored.plan.layout.tensors
+    for path in stored.expert_paths:
+        if incoming.size(path) == layout.file_bytes:
+            tensors = read_expert(incoming.model / path, layout)
+            chunks: list[Bytes] = [encode_expert_header(plain), *(bytes_of(tensors[spec.name]) for spec in plain)]
+            incoming.write(path, chunks)
+    return _Stored(stored.plan, None)
 
 
 def _manifest(source: Source, stored: _Stored) -> Manifest:

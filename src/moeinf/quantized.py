@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from .dtypes import TORCH_DTYPES
+from .dtypes import TORCH_DTYPES, bytes_of
 from .errors import IntegrityError, UnsupportedError
 from .files import Bytes
 from .lossless import pack, unpack
@@ -73,7 +73,7 @@ class Quantizer:
             weight = tensors[name].t() if self._is_transposed else tensors[name]
             made |= zip((name, scales_name(name)), self._quantize(weight, f"{name} of {expert}"), strict=True)
         for spec in self.layout.tensors:
-            yield _bytes_of(made[spec.name])
+            yield bytes_of(made[spec.name])
 
     def _quantize(self, weight: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
         if not weight.isfinite().all():
@@ -142,7 +142,7 @@ class Packer:
                     " transformers can",
                 )
         for spec in self.layout.tensors:
-            yield _bytes_of(ready[spec.name])
+            yield bytes_of(ready[spec.name])
 
 
 def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,7 +343,3 @@ def _lay_out(
         specs.append(TensorSpec(name, dtype, shape, offset))
         offset += specs[-1].nbytes
     return ExpertLayout(len(encode_expert_header(specs)), tuple(specs), made), made
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from .conversion import DenseTensor, ExpertPart, Plan, Recipe, Source
-from .dtypes import TORCH_DTYPES
+from .dtypes import TORCH_DTYPES, bytes_of
 from .errors import IntegrityError, UnsupportedError
 from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, expert_path, scales_name
 from .quantized import Encoder, Packer
@@ -187,7 +187,7 @@ class Sharder:
         parts = self._plan.expert_parts(layer, expert)
         tensors = chain.from_iterable(self._tensors(part, layer, expert) for part in parts)
         if self._encoder is None:
-            yield from (_bytes_of(tensor) for _, tensor in tensors)
+            yield from (bytes_of(tensor) for _, tensor in tensors)
         else:
             yield from self._encoder.encode(dict(tensors), f"expert {expert} of {self._plan.layers[layer].module}")
 
@@ -274,7 +274,7 @@ class Sharder:
             if entry.dtype == dtype:
                 yield data
             else:
-                yield _bytes_of(torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).to(TORCH_DTYPES[dtype]))
+                yield bytes_of(torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).to(TORCH_DTYPES[dtype]))
 
     def _in_bands(self, recipe: Recipe) -> Iterator[tuple[str, int, Bytes]]:
         (name,) = recipe.outputs
@@ -286,7 +286,7 @@ class Sharder:
             made = self._plan.convert(recipe, self._bands(recipe, rows, band, begin, end))[name]
             if tuple(made.shape) != (end - begin, *tensor.shape[1:]):
                 raise _misshapen(recipe, tuple(made.shape), tensor)
-            yield name, begin * row_bytes, _bytes_of(made)
+            yield name, begin * row_bytes, bytes_of(made)
 
     def _bands(self, recipe: Recipe, rows: int, band: int, begin: int, end: int) -> Iterator[torch.Tensor]:
         for source in recipe.sources:
@@ -320,7 +320,7 @@ class Sharder:
             tensor = self._dense[name][0]
             if tuple(made[name].shape) != tensor.shape:
                 raise _misshapen(recipe, tuple(made[name].shape), tensor)
-            yield name, 0, _bytes_of(made.pop(name))
+            yield name, 0, bytes_of(made.pop(name))
 
     # Sources
 
@@ -370,7 +370,3 @@ def _misshapen(recipe: Recipe, shape: tuple[int, ...], tensor: DenseTensor) -> I
 
 def _names(recipe: Recipe) -> str:
     return ", ".join(source.name for source in recipe.sources[:3]) + (", …" if len(recipe.sources) > 3 else "")
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
