@@ -57,6 +57,9 @@ EXPANDING = {"lossless": 40.0, "int8": 3.6, "int4": 6.7, "fp8": 9.8, "mxfp4": 8.
 EXPANDING_NATIVELY = {"lossless": 2.6, "int8": 0.5, "int4": 0.5, "fp8": 1.0, "mxfp4": 2.5}
 """As much where the library expands it."""
 
+FEW_TOKENS = 64
+"""As many of a lossless expert are computed from what is packed (kernels.native.MOST_ROWS)."""
+
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 _WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _LIKE_RUNS = 5
@@ -281,7 +284,7 @@ class _Costs:
     def _expert_s(self, tokens: float) -> float:
         """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
         layout, machine = self._manifest.layout, self._machine
-        expanding_s = _expanding_s(machine, layout, self._kernels)
+        expanding_s = _expanding_s(machine, layout, self._kernels, tokens)
         at_once_s = (layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s) / SUSTAINED
         return at_once_s if layout.is_exact else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
@@ -341,9 +344,12 @@ def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     return layout.nbytes / (plain_s + _expanding_s(machine, layout, kernels))
 
 
-def _expanding_s(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
-    """What an expert takes beside torch's maths."""
+def _expanding_s(machine: Machine, layout: ExpertLayout, kernels: str, tokens: float = 1) -> float:
+    """What an expert takes beside torch's maths of so many tokens."""
     if layout.quantization is None:
+        return 0.0
+    has_tiles = kernels != "torch" and machine.processor.kernels == "avx512bf16"
+    if layout.quantization.is_lossless and has_tiles and tokens <= FEW_TOKENS:
         return 0.0
     has_library = kernels != "torch" and any(rate.kernels == "native" for rate in machine.maths)
     times = EXPANDING | (EXPANDING_NATIVELY if has_library else {})
