@@ -35,7 +35,12 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a pulled model that tests may load, and may not change; what is learned about it is forgotten."""
+    """The name of a pulled model that tests may load, and may not change; what is learned about it is forgotten, and
+    a test that leaves another model beside it fails.
+    """
+    from moeinf.store import Store
+
     monkeypatch.setenv("MOEINF_HOME", str(tiny_home))
     yield "tiny"
     shutil.rmtree(tiny_home / "models/tiny/traces", ignore_errors=True)
+    assert Store(tiny_home).names() == ["tiny"]

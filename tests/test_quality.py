@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,9 +29,10 @@ QUALITY = Quality("whole", "default-held-out", 2, 100, 9.5, 9.25, 0.0125, 0.75, 
 
 
 @pytest.fixture
-def models(tiny: str, tiny_home: Path) -> tuple[StoredModel, StoredModel, Store]:
+def models(tiny: str, tiny_home: Path) -> Iterator[tuple[StoredModel, StoredModel, Store]]:
     store = Store(tiny_home)
-    return quantize_model(store.open(tiny), "small", ExpertForm("int4", 32), store=store), store.open(tiny), store
+    yield quantize_model(store.open(tiny), "small", ExpertForm("int4", 32), store=store), store.open(tiny), store
+    store.remove("small")
 
 
 def load(name: str, **options: Any) -> AbstractContextManager[Engine]:
