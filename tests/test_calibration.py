@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,7 @@ def test_the_command_keeps_the_trace_beside_the_model(
     arguments = ["trace", own, "--dataset", str(tmp_path / "two.jsonl"), "--max-tokens", "5"]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
-    path = home / "models/tiny/traces/two-2x5.safetensors"
+    (path,) = (home / "models/tiny/traces").glob("two-*-2x5.safetensors")
     assert shown.splitlines()[-1] == str(path)
     assert read_trace(path).identity.model == own
     assert cli.main([*arguments, "--json"]) == 0
@@ -185,6 +186,22 @@ def test_the_command_keeps_the_trace_beside_the_model(
     assert "no token went through the model" in capsys.readouterr().err
 
 
+def test_data_sets_of_one_name_have_traces_of_their_own(
+    own: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces: list[dict[str, bytes]] = [{}]
+    for text in ("one", "other"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "set.txt").write_text(text)
+        arguments = ["trace", own, "--dataset", str(tmp_path / text / "set.txt"), "--max-tokens", "5"]
+        for _ in range(2):
+            assert cli.main([*arguments, "-q"]) == 0
+            files = sorted((home / "models/tiny/traces").glob("set-*.safetensors"))
+            traces.append({file.name: file.read_bytes() for file in files})
+    assert [len(files) for files in traces] == [0, 1, 1, 2, 2]
+    assert all(before.items() <= after.items() for before, after in pairwise(traces))
+
+
 def test_the_command_takes_a_data_set_of_the_hub(
     own: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,5 +212,6 @@ def test_the_command_takes_a_data_set_of_the_hub(
         assert cli.main(arguments) == 0
         commit = fake.commit("datasets/org/talk")
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[-1] == str(home / "models/tiny/traces/org--talk-2x3.safetensors")
+    (path,) = (home / "models/tiny/traces").glob("org--talk-*-2x3.safetensors")
+    assert shown.out.splitlines()[-1] == str(path)
     assert f"org/talk at {commit[:12]}: rows.jsonl (1 of 1 such files)\n" in shown.err

@@ -23,7 +23,7 @@ from moeinf.errors import (
     UsageError,
 )
 from moeinf.locks import exclusive_lock
-from moeinf.prompts import SHIPPED
+from moeinf.prompts import SHIPPED, Prompt
 
 REPO = "org/talk"
 
@@ -147,12 +147,24 @@ def test_parquet_with_pyarrow(tmp_path: Path) -> None:
 
 def test_short_names(tmp_path: Path) -> None:
     (tmp_path / "own set").touch()
-    assert short_name("default") == "default"
-    assert short_name("data/two.jsonl") == "two"
-    assert short_name(str(tmp_path / "own set")) == "own--set"
-    assert short_name("org/name@refs/convert/parquet") == "org--name--refs--convert--parquet"
-    assert short_name("org/v1.5") == "org--v1.5"
-    assert len(short_name("x" * 300 + ".txt")) == 96
+    prompts = [Prompt("", "Why?"), Prompt("", "How?")]
+
+    def name(dataset: str) -> str:
+        return short_name(dataset, prompts)
+
+    assert name("default") == "default"
+    assert name("data/two.jsonl") == name("two.txt") == "two-de64c075"
+    assert name(str(tmp_path / "own set")) == "own--set-de64c075"
+    assert name("org/name@refs/convert/parquet") == "org--name--refs--convert--parquet-de64c075"
+    assert name("org/v1.5") == "org--v1.5-de64c075"
+    assert len(name("x" * 300 + ".txt")) == 96 + 1 + 8
+
+
+def test_names_of_other_texts_differ() -> None:
+    one, other = [Prompt("a", "Why?")], [Prompt("a", "How?")]
+    assert short_name("two.jsonl", one) == short_name("b/two.jsonl", [Prompt("", "Why?")]) != "two"
+    assert short_name("two.jsonl", other) != short_name("two.jsonl", one)
+    assert short_name("default.jsonl", one) != short_name("default", one) == "default"
 
 
 # The hub

@@ -8,6 +8,7 @@ a data set brings along. Knows nothing of models.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -69,11 +70,17 @@ def read_prompts(
     return _read_file(path, dataset)[:limit]
 
 
-def short_name(dataset: str) -> str:
-    """What a file that is made from this data set may be called: letters, digits, `.`, `_` and `-`."""
+def short_name(dataset: str, prompts: Sequence[Prompt]) -> str:
+    """What a file that is made from these prompts of the data set may be called: letters, digits, `.`, `_` and `-`.
+    Behind the name of a set that does not ship stand 8 digits of a hash of the texts, since two may be called alike.
+    """
+    if dataset in SHIPPED:
+        return dataset
     path = Path(dataset)
     text = path.stem if os.path.exists(path) or path.suffix in _READERS else dataset
-    return re.sub(r"[^\w.-]+", "--", text).strip(".-")[:_LONGEST_NAME] or "dataset"
+    name = re.sub(r"[^\w.-]+", "--", text).strip(".-")[:_LONGEST_NAME] or "dataset"
+    digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts]).encode()).hexdigest()
+    return f"{name}-{digest[:8]}"
 
 
 # The hub

@@ -64,7 +64,7 @@ def trace(
         expert_bytes = engine.manifest.layout.nbytes
         folder = Store().path(name) / TRACES_FOLDER
         folder.mkdir(exist_ok=True)
-        path = folder / f"{datasets.short_name(dataset)}-{len(prompts)}x{max_tokens}.safetensors"
+        path = folder / f"{datasets.short_name(dataset, prompts)}-{len(prompts)}x{max_tokens}.safetensors"
         with Interrupts().watch() as should_stop:
             found = calibration.collect(
                 engine,
