@@ -22,7 +22,8 @@ from moeinf.policies import POLICIES
 from moeinf.prompts import Prompt
 from moeinf.runtime import ExpertRuntime
 from moeinf.trace import Trace
-from moeinf.tracefile import read_trace
+from moeinf.tracefile import read_trace, write_trace
+from test_replay import make_trace
 
 
 def same(one: Trace, other: Trace) -> bool:
@@ -127,6 +128,30 @@ def test_other_prompts_do_not_go_on_with_a_draft(engine: moeinf.Engine, tmp_path
     assert said == ["an unfinished trace of t was of other prompts or another model, so this one starts afresh"]
     assert same(found, collect(engine, "tiny", changed, tmp_path / "u.safetensors", max_tokens=4))
     assert names(tmp_path) == ["t.safetensors", "u.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "later"])
+def test_a_draft_that_cannot_be_used_is_set_aside(engine: moeinf.Engine, tmp_path: Path, damage: str) -> None:
+    whole, path, said = tmp_path / "whole.safetensors", tmp_path / "t.safetensors", list[str]()
+    expected = collect(engine, "tiny", PROMPTS, whole, max_tokens=4)
+    asked = iter([False] * 12 + [True])
+    collect(engine, "tiny", PROMPTS, path, max_tokens=4, should_stop=lambda: next(asked))
+    (draft,) = tmp_path.glob("t.*.draft.safetensors")
+    data = draft.read_bytes()
+    if damage == "foreign":
+        write_trace(make_trace([[[0], [1]]], top_k=1), draft)
+    else:
+        draft.write_bytes(data[:-1] if damage == "cut" else data.replace(b'"version":"1"', b'"version":"2"'))
+    damaged = draft.read_bytes()
+    assert damaged != data
+    found = collect(engine, "tiny", PROMPTS, path, max_tokens=4, notify=said.append)
+    assert same(found, expected)
+    assert path.read_bytes() == whole.read_bytes()
+    assert [sentence.partition("; ")[2] for sentence in said] == [
+        f"it is now called {draft.name}.unusable, and this trace starts afresh"
+    ]
+    assert names(tmp_path) == [f"{draft.name}.unusable", "t.safetensors", "whole.safetensors"]
+    assert (tmp_path / f"{draft.name}.unusable").read_bytes() == damaged
 
 
 def test_long_prompts_are_cut_and_that_is_said_once(engine: moeinf.Engine, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .engine import Engine
-from .errors import UsageError
+from .errors import MoeinfError, UsageError
+from .files import explained
 from .generation import Sampling
 from .hooks import quiet
 from .progress import NO_PROGRESS, Progress
@@ -45,8 +46,8 @@ def collect(
 
     What an interrupted or failed run has done is kept in a draft beside `path`, and not done again: the trace is then
     that of a run without a break. The draft is written every ten prompts and when this ends, and is used again only
-    for the same model, prompts and `max_tokens`. `should_stop` is asked before each prompt: when it says yes, the trace
-    so far stays there, and is returned.
+    for the same model, prompts and `max_tokens`; one that cannot be used is set aside, and `notify` told of it.
+    `should_stop` is asked before each prompt: when it says yes, the trace so far stays there, and is returned.
 
     Raises UsageError for a context with no room, and what `Session.generate` and `write_trace` raise.
     """
@@ -55,7 +56,7 @@ def collect(
     draft = _draft_path(path, identity, inputs, max_tokens)
     if _drafts(path) and not draft.exists():
         notify(f"an unfinished trace of {path.stem} was of other prompts or another model, so this one starts afresh")
-    kept = read_trace(draft) if draft.exists() else Recorder(identity).trace()
+    kept = _read_draft(draft, identity, notify) if draft.exists() else Recorder(identity).trace()
     fresh: list[Trace] = []
     done = len(set(kept.sequence_id.tolist()))
     with progress.task(f"trace {name}", len(inputs), "prompts", done=done) as task:
@@ -120,6 +121,22 @@ def _draft_path(path: Path, identity: ModelIdentity, inputs: Sequence[Sequence[i
     """Another path for another model, for other prompts, and for prompts that are cut at another place."""
     digest = hashlib.sha256(repr((identity, max_tokens, inputs)).encode()).hexdigest()
     return path.with_name(f"{path.stem}.{digest[:12]}.draft.safetensors")
+
+
+def _read_draft(draft: Path, identity: ModelIdentity, notify: Callable[[str], None]) -> Trace:
+    """What a run before this one has done; nothing, if its file is damaged or of a later version: it is then renamed,
+    so that nothing of it is lost.
+    """
+    try:
+        trace = read_trace(draft)
+        trace.check_model(identity)
+        return trace
+    except MoeinfError as error:
+        aside = draft.with_name(f"{draft.name}.unusable")
+        with explained(aside):
+            draft.replace(aside)
+        notify(f"{error}; it is now called {aside.name}, and this trace starts afresh")
+        return Recorder(identity).trace()
 
 
 def _drafts(path: Path) -> list[Path]:
