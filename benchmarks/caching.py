@@ -41,9 +41,9 @@ FIRST_TOKENS = 32
 def engine(**options: object) -> Iterator[moeinf.Engine]:
     """The demo model, loaded; what it learns is not kept."""
     with moeinf.load(MODEL, threads=1, **options) as loaded:  # type: ignore[arg-type]
+        loaded.learns = False
         loaded.generation_config.eos_token_id = None
         yield loaded
-        loaded.runtime.counter.has_grown = False
 
 
 def answer(loaded: moeinf.Engine, prompt: list[int], tokens: int) -> moeinf.Completion:

@@ -46,8 +46,10 @@ def test_likeness_is_the_mean_cosine_of_the_layers_that_have_run() -> None:
 
 def test_a_full_collection_replaces_the_one_most_alike() -> None:
     full = collection(0, 1, 2, capacity=3)
+    full.fresh.clear()
     again = matrix(1, tokens=80)
     full.add(again)
+    assert full.fresh == {1}
     assert len(full) == 3
     assert np.array_equal(full.matrices[[0, 2]], [matrix(0), matrix(2)])
     assert np.array_equal(full.matrices[1], again)
@@ -94,14 +96,14 @@ def test_without_a_good_match_a_request_is_foreseen_from_itself() -> None:
 def test_a_request_is_counted_by_phase_and_joins_the_collection_at_its_end() -> None:
     counter = RequestCounter(SIZES, ActivationCollection(SIZES))
     counter.begin_request()
-    assert not counter.has_grown
+    assert not counter.collection.fresh
     for layer, size in enumerate(SIZES):
         counter.count(layer, np.array([0, 0, 1, size]), 2, is_prefill=True)  # `size` stands for no expert
     for _ in range(7):
         for layer in range(len(SIZES)):
             counter.count(layer, [2, 0], 1, is_prefill=False)
     counter.begin_request()
-    assert counter.has_grown
+    assert counter.collection.fresh == {0}
     assert counter.collection.matrices.tolist() == [
         [[[2, 1, 0, 0, 0, 0]] * len(SIZES), [[7, 0, 7, 0, 0, 0]] * len(SIZES)],
     ]
@@ -112,7 +114,7 @@ def test_short_requests_say_too_little() -> None:
     counter.count(0, [0, 1], 7, is_prefill=True)
     counter.begin_request()
     counter.begin_request()
-    assert (len(counter.collection), counter.has_grown) == (0, False)
+    assert (len(counter.collection), counter.collection.fresh) == (0, set())
 
 
 def test_what_is_expected_follows_the_request() -> None:

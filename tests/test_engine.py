@@ -219,6 +219,20 @@ def test_what_requests_used_is_kept_for_the_next_start(tiny: str, tiny_home: Pat
             assert matrices[-1].sum(axis=2).tolist() == [[6, 6], [16, 16]]  # 3 tokens read, 8 made and read, k = 2
 
 
+def test_what_two_at_a_time_learned_is_kept_together(tiny: str) -> None:
+    sampling = moeinf.Sampling(max_tokens=9, temperature=0)
+    with moeinf.load(tiny) as one, moeinf.load(tiny) as other:
+        for engine, prompt in ((one, [5, 6, 7]), (other, [8, 9]), (one, [10, 11, 12, 13])):
+            engine.generation_config.eos_token_id = None
+            engine.session().generate(prompt, sampling)
+        one.save_collection()
+        other.save_collection()
+        assert (one.learned_requests, other.learned_requests) == (2, 3)
+    with moeinf.load(tiny) as engine:
+        matrices = engine.runtime.counter.collection.matrices
+        assert [int(matrix[0, 0].sum()) for matrix in matrices] == [6, 8, 4]  # k = 2 for each token of a prompt
+
+
 def test_a_collection_that_cannot_be_used_is_named_and_replaced(tiny: str, tiny_home: Path) -> None:
     path = collection_file(tiny_home)
     path.parent.mkdir(exist_ok=True)

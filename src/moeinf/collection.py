@@ -44,6 +44,8 @@ class ActivationCollection:
         shape = (0, PHASES, len(sizes), max(sizes))
         self.matrices = np.zeros(shape, np.int32) if matrices is None else matrices[:capacity]
         """The requests, in no order; read them, and change them with `add` only."""
+        self.fresh: set[int] = set()
+        """Places in `matrices` of the requests that have joined, until somebody has saved them and clears it."""
         assert self.matrices.shape[1:] == shape[1:]
         self._capacity = capacity
         totals = self.matrices.sum(axis=1, dtype=np.float32).swapaxes(0, 1)
@@ -59,11 +61,13 @@ class ActivationCollection:
         """
         total = matrix.sum(axis=0, dtype=np.float32)
         if len(self) < self._capacity:
+            self.fresh.add(len(self))
             self.matrices = np.concatenate([self.matrices, matrix[None]])
             self._units = np.concatenate([self._units, _unit_rows(total)[:, None]], axis=1)
             self._shares = np.concatenate([self._shares, _shares(total)[:, None]], axis=1)
         else:
             place = int(self.likeness(total).argmax())
+            self.fresh.add(place)
             self.matrices[place] = matrix
             self._units[:, place] = _unit_rows(total)
             self._shares[:, place] = _shares(total)
@@ -105,8 +109,6 @@ class RequestCounter:
 
     def __init__(self, sizes: Sequence[int], collection: ActivationCollection) -> None:
         self.collection = collection
-        self.has_grown = False
-        """Whether a request has joined the collection."""
         self._sizes = sizes
         self._matrix = np.zeros((PHASES, len(sizes), max(sizes)), np.int32)
         self._tokens = 0
@@ -117,7 +119,6 @@ class RequestCounter:
         """The request that was counted, if there was one, is over, and another begins."""
         if self._tokens >= _LEAST_TOKENS:
             self.collection.add(self._matrix.copy())
-            self.has_grown = True
         self._matrix[:] = 0
         self._tokens, self._looked_up_at = 0, -1
 

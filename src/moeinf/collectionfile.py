@@ -1,7 +1,7 @@
 """The file of an activation collection: what requests asked of a model, beside the model, from one start to the next.
 
-Owns the format (docs/trace-format.md), and believes nothing that a file says before it is checked. Knows nothing of
-what the numbers are good for.
+Owns the format (docs/trace-format.md), and believes nothing that a file says before it is checked. Processes that use
+one model at a time keep what all of them learned. Knows nothing of what the numbers are good for.
 """
 
 from __future__ import annotations
@@ -11,20 +11,74 @@ from pathlib import Path
 import numpy as np
 
 from .collection import CAPACITY, PHASES, ActivationCollection
-from .errors import IntegrityError, UsageError
-from .files import FileSystem, publish
+from .errors import IntegrityError, MoeinfError, UsageError
+from .files import FileSystem, explained, publish
+from .locks import exclusive_lock
 from .tensorfile import TensorFile, encode_header
 from .trace import ModelIdentity
 from .tracefile import decode_fields, decode_metadata, encode_fields, encode_metadata
 
-__all__ = ["COLLECTION_FILE", "FORMAT", "FORMAT_VERSION", "read_collection", "write_collection"]
+__all__ = ["COLLECTION_FILE", "FORMAT", "FORMAT_VERSION", "CollectionFile", "read_collection", "write_collection"]
 
 COLLECTION_FILE = "collection.safetensors"
 """Its name in the folder of what was learned about a model."""
 FORMAT = "moeinf-collection"
 FORMAT_VERSION = 1
 _NAME = "matrices"
+_PATIENCE_S = 1.0
+"""While another process saves, which takes some milliseconds; nobody should have to wait longer to leave."""
 _HINT = "remove the file: it is learned anew, from use or by `moeinf trace`"
+
+
+class CollectionFile:
+    """The file of one model's collection, which other processes may write, too.
+
+    Args:
+        path: where it is, or will be.
+        identity: the model.
+    """
+
+    def __init__(self, path: Path, identity: ModelIdentity) -> None:
+        self._path = path
+        self._identity = identity
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> ActivationCollection:
+        """As `read_collection`."""
+        self._seen = self._version()
+        return read_collection(self._path, self._identity)
+
+    def save(self, collection: ActivationCollection) -> ActivationCollection:
+        """Write `collection`, which this process has read and added to. If another process has written the file
+        meanwhile, the requests that are fresh join what lies there instead. Returns what the file now has, none fresh.
+
+        Raises what `write_collection` raises, and MoeinfError when another process is at it for more than a second.
+        """
+        lock = self._path.with_suffix(".lock")
+        with explained(lock), exclusive_lock(lock, "saving", patience_s=_PATIENCE_S):
+            if self._version() != self._seen:
+                collection = self._join(collection)
+            write_collection(collection, self._identity, self._path)
+            self._seen = self._version()
+        collection.fresh.clear()
+        return collection
+
+    def _version(self) -> tuple[int, int, int] | None:
+        """Another one for every file that is published there; None if there is none."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _join(self, collection: ActivationCollection) -> ActivationCollection:
+        try:
+            known = read_collection(self._path, self._identity)
+        except MoeinfError:  # what cannot be used is replaced
+            return collection
+        for place in sorted(collection.fresh):
+            known.add(collection.matrices[place])
+        return known
 
 
 def read_collection(path: Path, identity: ModelIdentity) -> ActivationCollection:

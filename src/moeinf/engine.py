@@ -23,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from . import hooks, memory
 from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
-from .collectionfile import COLLECTION_FILE, read_collection, write_collection
+from .collectionfile import COLLECTION_FILE, CollectionFile
 from .device import Device
 from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError
@@ -80,8 +80,7 @@ class Engine:
         runtime: ExpertRuntime,
         *,
         device: Device | None,
-        identity: ModelIdentity,
-        collection_path: Path,
+        collection_file: CollectionFile,
         run_log: RunLog,
         quality: Quality | None,
         notes: tuple[str, ...],
@@ -99,8 +98,7 @@ class Engine:
         self.notes = notes
         self.learns = True
         self.quality = quality
-        self._identity = identity
-        self._collection_path = collection_path
+        self._collection_file = collection_file
         self._run_log = run_log
         untyped: Any = model
         self.last_logits_only = {"logits_to_keep": 1} if untyped._supports_logits_to_keep() else {}
@@ -203,15 +201,16 @@ class Engine:
         return self.stats()
 
     def save_collection(self) -> None:
-        """Write what the requests so far asked for beside the model, for the next start. Ends the present request.
+        """Write what the requests so far asked for beside the model, for the next start, together with what other
+        processes have written there. Ends the present request.
 
-        Raises CapacityError or UsageError if that cannot be written; the old file is then as it was.
+        Raises CapacityError or UsageError if that cannot be written, MoeinfError if another process is writing it for
+        more than a second; the old file is then as it was.
         """
         counter = self.runtime.counter
         counter.begin_request()
-        if counter.has_grown and self.learns:
-            counter.has_grown = False
-            write_collection(counter.collection, self._identity, self._collection_path)
+        if counter.collection.fresh and self.learns:
+            counter.collection = self._collection_file.save(counter.collection)
 
     def close(self) -> None:
         """Save what was learned and what answers took if that is possible, end the readers and give up the lock. The
@@ -284,8 +283,8 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     identity = ModelIdentity.of(stored.name, manifest)
     traces = folder / TRACES_FOLDER
-    collection_path = traces / COLLECTION_FILE
-    collection, notes = _read_collection(collection_path, identity)
+    collection_file = CollectionFile(traces / COLLECTION_FILE, identity)
+    collection, notes = _read_collection(collection_file, identity)
     quality, more_notes = _read_quality(traces / QUALITY_FILE, manifest)
     counter = RequestCounter(identity.layer_sizes, collection)
     policy = make_policy(options.policy, identity.layer_sizes, collection)
@@ -318,8 +317,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         model.generation_config,
         runtime,
         device=placement.device,
-        identity=identity,
-        collection_path=collection_path,
+        collection_file=collection_file,
         run_log=RunLog(traces, manifest, shape, plan, options, reads_files=reads_files),
         quality=quality,
         notes=(*placement.notes, *notes, *more_notes),
@@ -371,10 +369,10 @@ def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[
     return {"off": NoPredictor()}
 
 
-def _read_collection(path: Path, identity: ModelIdentity) -> tuple[ActivationCollection, tuple[str, ...]]:
+def _read_collection(file: CollectionFile, identity: ModelIdentity) -> tuple[ActivationCollection, tuple[str, ...]]:
     """What was learned about the model, and what to say about it: a file that cannot be used is as good as none."""
     try:
-        return read_collection(path, identity), ()
+        return file.read(), ()
     except MoeinfError as error:
         return ActivationCollection(identity.layer_sizes), (f"{error}; what is learned now will replace it",)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,15 +19,18 @@ from .files import DENIED
 
 __all__ = ["exclusive_lock", "shared_lock"]
 
+_AGAIN_S = 0.01
+"""Between two tries of who has patience."""
+
 
 @contextmanager
-def exclusive_lock(path: Path, doing: str) -> Iterator[None]:
-    """Hold the lock alone, without waiting for it; `doing` is what others are told ("pulling", "removing").
+def exclusive_lock(path: Path, doing: str, *, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock alone; `doing` is what others are told ("pulling", "removing").
 
-    Raises MoeinfError when anybody else holds it, this process included.
+    Raises MoeinfError when anybody else holds it, this process included, and still does after `patience_s`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _held(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path, fcntl.LOCK_EX, doing):
+    with _held(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), path, fcntl.LOCK_EX, doing, patience_s):
         yield
 
 
@@ -50,21 +54,32 @@ def shared_lock(path: Path, doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held(descriptor: int, path: Path, kind: int, doing: str) -> Iterator[None]:
+def _held(descriptor: int, path: Path, kind: int, doing: str, patience_s: float = 0.0) -> Iterator[None]:
+    deadline = time.monotonic() + patience_s
     try:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+        while not _is_taken(descriptor, kind):
+            if time.monotonic() < deadline:
+                time.sleep(_AGAIN_S)
+                continue
             raise MoeinfError(
                 f"{path.stem} is busy: {_holder(os.pread(descriptor, 200, 0))}",
                 hint="try again when it is done, or end it",
-            ) from None
+            )
         with suppress(OSError):  # a full disk must not keep anybody from removing a model
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} {doing}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_taken(descriptor: int, kind: int) -> bool:
+    """Whether this process has the lock now."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _holder(text: bytes) -> str:
