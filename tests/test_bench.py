@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+import moeinf
 from cli_transcripts import CommandLine
 from moeinf import bench as bench_module
 from moeinf import figures, hardware, rates, worker
 from moeinf.bench import Report, Wishes, bench
+from moeinf.calibration import collect
 from moeinf.cgroups import memory_limit
 from moeinf.errors import CapacityError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
+from moeinf.prompts import Prompt
 from moeinf.quantizing import quantize_model
 from moeinf.rates import Rates
 from moeinf.scores import Score
@@ -146,6 +149,19 @@ def test_what_is_not_enforced_is_said(processes: Processes, monkeypatch: pytest.
         "the disk reads 8.00 MiB ahead;",
     ]
     assert report.to_dict()["limit"] == {"enforced": False, "why_not": "no memory cgroup can be made: no"}
+
+
+def test_prompts_that_the_model_was_traced_with_are_said(processes: Processes, tmp_path: Path) -> None:
+    said: list[str] = []
+    with moeinf.load("tiny", context=64) as engine:
+        traced = [Prompt("", text) for text in (TEXTS[0], "Of something else", TEXTS[3])]
+        collect(engine, "tiny", traced, tmp_path / "t.safetensors", max_tokens=9)
+    report = measure(repeat=1, said=said)
+    assert (report.known_prompts, report.to_dict()["known_prompts"]) == (1, 1)
+    assert [sentence.partition(":")[0] for sentence in said] == ["1 of the prompts were traced with this model"]
+    assert measure(repeat=1, texts=TEXTS[1:3]).known_prompts == 0
+    (Store().path("tiny") / "traces/collection.safetensors").write_bytes(b"nonsense")
+    assert measure(repeat=1).known_prompts == 0
 
 
 def test_no_cgroup_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -863,7 +863,7 @@ def traced(engine: FakeEngine, home: Path, patch: pytest.MonkeyPatch) -> Path:
     (home / "set.jsonl").write_text(
         '{"text": "One", "domain": "prose"}\n{"text": "1", "domain": "sums"}\n', encoding="utf-8"
     )
-    return home / "models/tiny/traces/set-8db4fe28-2x64"
+    return home / "models/tiny/traces/set-e1a9cc9e-2x64"
 
 
 def test_what_the_engine_has_to_say_is_said(stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -914,14 +914,14 @@ def test_trace(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.Monk
         | With half, 2 experts (512 B), 0.0% is found, and 1.00 KiB are read per token.
         | What 2 requests used is known at the next start, and fills the cache then.
         |
-        | HOME/models/tiny/traces/set-8db4fe28-2x64.html
-        | HOME/models/tiny/traces/set-8db4fe28-2x64.safetensors
+        | HOME/models/tiny/traces/set-e1a9cc9e-2x64.html
+        | HOME/models/tiny/traces/set-e1a9cc9e-2x64.safetensors
         ! loading tiny
         ! replay tiny: 60 replays
         ! drawing the report
         = 0
     """)  # noqa: E501
-    page = (stored.home / "models/tiny/traces/set-8db4fe28-2x64.html").read_text(encoding="utf-8")
+    page = (stored.home / "models/tiny/traces/set-e1a9cc9e-2x64.html").read_text(encoding="utf-8")
     assert "moeinf trace tiny --dataset set.jsonl --max-prompts 2 --max-tokens 64" in page
 
 
@@ -929,8 +929,8 @@ def test_trace_quietly_and_as_json(engine: FakeEngine, stored: CommandLine, monk
     path = traced(engine, stored.home, monkeypatch)
     arguments = ["trace", "tiny", "--dataset", str(stored.home / "set.jsonl")]
     names = ["hit-rates", "activation", "domains", "distances", "reuse"]
-    pictures = [f"HOME/models/tiny/traces/set-8db4fe28-2x64-{name}.png" for name in names]
-    assert stored.run(*arguments, "-q") == ("HOME/models/tiny/traces/set-8db4fe28-2x64.safetensors\n", "", 0)
+    pictures = [f"HOME/models/tiny/traces/set-e1a9cc9e-2x64-{name}.png" for name in names]
+    assert stored.run(*arguments, "-q") == ("HOME/models/tiny/traces/set-e1a9cc9e-2x64.safetensors\n", "", 0)
     data = json.loads(stored.run(*arguments, "--json")[0])
     assert data.keys() == {
         *("schema", "model", "trace", "routing", "domains", "replayed", "replays", "recommendation"),
@@ -952,10 +952,10 @@ def test_a_full_disk_after_a_trace_does_not_lose_it(
     found = stored.transcript("moeinf trace tiny --dataset set.jsonl").splitlines()
     assert found[-3].startswith("! error: the report could not be kept: no room left to write HOME/models/tiny/traces/")
     assert found[-2:] == [
-        "! hint: the trace itself is whole: moeinf simulate HOME/models/tiny/traces/set-8db4fe28-2x64.safetensors",
+        "! hint: the trace itself is whole: moeinf simulate HOME/models/tiny/traces/set-e1a9cc9e-2x64.safetensors",
         "= 5",
     ]
-    assert [file.name for file in path.parent.iterdir()] == ["set-8db4fe28-2x64.safetensors"]
+    assert [file.name for file in path.parent.iterdir()] == ["set-e1a9cc9e-2x64.safetensors"]
     assert stored.run("simulate", f"{path}.safetensors", "--policy", "lru", "-q") == ("", "", 0)
 
 
@@ -965,36 +965,36 @@ def test_simulate(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.M
     stored.run("trace", "tiny", "--dataset", "set.jsonl", "-q")
     monkeypatch.chdir(stored.home / "models/tiny/traces")
     stored.check("""
-        $ moeinf simulate set-8db4fe28-2x64.safetensors --policy lru,expected-use,belady --fraction 10,50%
+        $ moeinf simulate set-e1a9cc9e-2x64.safetensors --policy lru,expected-use,belady --fraction 10,50%
         | HIT RATE AT   2 (17%)  6 (50%)
         | belady        0.0%     97.5%
         | expected-use  0.0%     97.5%
         | lru           0.0%     97.5%
-        ! replay set-8db4fe28-2x64.safetensors: 6 replays
+        ! replay set-e1a9cc9e-2x64.safetensors: 6 replays
         = 0
     """)
     stored.check("""
-        $ moeinf simulate set-8db4fe28-2x64.safetensors --slots 3 --policy lru --plot rates.png
+        $ moeinf simulate set-e1a9cc9e-2x64.safetensors --slots 3 --policy lru --plot rates.png
         | HIT RATE AT  3 (25%)
         | lru          25.0%
         | rates.png
-        ! replay set-8db4fe28-2x64.safetensors: 1 replays
+        ! replay set-e1a9cc9e-2x64.safetensors: 1 replays
         = 0
     """)
     stored.check("""
-        $ moeinf simulate set-8db4fe28-2x64.safetensors --slots 1
-        ! error: set-8db4fe28-2x64.safetensors: --slots 1 experts is below the 2 that a layer asks for at once
+        $ moeinf simulate set-e1a9cc9e-2x64.safetensors --slots 1
+        ! error: set-e1a9cc9e-2x64.safetensors: --slots 1 experts is below the 2 that a layer asks for at once
         ! hint: choose from 2 to 12
         = 2
     """)
     stored.check("""
-        $ moeinf simulate set-8db4fe28-2x64.safetensors --fraction 120%
+        $ moeinf simulate set-e1a9cc9e-2x64.safetensors --fraction 120%
         ! error: --fraction '120%' is no list of shares up to 100%
         ! hint: write it like 10,25,50%
         = 2
     """)
     stored.check("""
-        $ moeinf simulate set-8db4fe28-2x64.safetensors --plot rates.gif
+        $ moeinf simulate set-e1a9cc9e-2x64.safetensors --plot rates.gif
         ! error: --plot rates.gif: the name does not say which kind of picture
         ! hint: end it in .pdf, .png, .svg
         = 2

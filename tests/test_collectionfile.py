@@ -17,6 +17,7 @@ from moeinf.collection import CAPACITY, ActivationCollection
 from moeinf.collectionfile import CollectionFile, read_collection, write_collection
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.locks import exclusive_lock
+from moeinf.prompts import text_digest
 from moeinf.tensorfile import encode_header
 from moeinf.tracefile import encode_fields, encode_metadata, write_trace
 from traces import make_identity, make_trace
@@ -34,8 +35,12 @@ def make(count: int, seed: int = 0) -> ActivationCollection:
 def test_what_is_written_is_read(tmp_path: Path, count: int) -> None:
     path = tmp_path / "traces" / "collection.safetensors"
     assert len(read_collection(path, IDENTITY)) == 0
-    write_collection(make(count), IDENTITY, path)
-    assert np.array_equal(read_collection(path, IDENTITY).matrices, make(count).matrices)
+    written = make(count)
+    written.texts.update([text_digest(f"{number}") for number in range(count)])
+    write_collection(written, IDENTITY, path)
+    found = read_collection(path, IDENTITY)
+    assert np.array_equal(found.matrices, make(count).matrices)
+    assert found.texts == written.texts
 
 
 def write(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], data: bytes, **fields: object) -> None:
@@ -118,10 +123,14 @@ def test_only_what_is_fresh_joins_what_others_wrote(tmp_path: Path) -> None:
     file = CollectionFile(path, IDENTITY)
     collection = file.read()
     collection.add(make(1, seed=1).matrices[0])
-    write_collection(make(3, seed=2), IDENTITY, path)
+    collection.texts.add("mine")
+    others = make(3, seed=2)
+    others.texts.add("theirs")
+    write_collection(others, IDENTITY, path)
     saved = file.save(collection)
     assert saved.matrices.tolist() == [*make(3, seed=2).matrices.tolist(), *make(1, seed=1).matrices.tolist()]
     assert not saved.fresh
+    assert saved.texts == {"mine", "theirs"}
     assert np.array_equal(read_collection(path, IDENTITY).matrices, saved.matrices)
 
 

@@ -21,18 +21,20 @@ from typing import Any
 
 from . import errors, fused, hardware, memory
 from .cgroups import memory_limit, run_in
+from .collectionfile import COLLECTION_FILE, read_collection
 from .errors import MoeinfError, UnsupportedError, UsageError
 from .files import FileSystem
 from .ledger import parse_slots
 from .locks import exclusive_lock
 from .progress import NO_PROGRESS, Progress
+from .prompts import text_digest
 from .rates import measure_rates
 from .replay import check_replay
 from .scores import Measured, Score, mark_same_tokens
 from .settings import EngineOptions, home_path, tune_libraries
-from .store import StoredModel
+from .store import TRACES_FOLDER, StoredModel
 from .systems import Job, Request, Run, Survey
-from .trace import Trace
+from .trace import ModelIdentity, Trace
 from .tracefile import read_trace
 from .units import KIB, format_bytes
 
@@ -88,7 +90,9 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that was measured. `unenforced` says why no limit was set, `replay` what was replayed; empty if neither."""
+    """All that was measured. `unenforced` says why no limit was set, `replay` what was replayed; empty if neither.
+    `known_prompts`: of those measured, how many the model's collection was traced with.
+    """
 
     model: str
     wishes: Wishes
@@ -97,6 +101,7 @@ class Report:
     quantization: str
     quality: dict[str, Any] | None
     replay: dict[str, Any]
+    known_prompts: int
     unenforced: str
     drops_caches: bool
     same_tokens: bool
@@ -112,6 +117,7 @@ class Report:
             "quantization": self.quantization or None,
             "quality": self.quality,
             **{name: getattr(wishes, name) for name in ("prompts", "prompt_tokens", "tokens", "temperature")},
+            "known_prompts": self.known_prompts,
             "replay": self.replay or None,
             "limit": {"enforced": not self.unenforced, "why_not": self.unenforced or None},
             "page_cache_dropped": self.drops_caches,
@@ -135,7 +141,8 @@ def bench(
         drops_caches = _drop_caches()
         groups = [_Group(stored, wishes, experts, trace, notify) for experts in _distinct(wishes)]
         unenforced = _NO_LIMIT if groups[0].survey.device else _why_no_limit()
-        for sentence in _shortcomings(stored, wishes, unenforced, drops_caches):
+        known = 0 if trace else _count_known(stored, wishes)
+        for sentence in _shortcomings(stored, wishes, known, unenforced, drops_caches):
             notify(sentence)
         files = _Files(stored, wishes, stack, progress)
         total = sum(len(group.scores()) for group in groups) * wishes.repeat
@@ -151,6 +158,7 @@ def bench(
         quantization=groups[0].survey.quantization,
         quality=groups[0].survey.quality,
         replay=_describe(trace, stored, wishes) if trace else {},
+        known_prompts=known,
         unenforced=unenforced,
         drops_caches=drops_caches,
         same_tokens=mark_same_tokens(scores),
@@ -397,6 +405,19 @@ def _recorded(
     return measured, others or measured
 
 
+def _count_known(stored: StoredModel, wishes: Wishes) -> int:
+    """Prompts to be measured that the model's collection was traced with."""
+    try:
+        known = read_collection(_collection_path(stored), ModelIdentity.of(stored.name, stored.manifest)).texts
+    except MoeinfError:  # what cannot be used is not used
+        return 0
+    return sum(text_digest(text) in known for text in wishes.texts[: wishes.prompts])
+
+
+def _collection_path(stored: StoredModel) -> Path:
+    return stored.path / TRACES_FOLDER / COLLECTION_FILE
+
+
 def _read_replay(stored: StoredModel, wishes: Wishes) -> Trace | None:
     if wishes.trace is None:
         return None
@@ -458,7 +479,14 @@ def _drop_caches() -> bool:
     return True
 
 
-def _shortcomings(stored: StoredModel, wishes: Wishes, unenforced: str, drops_caches: bool) -> Iterator[str]:
+def _shortcomings(
+    stored: StoredModel, wishes: Wishes, known: int, unenforced: str, drops_caches: bool
+) -> Iterator[str]:
+    if known:
+        yield (
+            f"{known} of the prompts were traced with this model: what moeinf learned helps it more than with new ones"
+            f" (another --dataset has some; without {_collection_path(stored)} all are new)"
+        )
     if unenforced:
         yield f"{unenforced}: moeinf keeps its budget, and nothing keeps the others to it"
     if not drops_caches:

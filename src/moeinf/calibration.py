@@ -17,7 +17,7 @@ from .files import explained
 from .generation import Sampling
 from .hooks import quiet
 from .progress import NO_PROGRESS, Progress
-from .prompts import Prompt
+from .prompts import Prompt, text_digest
 from .recorder import Recorder
 from .trace import ModelIdentity, Trace, concatenate
 from .tracefile import read_trace, write_trace
@@ -49,6 +49,8 @@ def collect(
     for the same model, prompts and `max_tokens`; one that cannot be used is set aside, and `notify` told of it.
     `should_stop` is asked before each prompt: when it says yes, the trace so far stays there, and is returned.
 
+    The collection of `engine` remembers which texts it knows, so that nobody judges it by them unawares.
+
     Raises UsageError for a context with no room, and what `Session.generate` and `write_trace` raise.
     """
     identity = ModelIdentity.of(name, engine.manifest)
@@ -63,6 +65,7 @@ def collect(
         try:
             while done < len(inputs) and not should_stop():
                 fresh.append(_run(engine, identity, inputs[done], max_tokens, seed=done))
+                engine.runtime.counter.collection.texts.add(text_digest(prompts[done].text))
                 done += 1
                 task.advance(1)
                 if len(fresh) == _SAVE_EVERY:

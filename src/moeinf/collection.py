@@ -46,6 +46,8 @@ class ActivationCollection:
         """The requests, in no order; read them, and change them with `add` only."""
         self.fresh: set[int] = set()
         """Places in `matrices` of the requests that have joined, until somebody has saved them and clears it."""
+        self.texts: set[str] = set()
+        """Digests of texts that requests are known to have been about: those that `moeinf trace` has put."""
         assert self.matrices.shape[1:] == shape[1:]
         self._capacity = capacity
         totals = self.matrices.sum(axis=1, dtype=np.float32).swapaxes(0, 1)

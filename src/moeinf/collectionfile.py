@@ -25,6 +25,7 @@ COLLECTION_FILE = "collection.safetensors"
 FORMAT = "moeinf-collection"
 FORMAT_VERSION = 1
 _NAME = "matrices"
+_TEXTS = "texts"
 _PATIENCE_S = 1.0
 """While another process saves, which takes some milliseconds; nobody should have to wait longer to leave."""
 _HINT = "remove the file: it is learned anew, from use or by `moeinf trace`"
@@ -78,6 +79,7 @@ class CollectionFile:
             return collection
         for place in sorted(collection.fresh):
             known.add(collection.matrices[place])
+        known.texts |= collection.texts
         return known
 
 
@@ -100,10 +102,13 @@ def read_collection(path: Path, identity: ModelIdentity) -> ActivationCollection
         entry = file.entries.get(_NAME)
         if entry is None or entry.dtype != "I32" or entry.shape[1:] != shape or entry.shape[0] > CAPACITY:
             raise IntegrityError(f"{path} has no tensor {_NAME!r} of at most {CAPACITY} x {list(shape)}", hint=_HINT)
+        texts = fields.get(_TEXTS, "").split()
         matrices = np.frombuffer(file.read(_NAME), "<i4").astype(np.int32).reshape(entry.shape)
     if np.any(matrices < 0) or np.any(matrices[..., _is_nobody(identity)]):
         raise IntegrityError(f"{path} counts what cannot be", hint=_HINT)
-    return ActivationCollection(identity.layer_sizes, matrices)
+    collection = ActivationCollection(identity.layer_sizes, matrices)
+    collection.texts.update(texts)
+    return collection
 
 
 def write_collection(
@@ -114,8 +119,8 @@ def write_collection(
 
     Raises CapacityError when the disk is full, UsageError when the place cannot be written to.
     """
-    metadata = encode_metadata(encode_fields(identity, FORMAT, FORMAT_VERSION))
-    header = encode_header([(_NAME, "I32", collection.matrices.shape)], metadata, alignment=8)
+    fields = {**encode_fields(identity, FORMAT, FORMAT_VERSION), _TEXTS: " ".join(sorted(collection.texts))}
+    header = encode_header([(_NAME, "I32", collection.matrices.shape)], encode_metadata(fields), alignment=8)
     data = np.ascontiguousarray(collection.matrices, "<i4").reshape(-1).view(np.uint8).data
     publish(path, [header, data], disk=disk)
 

@@ -8,7 +8,6 @@ a data set brings along. Knows nothing of models.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from .files import explained
 from .hub import HubRepo, RemoteFile
 from .locks import exclusive_lock
 from .progress import NO_PROGRESS, Progress
-from .prompts import SHIPPED, Prompt, shipped_prompts
+from .prompts import SHIPPED, Prompt, shipped_prompts, text_digest
 from .settings import home_path
 from .units import GIB, format_bytes
 
@@ -79,7 +78,7 @@ def short_name(dataset: str, prompts: Sequence[Prompt]) -> str:
     path = Path(dataset)
     text = path.stem if os.path.exists(path) or path.suffix in _READERS else dataset
     name = re.sub(r"[^\w.-]+", "--", text).strip(".-")[:_LONGEST_NAME] or "dataset"
-    digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts]).encode()).hexdigest()
+    digest = text_digest("".join(text_digest(prompt.text) for prompt in prompts))
     return f"{name}-{digest[:8]}"
 
 

@@ -189,7 +189,8 @@ def _budget(score: Score) -> str:
 def _verdict(report: Report) -> str:
     same = "all produced the same tokens" if report.same_tokens else "NOT all produced the same tokens"
     limit = "the limit was enforced" if not report.unenforced else "the limit was NOT enforced"
-    return f"{same}; {limit}"
+    known = f"; {report.known_prompts} of the prompts were KNOWN from a trace" if report.known_prompts else ""
+    return f"{same}; {limit}{known}"
 
 
 _HEAD = ("SYSTEM", "MS/TOKEN", "MIN-MAX", "P95", "TOKENS/S", "FIRST TOKEN", "PROMPT/S", "HITS", "MISSED/TOKEN",

@@ -6,13 +6,14 @@ was trained on and held out from it; the other 12 were written for this project.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["SHIPPED", "Part", "Prompt", "demo_prompts", "shipped_prompts"]
+__all__ = ["SHIPPED", "Part", "Prompt", "demo_prompts", "shipped_prompts", "text_digest"]
 
 Part = Literal["calibration", "evaluation"]
 
@@ -31,6 +32,11 @@ class Prompt:
     text: str
     source: str = ""
     licence: str = ""
+
+
+def text_digest(text: str) -> str:
+    """By which a text is known again: 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def shipped_prompts(name: str) -> list[Prompt]:
