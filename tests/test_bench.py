@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -80,6 +81,10 @@ def test_systems_take_turns_within_one_limit(processes: Processes) -> None:
     assert report.same_tokens
     assert [len(score.runs) for score in report.scores] == [2, 2, 2]
     assert ours.eta is not None
+    assert ours.hit_rate is not None
+    assert ours.belady_hit_rate is not None
+    assert 0 < ours.hit_rate <= ours.belady_hit_rate <= 1
+    assert {score.belady_share for score in others} == {None}
     assert {score.eta for score in others} == {None}
     assert not (Store().home / "bench/tiny").exists()
 
@@ -285,10 +290,14 @@ def test_files(cli: CommandLine, processes: Processes, tmp_path: Path) -> None:
     assert (found["csv"], found["md"], found["plot"]) == tuple(files)
     for key in ("ttft_s", "tpot_s", "decode_tokens_per_s"):
         assert ours[key]["min"] <= ours[key]["median"] <= ours[key]["max"]
+    assert ours["belady_share"] == pytest.approx(ours["hit_rate"] / ours["belady_hit_rate"])
+    assert theirs["belady_share"] is None
     lines = Path(files[0]).read_text().splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("system,label,start,experts,")
+    assert ",hit_rate,belady_hit_rate,belady_share," in lines[0]
     assert "| mmap | " in Path(files[1]).read_text()
+    assert " | OF BELADY | " in Path(files[1]).read_text()
     assert Path(files[2]).read_bytes().startswith(b"\x89PNG")
 
 
@@ -314,6 +323,7 @@ def test_the_table(cli: CommandLine, processes: Processes) -> None:
     assert title == "tiny: 1 prompts, 4 new tokens each, 3 times"
     assert budget.startswith("50% of the experts, ")
     assert head.split()[0] == "SYSTEM"
+    assert re.search(r" [0-9.]+%  [01]\.\d\d of [0-9.]+%  ", ours)
     assert ours.startswith("moeinf, cold")
     assert ours.endswith("same")
     assert [line.split("  ")[0] for line in rest[:3]] == ["mmap, cold", "moeinf, warm", "mmap, warm"]

@@ -37,6 +37,8 @@ def test_steps_become_tokens() -> None:
     step(recorder, 3, 1, is_prefill=True)
     for seed in range(2, 100):  # more than is kept unpacked
         step(recorder, 1, seed)
+        if seed == 40:
+            recorder.pack()
     trace = recorder.trace()
     assert trace.num_tokens == recorder.num_tokens == 101
     assert trace.position.tolist() == list(range(101))
@@ -115,11 +117,10 @@ def test_what_is_no_sequence_is_a_bug() -> None:
         recorder.begin(0, position=2)
 
 
-def test_an_interrupt_at_any_place_leaves_whole_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_at_any_place_leaves_whole_tokens() -> None:
     """The N-th line of the recorder is interrupted, N = 1, 2, 3 …; recording goes on with the next step."""
-    monkeypatch.setattr(recorder_module, "_PACKED_TOKENS", 3)
     for number in itertools.count(1):
-        recorder = Recorder(IDENTITY)
+        recorder = Recorder(IDENTITY, packed_tokens=3)
         recorder.begin(0)
         interrupter, tracer = Interrupter(number), sys.gettrace()
         sys.settrace(interrupter)

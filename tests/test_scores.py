@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from moeinf.rates import Rates
-from moeinf.scores import Bound, Measured, Score, Spread, bound_of, mark_same_tokens
+from moeinf.scores import Bound, Measured, Score, Spread, belady_hit_rate, bound_of, mark_same_tokens
 from moeinf.systems import Counts, Run
+from test_replay import make_trace
 
 COUNTS = Counts(
     requests=40,
@@ -75,13 +77,30 @@ def test_medians_of_repetitions() -> None:
     assert found["bound"] == {"tpot_s": 0.1, "by": "disk"}
     assert found["eta"] == pytest.approx(0.5)
     assert found["hit_rate"] == 0.75
+    assert (found["belady_hit_rate"], found["belady_share"]) == (None, None)
+    known = [replace(at(0.1), belady=belady) for belady in (0.9, None, 0.8, 1.0)]
+    assert score(*known).belady_hit_rate == 0.9
+    assert score(*known).belady_share == pytest.approx(0.75 / 0.9)
     assert found["bytes_per_token"] == {"missed": 500, "read": 600}
     assert found["repetitions"] == 3
 
 
+def test_belady_has_the_same_requests_and_slots_and_what_warms_up_fills_the_cache() -> None:
+    """One layer, one expert a token: warming up asks for 0 1 2, then 0 3 0 1 is measured."""
+    rows = [[[expert]] for expert in (0, 1, 2, 0, 3, 0, 1)]
+    routing = replace(make_trace(rows, size=4, top_k=1), sequence_id=np.array([0] * 3 + [1] * 4, np.int32))
+    counts = replace(COUNTS, requests=4, slots=2)
+    assert belady_hit_rate(routing, 1, counts) == 2 / 4  # 0 has stayed; 3 puts 2 out, or 1 when that was kept
+    assert belady_hit_rate(routing, 1, replace(counts, slots=3)) == 3 / 4
+    assert belady_hit_rate(routing, 0, replace(counts, requests=7)) == 2 / 7
+    assert belady_hit_rate(routing, 1, replace(counts, requests=5)) is None
+
+
 def test_a_system_that_failed_has_no_numbers() -> None:
     found = score().to_dict()
-    assert {found[name] for name in ("tpot_s", "hit_rate", "bound", "eta", "peak_rss", "same_tokens")} == {None}
+    assert {
+        found[name] for name in ("tpot_s", "hit_rate", "belady_share", "bound", "eta", "peak_rss", "same_tokens")
+    } == {None}
 
 
 def test_transformers_says_what_the_right_tokens_are() -> None:

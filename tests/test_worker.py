@@ -15,10 +15,11 @@ import pytest
 from moeinf import worker
 from moeinf.fused import write_fused
 from moeinf.recorder import Recorder
+from moeinf.scores import belady_hit_rate
 from moeinf.store import Store
 from moeinf.systems import Job, Request, Run
 from moeinf.trace import ModelIdentity
-from moeinf.tracefile import write_trace
+from moeinf.tracefile import read_trace, write_trace
 
 REQUESTS = [Request([5, 6, 7, 8], 6), Request([9, 10], 6)]
 WARM_UP = [Request([5, 6], 2)]
@@ -66,6 +67,20 @@ def test_moeinf_counts_what_is_measured_alone(tiny: str, tmp_path: Path) -> None
     size = Store().open(tiny).manifest.layout.nbytes
     assert counts.missed_bytes == counts.read_bytes == (counts.requests - counts.hits) * size
     assert not (Store().path(tiny) / "traces").exists(), "a measurement is nothing to learn from"
+
+
+def test_moeinf_leaves_its_routing(tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "fused").mkdir()
+    path = tmp_path / "routing.safetensors"
+    run = worker.run(make_job("moeinf", tmp_path / "fused", routing=str(path)))
+    routing = read_trace(path)
+    lengths = [len(each.prompt) + each.tokens - 1 for each in (*WARM_UP, *REQUESTS)]
+    assert [sequence.num_tokens for sequence in routing.sequences()] == lengths
+    assert run.counts is not None
+    belady = belady_hit_rate(routing, len(WARM_UP), run.counts)
+    assert belady is not None
+    assert run.counts.hits / run.counts.requests <= belady <= 1
+    assert run.tokens == worker.run(make_job("moeinf", tmp_path / "fused")).tokens
 
 
 def test_a_replay_has_the_recorded_hits(tiny: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -28,9 +29,9 @@ from .ledger import parse_slots
 from .locks import exclusive_lock
 from .progress import NO_PROGRESS, Progress
 from .prompts import text_digest
-from .rates import measure_rates
+from .rates import Rates, measure_rates
 from .replay import check_replay
-from .scores import Measured, Score, mark_same_tokens
+from .scores import Measured, Score, belady_hit_rate, mark_same_tokens
 from .settings import EngineOptions, home_path, tune_libraries
 from .store import TRACES_FOLDER, StoredModel
 from .systems import Job, Request, Run, Survey
@@ -227,12 +228,13 @@ class _Group:
                 raise
             score.error = str(error)
             return
-        run = Run.from_dict(answer)
-        if before is None:
-            score.runs.append(Measured(run))
-        else:
-            after = measure_rates(self._stored, threads, with_disk=with_disk)
-            score.runs.append(Measured(run, before.between(after)))
+        run, rates = Run.from_dict(answer), Rates()
+        if before is not None:
+            rates = before.between(measure_rates(self._stored, threads, with_disk=with_disk))
+        belady = None
+        if run.counts is not None:
+            belady = belady_hit_rate(read_trace(Path(job.routing)), len(job.warm_up), run.counts)
+        score.runs.append(Measured(run, rates, belady))
 
     def _score(self, system: str, start: str, policy: str | None = None, prefetch: str | None = None) -> Score:
         several = {name for name in ("policy", "prefetch") if len({getattr(e, name) for e in self._engines}) > 1}
@@ -266,15 +268,19 @@ class _Group:
             modules=[layer.module for layer in manifest.layers],
             trace=str(self._wishes.trace or ""),
             device=self.survey.device,
+            routing=str(files.routing) if engine else "",
         )
 
 
 class _Files:
-    """What the rivals read: written once, beside the models, and removed at the end."""
+    """What the rivals read, written once, beside the models, and what a run of moeinf says of its routing; removed at
+    the end.
+    """
 
     def __init__(self, stored: StoredModel, wishes: Wishes, stack: ExitStack, progress: Progress) -> None:
         home = home_path() / "bench"
         self.scratch = home / stored.name
+        self.routing = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moeinf-")), "routing.safetensors")
         self._gguf = wishes.gguf
         self._checkpoint = self.scratch
         if not wishes.rivals:

@@ -1,7 +1,8 @@
 """Notes what the routers choose while a model runs, and makes a trace of it.
 
-Owns the notes. While the model runs it only keeps references; every now and then it packs them, and what a step costs
-is some microseconds. Knows nothing of models, of the engine that calls it, or of files. One thread uses it.
+Owns the notes. While the model runs it only keeps references, which takes 12 µs for a token of 48 layers. Every now and
+then, and when it is told that there is time, it packs them, which takes some 60 µs a token. Knows nothing of models, of
+the engine that calls it, or of files. One thread uses it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ class Recorder:
     Args:
         identity: the model; `record` is called for each of its layers in turn.
         max_tokens: what comes after so many tokens is dropped, and counted in `dropped_tokens`.
+        packed_tokens: so many tokens are packed at once. Unpacked, one takes 1.2 kB per layer.
     """
 
-    def __init__(self, identity: ModelIdentity, *, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self, identity: ModelIdentity, *, max_tokens: int = MAX_TOKENS, packed_tokens: int = _PACKED_TOKENS
+    ) -> None:
         self.num_tokens = 0
         self.dropped_tokens = 0
         self._identity = identity
         self._max_tokens = max_tokens
+        self._packed_tokens = packed_tokens
         self._last_layer = len(identity.layer_sizes) - 1
         self._sequence: int | None = None
         self._next_position: dict[int, int] = {}
@@ -76,9 +81,19 @@ class Recorder:
         if layer == self._last_layer:
             self._finish(step)
 
+    def pack(self) -> None:
+        """Pack what lies unpacked."""
+        first = len(self._notes)
+        while first and isinstance(self._notes[first - 1], _Step):
+            first -= 1
+        steps = [notes for notes in self._notes[first:] if isinstance(notes, _Step)]
+        if steps:
+            self._notes[first:] = [_pack(steps, self._identity)]  # one operation, which no interrupt divides
+        self._unpacked_tokens = 0
+
     def trace(self) -> Trace:
         """All tokens that went through every layer so far, in the order in which they ran. Recording may go on."""
-        self._pack()
+        self.pack()
         packed = [notes for notes in self._notes if isinstance(notes, _Packed)] or [_pack([], self._identity)]
         return Trace(self._identity, *map(np.concatenate, zip(*packed, strict=True)))
 
@@ -96,17 +111,8 @@ class Recorder:
         if step.kept:
             self._notes.append(step)
             self._unpacked_tokens += step.kept
-            if self._unpacked_tokens >= _PACKED_TOKENS:
-                self._pack()
-
-    def _pack(self) -> None:
-        first = len(self._notes)
-        while first and isinstance(self._notes[first - 1], _Step):
-            first -= 1
-        steps = [notes for notes in self._notes[first:] if isinstance(notes, _Step)]
-        if steps:
-            self._notes[first:] = [_pack(steps, self._identity)]  # one operation, which no interrupt divides
-        self._unpacked_tokens = 0
+            if self._unpacked_tokens >= self._packed_tokens:
+                self.pack()
 
 
 @dataclass(slots=True)

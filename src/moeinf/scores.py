@@ -1,4 +1,5 @@
-"""What the runs of `bench` say together: medians with their spread, the bound on the time per token, how near it is.
+"""What the runs of `bench` say together: medians with their spread, the bounds on the time per token and on the hit
+rate, how near they are.
 
 Pure arithmetic on what `worker` and `rates` measured. Times in seconds, sizes in bytes.
 """
@@ -11,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from .rates import Rates
-from .systems import Run
+from .simulate import BELADY, events, replay
+from .systems import Counts, Run
+from .trace import Trace
 
-__all__ = ["Bound", "Measured", "Score", "Spread", "bound_of", "mark_same_tokens"]
+__all__ = ["Bound", "Measured", "Score", "Spread", "belady_hit_rate", "bound_of", "mark_same_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,11 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run, and the rates around it."""
+    """One run, the rates around it, and the hit rate of Belady's rule for what it asked for."""
 
     run: Run
     rates: Rates = field(default_factory=Rates)
+    belady: float | None = None
 
     @property
     def tpot_s(self) -> float:
@@ -111,6 +115,17 @@ class Score:
         counts = [one.run.counts for one in self.runs if one.run.counts is not None]
         return statistics.median(one.hits / one.requests for one in counts) if counts else None
 
+    @property
+    def belady_hit_rate(self) -> float | None:
+        """That of a cache as large that knows the future."""
+        found = [one.belady for one in self.runs if one.belady is not None]
+        return statistics.median(found) if found else None
+
+    @property
+    def belady_share(self) -> float | None:
+        """The hit rate over Belady's: 1 for a cache that evicts as well as can be."""
+        return self.hit_rate / self.belady_hit_rate if self.hit_rate is not None and self.belady_hit_rate else None
+
     def bounds(self) -> list[tuple[Bound, float]]:
         """Of each repetition, where it is known: the bound, and its share of what was measured."""
         found = [(bound_of(one, self.expert_bytes), one.tpot_s) for one in self.runs]
@@ -137,7 +152,7 @@ class Score:
             "repetitions": len(self.runs),
             **{name: asdict(spread) if (spread := getattr(self, name)) else None for name in spreads},
             "token_s": {"p50": self.token_s(0.5), "p95": self.token_s(0.95)},
-            "hit_rate": self.hit_rate,
+            **{name: getattr(self, name) for name in ("hit_rate", "belady_hit_rate", "belady_share")},
             "bytes_per_token": {"missed": self.per_token("missed_bytes"), "read": self.per_token("read_bytes")},
             "stall_s_per_token": self.per_token("stall_s"),
             "peak_rss": self.peak_rss or None,
@@ -146,6 +161,18 @@ class Score:
             "rates": [asdict(one.rates) for one in self.runs],
             "last": asdict(last) if last else None,
         }
+
+
+def belady_hit_rate(routing: Trace, warm_up: int, counts: Counts) -> float | None:
+    """The hit rate of `counts.slots` slots that begin empty and evict by Belady's rule, over the requests of `routing`
+    behind the first `warm_up`, which fill the cache and do not count. None if these are not what was counted.
+    """
+    history, begun = [], 0
+    for event in events(routing):
+        begun += event.begins
+        history.append(event._replace(is_prefill=event.is_prefill or begun <= warm_up))  # its hits do not count then
+    found = replay(history, routing.layer_sizes, BELADY, counts.slots)
+    return found.hit_rate if found.requests == counts.requests else None
 
 
 def bound_of(one: Measured, expert_bytes: int) -> Bound | None:

@@ -58,6 +58,7 @@ class Job:
         modules: the names of the experts modules, in forward order.
         trace: path of the trace that is replayed, or "".
         device: what torch calls the GPU that rivals are to compute on, or "" for the processor.
+        routing: where moeinf is to leave what its routers chose, warming up too, as a trace.
     """
 
     system: str
@@ -73,6 +74,7 @@ class Job:
     modules: list[str] = field(default_factory=list)
     trace: str = ""
     device: str = ""
+    routing: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -28,12 +28,17 @@ from .engine import Engine
 from .errors import MoeinfError
 from .generation import Sampling, make_generation_config
 from .hooks import quiet
+from .recorder import Recorder
 from .replay import Replay
 from .systems import Counts, Job, Request, Run, Survey
 from .testing import RANDOM_KEY
-from .tracefile import read_trace
+from .trace import ModelIdentity
+from .tracefile import read_trace, write_trace
 
 __all__ = ["run", "survey"]
+
+_PACKED_TOKENS = 512
+"""Recorded routing is packed between requests; in one that is longer, whenever so many tokens have run."""
 
 Answer = Callable[[Request, int, "_Clock"], list[int]]
 """Continues a request, with the seed that is given; the clock is told of every token."""
@@ -134,6 +139,11 @@ class _Moeinf:
         )
         self._sums |= dict.fromkeys(("prefill_stall_s", "prefetched", "prefetch_used"), 0)
         self._prefill = (0, 0.0)
+        self._recorder = engine.runtime.recorder = (
+            Recorder(ModelIdentity.of(job.model, engine.manifest), packed_tokens=_PACKED_TOKENS)
+            if job.routing
+            else None
+        )
 
     def measure(self, load_s: float) -> Run:
         run = _measure(self._job, self._answer, load_s, self._prefill_ended)
@@ -146,6 +156,8 @@ class _Moeinf:
             predictor=stats.prefetch.predictor,
             kernels=stats.kernels,
         )
+        if self._recorder is not None:
+            write_trace(self._recorder.trace(), Path(self._job.routing))
         return Run(run.tokens, run.ttft_s, run.token_s, run.prompt_tokens, load_s, stats.memory.peak_rss, counts)
 
     def _answer(self, request: Request, seed: int, clock: _Clock) -> list[int]:
@@ -154,6 +166,8 @@ class _Moeinf:
         sampling = _sampling(request, self._job.temperature, seed)
         clock.times[:] = [time.perf_counter()]
         completion = self._engine.session().generate(request.prompt, sampling, on_token=clock.tick)
+        if self._recorder is not None:
+            self._recorder.pack()  # nobody's time is taken now
         if seed < len(self._job.requests):
             self._add()
         return list(completion.tokens)

@@ -193,8 +193,8 @@ def _verdict(report: Report) -> str:
     return f"{same}; {limit}{known}"
 
 
-_HEAD = ("SYSTEM", "MS/TOKEN", "MIN-MAX", "P95", "TOKENS/S", "FIRST TOKEN", "PROMPT/S", "HITS", "MISSED/TOKEN",
-         "STALLED", "PEAK", "BOUND", "ETA", "TOKENS")  # fmt: skip
+_HEAD = ("SYSTEM", "MS/TOKEN", "MIN-MAX", "P95", "TOKENS/S", "FIRST TOKEN", "PROMPT/S", "HITS", "OF BELADY",
+         "MISSED/TOKEN", "STALLED", "PEAK", "BOUND", "ETA", "TOKENS")  # fmt: skip
 
 
 def _rows(scores: list[Score]) -> list[tuple[str, ...]]:
@@ -214,7 +214,8 @@ def _row(score: Score) -> tuple[str, ...]:
         f"{speed.median:.2f}",
         format_seconds(ttft.median),
         f"{prefill.median:.1f}",
-        "-" if score.hit_rate is None else f"{score.hit_rate:.1%}",
+        _or_dash(score.hit_rate, _percent),
+        _or_dash(score.belady_share, lambda share: f"{share:.2f} of {_or_dash(score.belady_hit_rate, _percent)}"),
         _or_dash(score.per_token("missed_bytes"), lambda size: format_bytes(int(size))),
         _or_dash(score.per_token("stall_s"), _ms),
         format_bytes(score.peak_rss),
@@ -230,6 +231,10 @@ def _failures(scores: list[Score]) -> list[str]:
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _or_dash(value: float | None, show: Any) -> str:
