@@ -169,6 +169,16 @@ def test_prompts_that_the_model_was_traced_with_are_said(processes: Processes, t
     assert measure(repeat=1).known_prompts == 0
 
 
+def test_a_home_that_cannot_be_written_is_no_surprise(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").touch()  # root may write to any folder
+    monkeypatch.setattr(bench_module, "home_path", lambda: tmp_path / "home")
+    with pytest.raises(UsageError, match=r"no access to .*/home/bench"):
+        measure(rivals=["mmap"])
+    assert measure(repeat=1).same_tokens, "without rivals nothing is written"
+
+
 def test_no_cgroup_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_limit: int) -> None:
         raise UnsupportedError("no memory cgroup can be made: read-only")

@@ -925,6 +925,21 @@ def test_trace(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.Monk
     assert "moeinf trace tiny --dataset set.jsonl --max-prompts 2 --max-tokens 64" in page
 
 
+def test_a_model_s_folder_that_cannot_be_written_is_no_surprise(
+    engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = traced(engine, stored.home, monkeypatch)
+    path.parent.write_text("no folder")  # root may write to any folder
+    monkeypatch.chdir(stored.home)
+    stored.check("""
+        $ moeinf trace tiny --dataset set.jsonl
+        ! loading tiny
+        ! error: no access to HOME/models/tiny/traces: File exists
+        ! hint: change its permissions, or set MOEINF_HOME to a folder that you may write to
+        = 2
+    """)
+
+
 def test_trace_quietly_and_as_json(engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     path = traced(engine, stored.home, monkeypatch)
     arguments = ["trace", "tiny", "--dataset", str(stored.home / "set.jsonl")]

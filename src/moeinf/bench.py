@@ -24,7 +24,7 @@ from . import errors, fused, hardware, memory
 from .cgroups import memory_limit, run_in
 from .collectionfile import COLLECTION_FILE, read_collection
 from .errors import MoeinfError, UnsupportedError, UsageError
-from .files import FileSystem
+from .files import FileSystem, explained
 from .ledger import parse_slots
 from .locks import exclusive_lock
 from .progress import NO_PROGRESS, Progress
@@ -286,9 +286,10 @@ class _Files:
         if not wishes.rivals:
             return
         disk = FileSystem()
-        stack.enter_context(exclusive_lock(home / f"{stored.name}.lock", "benchmarking"))
-        disk.remove_tree(self.scratch)  # what a bench that was killed has left
-        disk.make_folder(self.scratch)
+        with explained(home):
+            stack.enter_context(exclusive_lock(home / f"{stored.name}.lock", "benchmarking"))
+            disk.remove_tree(self.scratch)  # what a bench that was killed has left
+            disk.make_folder(self.scratch)
         stack.callback(disk.remove_tree, self.scratch)
         if any(rival in _ON_DISK for rival in wishes.rivals):
             found = fused.find_fused(stored.manifest)
@@ -494,7 +495,7 @@ def _shortcomings(
             f" (another --dataset has some; without {_collection_path(stored)} all are new)"
         )
     if unenforced:
-        yield f"{unenforced}: moeinf keeps its budget, and nothing keeps the others to it"
+        yield f"{unenforced}; moeinf keeps its budget, and nothing keeps the others to it"
     if not drops_caches:
         yield "the page cache cannot be dropped before a run (that takes root): files may be in memory already"
     place, size = hardware.read_ahead_file(stored.path), hardware.read_ahead_bytes(stored.path)

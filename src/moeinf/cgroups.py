@@ -63,7 +63,8 @@ def run_in(
 
 def _refused(path: Path, error: OSError) -> UnsupportedError:
     return UnsupportedError(
-        f"no memory cgroup can be made: {path}: {error.strerror}", hint="run this as root, on Linux"
+        f"no memory cgroup can be made (that mostly takes root): {path}: {error.strerror}",
+        hint="run this as root, on Linux",
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeinf.errors import MoeinfError
+from moeinf.files import explained
 from moeinf.store import TRACES_FOLDER, Store
 
 from .answers import Interrupts, open_engine
@@ -63,7 +64,8 @@ def trace(
     with open_engine(model, engine_flags, SamplingFlags(), output) as (name, engine, _):
         expert_bytes = engine.manifest.layout.nbytes
         folder = Store().path(name) / TRACES_FOLDER
-        folder.mkdir(exist_ok=True)
+        with explained(folder):
+            folder.mkdir(exist_ok=True)
         path = folder / f"{datasets.short_name(dataset, prompts)}-{len(prompts)}x{max_tokens}.safetensors"
         with Interrupts().watch() as should_stop:
             found = calibration.collect(
