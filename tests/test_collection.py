@@ -101,7 +101,7 @@ def test_a_request_is_counted_by_phase_and_joins_the_collection_at_its_end() -> 
         counter.count(layer, np.array([0, 0, 1, size]), 2, is_prefill=True)  # `size` stands for no expert
     for _ in range(7):
         for layer in range(len(SIZES)):
-            counter.count(layer, [2, 0], 1, is_prefill=False)
+            counter.count(layer, [2, SIZES[layer], 0], 1, is_prefill=False)
     counter.begin_request()
     assert counter.collection.fresh == {0}
     assert counter.collection.matrices.tolist() == [
