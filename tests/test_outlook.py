@@ -95,10 +95,11 @@ def test_the_best_advice_comes_first() -> None:
     found = outlook("50%", 0.5 * GB)
     assert [advice.what for advice in found.advice] == [
         "3.38 GiB of memory for it instead of 1.88 GiB",
+        "the same experts packed without loss (--experts lossless)",
         "a disk twice as fast",
     ]
     assert found.advice[0].tokens_per_s == outlook("100%", 0.5 * GB).forecast.tokens_per_s
-    assert found.advice[1].tokens_per_s == outlook("50%", 1.0 * GB).forecast.tokens_per_s
+    assert found.advice[2].tokens_per_s == outlook("50%", 1.0 * GB).forecast.tokens_per_s
     assert outlook("5%", 0.05 * GB).advice[0].what == "a disk twice as fast"
 
 
