@@ -5,8 +5,9 @@ on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import moeinf
 from families import make_checkpoint
 from moeinf.forms import ExpertForm
+from moeinf.kernels import ExpertMaths, PromptMaths, Tensors
 from moeinf.pull import pull
 from moeinf.quantizing import quantize_model
 from moeinf.settings import DEFAULT_POLICY
@@ -71,6 +73,34 @@ def test_logits_and_tokens_are_those_of_transformers(
         (fewest, 2, "gate"), (quarter, quarter, "eam"), (quarter, every, "auto"), (every, fewest, "off"),
     ):  # fmt: skip
         check("model", expected, experts=str(experts), prefetch=prefetch)
+
+
+def test_a_prompt_s_experts_may_be_computed_together(
+    tiny: str, tiny_home: Path, device: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are here at a time, as kernels for prompts have it; then what arrives, in slots that they leave."""
+    use_reader(monkeypatch, SlowReader)
+    expected = reference(tiny_home.parent / "checkpoint", torch.bfloat16)
+    together: list[int] = []
+
+    class Spy(ExpertMaths):
+        most_at_once = 3
+
+        def prompt(self, *args: Any) -> PromptMaths:
+            prompt = super().prompt(*args)
+            compute = prompt.compute
+
+            def note(experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
+                together.append(len(experts))
+                compute(experts, tensors)
+
+            monkeypatch.setattr(prompt, "compute", note)
+            return prompt
+
+    monkeypatch.setattr("moeinf.kernels.ExpertMaths", Spy)
+    for experts, device.host_slots in (("2", 16), ("40%", 3), ("100%", 2)):
+        check(tiny, expected, experts=experts)
+    assert {1, 3} <= set(together) <= {1, 2, 3}
 
 
 @pytest.mark.parametrize("prefetch", ["off", "gate", "eam", "auto"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeinf.kernels import route
+from moeinf.kernels.torch_maths import route
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])

@@ -17,7 +17,7 @@ import torch
 
 from .cache import CacheCounters, ExpertCache, Outcome
 from .collection import RequestCounter
-from .kernels import ExpertMaths, route
+from .kernels import ExpertMaths
 from .manifest import Manifest
 from .memory import return_free_memory
 from .predictors import NoPredictor, Predictor
@@ -238,11 +238,8 @@ class ExpertRuntime:
         """
         maths, first = self._maths[layer], self._first[layer]
         self.cache.counters = self.prefill
-        requests = route(top_k_index, weights, self._sizes[layer])
+        prompt = maths.prompt(hidden, top_k_index, weights, self._sizes[layer])
         kept = {first + expert for expert in top_k_index[-1].tolist()}
-        total = maths.zeros(hidden, weights)
-        rows: dict[int, torch.Tensor] = {}
-        unadded = deque(requests)
         self._settle(())
         last = self._last_rows(layer, top_k_index)
         self.cache.observe(layer, [[first + expert for expert in row] for row in last])
@@ -250,18 +247,14 @@ class ExpertRuntime:
         self.counter.count(layer, top_k_index.flatten().numpy(), len(hidden), is_prefill=True)
         step = Step(self)
         try:
-            for key in step.stream([first + expert for expert in requests], kept, self._window):
-                expert = key - first
-                tokens, shares = requests[expert]
-                rows[expert] = maths.expert(hidden[tokens], self._tensors(key), shares).to(total.dtype)
-                while unadded and unadded[0] in rows:
-                    expert = unadded.popleft()
-                    maths.add(total, requests[expert][0], rows.pop(expert))
+            asked = [first + expert for expert in prompt.experts]
+            for keys in step.stream(asked, kept, self._window, maths.most_at_once):
+                prompt.compute([key - first for key in keys], [self._tensors(key) for key in keys])
         finally:
             step.end()
         if len(hidden) >= MANY_TOKENS and hidden.device.type == "cpu":
             return_free_memory()
-        return total.to(hidden.dtype)
+        return prompt.total()
 
     def _last_rows(self, layer: int, top_k_index: torch.Tensor) -> list[list[int]]:
         """What the last tokens of a prompt chose; a number past the last expert stands for "none"."""

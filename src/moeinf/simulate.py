@@ -165,6 +165,6 @@ def _steps(is_prefill: list[bool]) -> Iterator[tuple[int, int]]:
             start = place + 1
 
 
-def _exhaust(experts: Iterable[int]) -> None:
+def _exhaust(experts: Iterable[object]) -> None:
     for _ in experts:
         pass

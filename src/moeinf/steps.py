@@ -70,9 +70,9 @@ class Step:
         while self._awaited:
             yield self._next_arrival()
 
-    def stream(self, keys: list[int], kept: set[int], window: int) -> Iterable[int]:
-        """All `keys`, the resident ones first, each leased until the next one is asked for, at most `window` on their
-        way.
+    def stream(self, keys: list[int], kept: set[int], window: int, most: int = 1) -> Iterable[list[int]]:
+        """All `keys`, the resident ones first, as many as `most` of them at a time, leased until the next ones are
+        asked for; then the others, each as it arrives, at most `window` on their way.
         """
         absent = deque(key for key in keys if not self._mover.cache.is_resident(key))
         resident = set(keys) - set(absent)
@@ -83,14 +83,15 @@ class Step:
                 if key not in self._awaited:
                     here.append(key)  # it was on its way, and is here now
             if here:
-                key = here.popleft()
+                group = [here.popleft() for _ in range(min(most, len(here)))]
             elif self._awaited:
-                key = self._next_arrival()
+                group = [self._next_arrival()]
             else:
                 assert not absent, "no slot for an expert although none is leased"
                 return
-            yield key
-            self._release(key)
+            yield group
+            for key in group:
+                self._release(key)
 
     def end(self) -> None:
         """Release what is still leased, after what is under way has arrived."""

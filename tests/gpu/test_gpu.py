@@ -89,6 +89,20 @@ def test_no_policy_and_no_guess_changes_the_output(
                 check(engine, expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_triton_kernels_give_nearly_the_same(family: str, home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    make_checkpoint(family, tmp_path, "float32")
+    logits, _ = reference(tmp_path, torch.float32)
+    pull(str(tmp_path), store=Store(home), name="model")
+    for experts in ("50%", "100%"):
+        with moeinf.load("model", device="cuda", experts=experts, kernels="triton") as engine, torch.inference_mode():
+            assert torch.allclose(engine.model(PROMPT.to("cuda")).logits, logits, rtol=1e-3, atol=1e-3)
+            engine.generation_config.eos_token_id = None
+            tokens = engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens
+            assert len(tokens) == NEW_TOKENS
+
+
 @pytest.fixture
 def bench(tmp_path: Path, device: CudaDevice) -> Iterator[Bench]:
     made = Bench(tmp_path, device, 3)

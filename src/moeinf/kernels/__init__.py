@@ -21,17 +21,17 @@ from moeinf.shared_library import NotNativeError
 from .attention import NativeAttention
 from .dense import speed_up
 from .native import ExpandingMaths, NativeMaths, NativePool
-from .torch_maths import DeviceSlots, ExpertMaths, Tensors, TokenMaths, route
+from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
 
 __all__ = [
     "DeviceSlots",
     "ExpertMaths",
     "NativeAttention",
+    "PromptMaths",
     "Tensors",
     "TokenMaths",
     "choose_device_maths",
     "choose_maths",
-    "route",
     "speed_up_dense",
 ]
 

@@ -9,8 +9,9 @@ transformers makes of them, the same way round. Owns nothing, and knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import nn
 from moeinf.manifest import Quantization
 from moeinf.quantized import dequantize
 
-__all__ = ["DeviceSlots", "ExpertMaths", "Tensors", "TokenMaths", "route"]
+__all__ = ["DeviceSlots", "ExpertMaths", "PromptMaths", "Tensors", "TokenMaths", "route"]
 
 _SUMS_IN_FLOAT32 = {"Inkling2Experts"}
 _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
@@ -45,11 +46,25 @@ class TokenMaths(Protocol):
         """The rows of the experts computed, added up in the order of `places`: [1, H]."""
 
 
+class PromptMaths(Protocol):
+    """Many tokens' way through one layer. `experts` are those that they chose, ascending, by their numbers in it."""
+
+    experts: Collection[int]
+
+    def compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
+        """Compute some of `experts`, each of them once in all, from the `tensors` of their slots."""
+
+    def total(self) -> torch.Tensor:
+        """When all are computed: the tokens' rows, added up in ascending order of expert, [tokens, H]."""
+
+
 class ExpertMaths:
     """The experts of one MoE layer, as functions. `module` is their experts module in the transformers model, without
     its weights; `quantization` says how these lie in slots. `computed_by` says what does the maths, and why if that is
-    not what it could be.
+    not what it could be. Of a prompt's experts, as many as `most_at_once` are worth computing together.
     """
+
+    most_at_once: ClassVar[int] = 1
 
     def __init__(self, module: nn.Module, quantization: Quantization | None = None, reason: str = "") -> None:
         flags: Any = module
@@ -64,6 +79,14 @@ class ExpertMaths:
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         """The maths of one token: its `hidden` [1, H] and its routing `weights` [1, k]."""
         return _TorchToken(self, hidden, weights)
+
+    def prompt(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor, num_experts: int
+    ) -> PromptMaths:
+        """The maths of many tokens: their `hidden` [tokens, H], and which of the layer's experts they chose with which
+        `weights`, both [tokens, k], the index in host memory.
+        """
+        return _TorchPrompt(self, hidden, route(top_k_index, weights, num_experts), weights)
 
     def expert(self, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
         """One expert's weighted rows [n, H] for `hidden` [n, H] and routing `weights` [n, 1]; `tensors` are its
@@ -123,6 +146,31 @@ class _TorchToken:
         for place in places:
             total += self._rows[place].to(total.dtype)
         return total.to(self._hidden.dtype)
+
+
+class _TorchPrompt:
+    """Many tokens' experts, one at a time. Rows wait for those of the experts before them."""
+
+    def __init__(
+        self, maths: ExpertMaths, hidden: torch.Tensor, requests: Mapping[int, Rows], weights: torch.Tensor
+    ) -> None:
+        self._maths, self._hidden, self._requests = maths, hidden, requests
+        self.experts: Collection[int] = requests.keys()
+        self._total = maths.zeros(hidden, weights)
+        self._rows: dict[int, torch.Tensor] = {}
+        self._unadded = deque(requests)
+
+    def compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
+        for expert, there in zip(experts, tensors, strict=True):
+            tokens, weights = self._requests[expert]
+            rows = self._maths.expert(self._hidden[tokens], there, weights)
+            self._rows[expert] = rows.to(self._total.dtype)
+            while self._unadded and self._unadded[0] in self._rows:
+                expert = self._unadded.popleft()
+                self._maths.add(self._total, self._requests[expert][0], self._rows.pop(expert))
+
+    def total(self) -> torch.Tensor:
+        return self._total.to(self._hidden.dtype)
 
 
 def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, Rows]:
