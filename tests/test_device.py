@@ -284,6 +284,15 @@ def test_a_trace_recorded_on_a_device_is_that_of_the_processor(tiny: str, device
         assert (getattr(traces[0], name) == getattr(traces[1], name)).all()
 
 
+def test_auto_foresees_as_long_as_the_device_lacks_experts(tiny: str, device: StandIn) -> None:
+    """Whether they come from the disk or from host memory."""
+    for experts, device.host_slots in (("4", 16), ("4", 6), ("100%", 16)):
+        with moeinf.load(tiny, experts=experts) as engine:
+            engine.generation_config.eos_token_id = None
+            engine.session().generate(IDS, moeinf.Sampling(max_tokens=60))
+            assert (engine.runtime.prefetch.asked > 0) == (experts == "4")
+
+
 def test_what_is_said_names_both_tiers(tiny: str, device: StandIn) -> None:
     with moeinf.load(tiny, experts="4", prefetch="off") as engine:
         assert describe_plan(engine.plan) == "4 of 16 experts in GPU memory, and all of them in host memory"

@@ -364,7 +364,7 @@ def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[
             return {"gate": make_gate()}
         case "eam":
             return {"eam": eam}
-        case "auto" if regime == "streaming":
+        case "auto" if regime != "resident":
             return {"off": NoPredictor(), "eam": eam, "gate": CombinedPredictor(make_gate(), eam)}
     return {"off": NoPredictor()}
 
