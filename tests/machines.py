@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from functools import partial
 
 from moeinf.ledger import ModelShape
-from moeinf.machine import Disk, HostMemory, Machine, MathsRate, Processor, ReadRate
+from moeinf.machine import Disk, Gpu, HostMemory, Machine, MathsRate, Processor, ReadRate
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
-__all__ = ["make_machine", "make_manifest", "make_shape", "random_machine", "random_model", "with_faster_disk"]
+__all__ = [
+    "make_machine",
+    "make_manifest",
+    "make_shape",
+    "random_gpu",
+    "random_machine",
+    "random_model",
+    "with_faster_disk",
+]
 
 GB = 1e9
 MIB = 1 << 20
@@ -67,10 +76,7 @@ def make_shape(layers: int = 16) -> ModelShape:
 
 def random_machine(chance: random.Random) -> Machine:
     """Anything that could be measured, in parts that need not go together."""
-
-    def rate(least: float, most: float) -> float:
-        return float(least * (most / least) ** chance.random())
-
+    rate = partial(_rate, chance)
     kinds = chance.sample(["bfloat16", "float32", "int8", "int4"], chance.randint(0, 4))
     steps = sorted({1, *chance.sample([2, 16, 64, 512], chance.randint(0, 4))})
     is_direct = chance.random() < 0.8
@@ -94,6 +100,29 @@ def random_machine(chance: random.Random) -> Machine:
         dense_bytes_per_s=rate(1 * GB, 300 * GB),
         layer_s=rate(1e-6, 1e-2),
     )
+
+
+def random_gpu(chance: random.Random) -> Gpu:
+    """The same of a GPU."""
+    rate = partial(_rate, chance)
+    return Gpu(
+        index=0,
+        name="Random",
+        total=1 << 40,
+        free=1 << 40,
+        bytes_per_s=rate(50 * GB, 5000 * GB),
+        pinned_to_device=rate(1 * GB, 100 * GB),
+        pageable_to_device=rate(1 * GB, 100 * GB),
+        device_to_pinned=rate(1 * GB, 100 * GB),
+        maths=tuple(
+            MathsRate("torch", "bfloat16", tokens, rate(0.1 * GB, 5000 * GB))
+            for tokens in sorted(chance.sample([1, 2, 16, 256], chance.randint(0, 4)))
+        ),
+    )
+
+
+def _rate(chance: random.Random, least: float, most: float) -> float:
+    return float(least * (most / least) ** chance.random())
 
 
 def random_model(chance: random.Random) -> tuple[Manifest, ModelShape]:

@@ -15,7 +15,7 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "units", "progress", "settings"},
-    {"catalog", "demo", "forecast", "machine", "manifest", "ledger", "outlook", "panels", "prompts"},
+    {"catalog", "demo", "forecast", "gpu_forecast", "machine", "manifest", "ledger", "outlook", "panels", "prompts"},
     {
         "checkpoint",
         "collection",

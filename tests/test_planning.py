@@ -8,19 +8,23 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+import torch
 
 from fakehub import FakeHub
 from families import make_checkpoint
+from machine_fakes import make_gpu
 from machines import make_machine
 from moeinf import demo, hub, memory, planning
 from moeinf.cli.options import EngineFlags
 from moeinf.cli.output import Mode, Output
 from moeinf.cli.planning import show_plan
-from moeinf.errors import CapacityError, ModelNotFoundError, UnsupportedError
+from moeinf.errors import CapacityError, ModelNotFoundError, MoeinfError, UnsupportedError
 from moeinf.evidence import CURVE_FILE, add_runs
 from moeinf.forecast import PUBLISHED
+from moeinf.machine import Machine
 from moeinf.manifest import Manifest
 from moeinf.planning import Subject, find_curve, find_subject
 from moeinf.pull import pull
@@ -28,10 +32,12 @@ from moeinf.simulate import events, replay
 from moeinf.store import TRACES_FOLDER, Store
 from moeinf.trace import ModelIdentity
 from moeinf.tracefile import write_trace
+from standin import StandIn, use_device
 from test_forecast import run
 from traces import make_trace
 
 GIB = 1 << 30
+MACHINE = make_machine()
 TINY_SETTING = {"host_memory": "200MiB", "context": 64}
 
 
@@ -167,10 +173,12 @@ def test_what_is_no_trace_of_this_model_is_left_out(subject: Subject) -> None:
 # What is shown
 
 
-def show(model: str, mode: Mode = Mode.HUMAN, **flags: object) -> tuple[str, int]:
+def show(
+    model: str, mode: Mode = Mode.HUMAN, machine: Machine = MACHINE, stderr: TextIO | None = None, **flags: object
+) -> tuple[str, int]:
     stdout = io.StringIO()
-    output = Output(mode, stdin=io.StringIO(), stdout=stdout, stderr=io.StringIO())
-    code = show_plan(model, make_machine(), EngineFlags(**flags), output)  # type: ignore[arg-type]
+    output = Output(mode, stdin=io.StringIO(), stdout=stdout, stderr=stderr or io.StringIO())
+    code = show_plan(model, machine, EngineFlags(**flags), output)  # type: ignore[arg-type]
     return stdout.getvalue(), code
 
 
@@ -202,6 +210,7 @@ def test_as_json() -> None:
     assert list(data) == [
         "schema",
         "model",
+        "device",
         "verdict",
         "regime",
         "reason",
@@ -210,8 +219,10 @@ def test_as_json() -> None:
         "curve_source",
         "corrected_by",
         "budgets",
+        "host_budgets",
         "advice",
     ]
+    assert (data["device"], data["plan"]["host"], data["host_budgets"]) == (None, None, [])
     plan, expected = data["plan"], data["expected"]
     assert plan["total"] == plan["dense"] + plan["kv_cache"] + plan["workspace"] + plan["experts"] <= plan["budget"]
     assert {"ttft_s", "tpot_s", "tokens_per_s", "by", "bound_s", "hit_rate"} <= set(expected)
@@ -258,3 +269,71 @@ def test_past_runs_are_said_to_correct(tiny: str) -> None:
         assert "Corrected by 2 past runs: times 2.00." in text.splitlines()
     finally:
         shutil.rmtree(traces)
+
+
+# With a GPU
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    with use_device(monkeypatch) as found:
+        yield found
+
+
+MEASURED = dataclasses.replace(MACHINE, gpus=(dataclasses.replace(make_gpu(), name=StandIn.name),))
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize(
+    ("host_slots", "regime"), [(None, "host-cached"), (40, "streaming")], ids=["host-cached", "streaming"]
+)
+def test_a_gpu_is_planned_for_with_both_memories(device: StandIn, host_slots: int | None, regime: str) -> None:
+    device.host_slots = host_slots
+    text, code = show("demo", machine=MEASURED, device="cuda", experts="25%")
+    assert code == 0
+    lines = text.splitlines()
+    assert "48 of 192 experts (25%) fit in the GPU's memory" in lines[1]
+    heads = [line.split("  ")[0] for line in lines if line and not line.startswith(" ")]
+    assert heads[2:6] == ["MEMORY OF THE GPU", "MEMORY OF THE HOST", "A TOKEN", "FIRST TOKEN"]
+    assert "Never compared with a time measured on a GPU (docs/planning.md)." in lines
+    assert sum("█" in line for line in lines) == 16
+    data = json.loads(show("demo", Mode.JSON, MEASURED, experts="25%")[0])
+    assert (data["device"], data["regime"]) == ("a stand-in", regime)
+    assert data["plan"]["host"]["slots"] == (host_slots or 192)
+    assert data["expected"]["by"] in ("link", "disk", "device", "host")
+    assert [len(data[name]) for name in ("budgets", "host_budgets")] == [8, 8]
+
+
+@pytest.mark.usefixtures("free")
+def test_a_gpu_that_holds_everything(device: StandIn) -> None:
+    data = json.loads(show("demo", Mode.JSON, MEASURED)[0])
+    assert (data["regime"], data["expected"]["by"], data["host_budgets"]) == ("resident", "device", [])
+    assert show("demo", machine=MEASURED)[0].splitlines()[-1] == (
+        "Neither more memory nor a faster disk or link would help: computing is the limit."
+    )
+
+
+@pytest.mark.usefixtures("free", "device")
+def test_the_processor_can_be_asked_for_beside_a_gpu() -> None:
+    assert json.loads(show("demo", Mode.JSON, MEASURED, device="cpu")[0])["device"] is None
+
+
+@pytest.mark.usefixtures("free", "device")
+def test_a_gpu_that_was_not_measured() -> None:
+    with pytest.raises(MoeinfError, match="a stand-in was not measured") as caught:
+        show("demo")
+    assert caught.value.hint == "run `moeinf profile --refresh`, or give --device cpu"
+
+
+@pytest.mark.usefixtures("free")
+def test_what_the_engine_would_say_is_said(device: StandIn) -> None:
+    device.unsupported = {torch.bfloat16}
+    stderr = io.StringIO()
+    show("demo", machine=MEASURED, stderr=stderr)
+    assert "a stand-in does not compute in bfloat16: in float32, which takes twice the memory" in stderr.getvalue()
+
+
+@pytest.mark.usefixtures("free", "device")
+def test_a_gpu_with_too_little_memory_is_a_no() -> None:
+    with pytest.raises(CapacityError, match="the model needs"):
+        show("demo", machine=MEASURED, device="cuda", device_memory="20MiB")

@@ -11,25 +11,34 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from .ledger import MemoryPlan, ModelShape, Regime
 from .machine import Machine
 from .manifest import DTYPE_BYTES, ExpertLayout, Manifest
 
 __all__ = [
+    "EXPANDING",
+    "FETCH_S",
+    "PASS_S",
     "PUBLISHED",
+    "SUSTAINED",
+    "TOKEN_S",
     "Bound",
     "Correction",
+    "Costs",
     "Forecast",
     "HitCurve",
     "PastRun",
     "Situation",
+    "asked_experts",
     "correction",
+    "disk_rate",
     "foretell",
+    "waiting_s",
 ]
 
-Bound = Literal["disk", "host"]
+Bound = Literal["disk", "host", "link", "device"]
 
 PASS_S = 100e-6
 """Taking the tokens of a step to one of their experts and their rows back."""
@@ -107,6 +116,41 @@ class Situation:
     prefetch: str = "auto"
     reads_files: bool = False
 
+    @property
+    def device(self) -> str:
+        """The name of the GPU that computes, "" where the processor does."""
+        return ""
+
+    def costs(self, plan: MemoryPlan) -> Costs:
+        """What the parts of a token take with `plan`."""
+        return _ProcessorCosts(self, plan)
+
+
+class Costs(Protocol):
+    """Seconds that the parts of a token take in one situation, at a hit rate where they depend on it. `token_bytes` are
+    those of the experts that it asks for.
+    """
+
+    token_bytes: int
+    dense_s: float
+    layers_s: float
+    experts_s: float
+
+    def bookkeeping_s(self, hits: float) -> float:
+        """Of the misses; what a hit takes is in the measured time of a layer."""
+
+    def read_s(self, hits: float) -> float:
+        """Until the misses are there, if nothing else is done."""
+
+    def stall_s(self, hits: float) -> float:
+        """The part of `read_s` that is waited for."""
+
+    def bound(self, hits: float) -> tuple[float, Bound]:
+        """What nothing can beat, and the resource by which."""
+
+    def prompt_s(self, tokens: int) -> float:
+        """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -145,7 +189,8 @@ class Forecast:
 @dataclass(frozen=True, slots=True)
 class PastRun:
     """An answer of a model that is long enough to be measured. `hit_rate` leaves out what was foreseen.
-    `predicted_s` is what was expected, None where the machine had not been measured.
+    `predicted_s` is what was expected, None where the machine had not been measured. `device` is the name of the GPU
+    that computed, with `host_slots` behind it, and "" where the processor did.
     """
 
     date: str
@@ -160,6 +205,8 @@ class PastRun:
     threads: int | None
     tpot_s: float
     predicted_s: float | None = None
+    device: str = ""
+    host_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +221,11 @@ def foretell(
     situation: Situation, plan: MemoryPlan, *, prompt_tokens: int = 512, hit_rate: float | None = None
 ) -> Forecast:
     """What to expect of `plan`, at the hit rate of the curve or at a given one."""
-    costs = _Costs(situation, plan)
+    costs = situation.costs(plan)
     hits = situation.curve.at(plan.slots / plan.all_experts) if hit_rate is None else hit_rate
-    missed_bytes = (1 - hits) * costs.token_bytes
-    read_s = missed_bytes / costs.fetch_rate
     busy_s = costs.dense_s + costs.layers_s + costs.experts_s + costs.bookkeeping_s(hits)
-    stall_s = costs.stall_s(hits, read_s)
-    fastest_read_s = missed_bytes / costs.best_fetch_rate
-    compute_s = (costs.dense_bytes + hits * costs.token_bytes) / situation.machine.memory.bytes_per_s
-    bound_s = max(compute_s, fastest_read_s)
+    stall_s = costs.stall_s(hits)
+    bound_s, by = costs.bound(hits)
     return Forecast(
         regime=plan.regime,
         hit_rate=hits,
@@ -190,11 +233,11 @@ def foretell(
         layers_s=costs.layers_s,
         experts_s=costs.experts_s,
         bookkeeping_s=costs.bookkeeping_s(hits),
-        read_s=read_s,
+        read_s=costs.read_s(hits),
         stall_s=stall_s,
-        missed_bytes=missed_bytes,
+        missed_bytes=(1 - hits) * costs.token_bytes,
         bound_s=bound_s,
-        by="disk" if fastest_read_s > compute_s and not situation.reads_files else "host",
+        by=by,
         tpot_s=max(bound_s, busy_s + stall_s),
         ttft_s=costs.prompt_s(min(prompt_tokens, plan.context)),
         prompt_tokens=min(prompt_tokens, plan.context),
@@ -203,31 +246,32 @@ def foretell(
 
 def correction(situation: Situation, plan: MemoryPlan, runs: Sequence[PastRun], threads: int | None) -> Correction:
     """By what to multiply a forecast of `plan`: what like runs took, over what they should have taken with the hit
-    rate that they had. Like are those with the same options, in the same regime and off the same place; of these, the
-    nearest in slots, the later first.
+    rate that they had. Like are those with the same options, on the same device, in the same regime and off the same
+    place; of these, the nearest in slots, the later first.
     """
-    options = (situation.prefetch, situation.kernels, threads)
+    options = (situation.device, situation.prefetch, situation.kernels, threads)
     is_resident = plan.regime == "resident"
     like = [
-        run
+        (run, then)
         for run in reversed(runs)
-        if (run.prefetch, run.kernels, run.threads) == options
-        and (run.slots >= plan.all_experts) == is_resident
+        for then in [_plan_of(run, plan)]
+        if (run.device, run.prefetch, run.kernels, run.threads) == options
+        and then.regime == plan.regime
         and (is_resident or run.reads_files == situation.reads_files)
     ]
-    like.sort(key=lambda run: abs(run.slots - plan.slots))
-    ratios = [
-        run.tpot_s
-        / foretell(
-            situation, dataclasses.replace(plan, slots=min(run.slots, plan.all_experts)), hit_rate=run.hit_rate
-        ).tpot_s
-        for run in like[:_LIKE_RUNS]
-    ]
+    like.sort(key=lambda each: abs(each[0].slots - plan.slots))
+    ratios = [run.tpot_s / foretell(situation, then, hit_rate=run.hit_rate).tpot_s for run, then in like[:_LIKE_RUNS]]
     return Correction(statistics.median(ratios), len(ratios)) if ratios else Correction()
 
 
-class _Costs:
-    """Seconds that the parts of a token take in one situation. Weights are computed no faster than memory is read."""
+def _plan_of(run: PastRun, plan: MemoryPlan) -> MemoryPlan:
+    """The plan with the slots that a run had."""
+    host = plan.host and dataclasses.replace(plan.host, slots=min(run.host_slots, plan.all_experts))
+    return dataclasses.replace(plan, slots=min(run.slots, plan.all_experts), host=host)
+
+
+class _ProcessorCosts:
+    """Of a processor. Weights are computed no faster than memory is read."""
 
     def __init__(self, situation: Situation, plan: MemoryPlan) -> None:
         machine, manifest, shape = situation.machine, situation.manifest, situation.shape
@@ -237,11 +281,11 @@ class _Costs:
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
         self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
         self._kernels = situation.kernels
-        self.best_fetch_rate = _disk_rate(machine, self.expert_bytes)
-        self.disk_rate = self.fetch_rate = SUSTAINED * self.best_fetch_rate
+        self._best_fetch_rate = disk_rate(machine, self.expert_bytes)
+        self._disk_rate = self._fetch_rate = SUSTAINED * self._best_fetch_rate
         if situation.reads_files:
-            self.best_fetch_rate = max(self.best_fetch_rate, machine.memory.bytes_per_s / COPIES)
-            self.fetch_rate = max(self.disk_rate, machine.memory.bytes_per_s / COPIES)
+            self._best_fetch_rate = max(self._best_fetch_rate, machine.memory.bytes_per_s / COPIES)
+            self._fetch_rate = max(self._disk_rate, machine.memory.bytes_per_s / COPIES)
         self._kind = _kind_of(manifest.layout)
         self._dense_rate = SUSTAINED * min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
         self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
@@ -252,34 +296,30 @@ class _Costs:
         self.experts_s = self.token_bytes / self._expert_rate
 
     def bookkeeping_s(self, hits: float) -> float:
-        """Of the misses; what a hit takes is in the measured time of a layer."""
         return self._manifest.token_experts * (1 - hits) * FETCH_S
 
-    def stall_s(self, hits: float, read_s: float) -> float:
-        """Waiting for `read_s` of reads per token. A disk works beside the maths; copies from the page cache take the
-        cores from it.
-        """
+    def read_s(self, hits: float) -> float:
+        return (1 - hits) * self.token_bytes / self._fetch_rate
+
+    def stall_s(self, hits: float) -> float:
+        """A disk works beside the maths; copies from the page cache take the cores from it."""
         if self._reads_files:
-            return read_s
-        plain = self._stall_s(hits, read_s, 0.0)
-        foreseeing = self._stall_s(hits, read_s, _FORESEEN[self._prefetch])
-        return min(plain, foreseeing) if self._prefetch == "auto" else foreseeing
-
-    def _stall_s(self, hits: float, read_s: float, foreseen: float) -> float:
-        """Waiting, and asking, when this share of a layer's choice is `foreseen` while the layer before is computed.
-
-        Between two choices the disk brings what was not foreseen, and what is left of what was; in the time after that,
-        guesses, of which the same share is right. The first layer's choice cannot be foreseen.
-        """
+            return self.read_s(hits)
         layers = len(self._manifest.layers)
-        read, experts = read_s / layers, self.experts_s / layers
         missing = (1 - hits) * self._manifest.token_experts / layers
-        last = self.experts_s / self._manifest.token_experts * min(1.0, missing)
-        asking = FORESEE_S if foreseen else 0.0
-        other = (self.dense_s + self.layers_s + self.bookkeeping_s(hits) - self._head_s) / layers + asking
-        idle = max(0.0, other) + last
-        behind = (1 - foreseen) * read + max(0.0, foreseen * read - foreseen * idle)
-        return max(0.0, read + last - experts) + (layers - 1) * (max(0.0, behind + last - experts) + asking)
+        return waiting_s(
+            self._prefetch,
+            layers,
+            read_s=self.read_s(hits) / layers,
+            experts_s=self.experts_s / layers,
+            last_s=self.experts_s / self._manifest.token_experts * min(1.0, missing),
+            other_s=(self.dense_s + self.layers_s + self.bookkeeping_s(hits) - self._head_s) / layers,
+        )
+
+    def bound(self, hits: float) -> tuple[float, Bound]:
+        read_s = (1 - hits) * self.token_bytes / self._best_fetch_rate
+        compute_s = (self.dense_bytes + hits * self.token_bytes) / self._machine.memory.bytes_per_s
+        return max(compute_s, read_s), "disk" if read_s > compute_s and not self._reads_files else "host"
 
     def _expert_s(self, tokens: float) -> float:
         """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
@@ -289,7 +329,6 @@ class _Costs:
         return at_once_s if layout.is_exact else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
     def prompt_s(self, tokens: int) -> float:
-        """A prompt that is the first thing asked: no expert is in memory, and each is read once per piece."""
         piece = self._plan.prefill_tokens(self._plan.slots)
         return sum(self._step_s(min(piece, tokens - begin), begin) for begin in range(0, tokens, piece))
 
@@ -299,7 +338,7 @@ class _Costs:
         What is read first goes into slots that were never used, and the cores that compute also get that memory ready.
         """
         held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
-        asked_of = [_asked(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
+        asked_of = [asked_experts(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
         fresh = 0.0 if before else min(1.0, self._plan.slots / sum(asked_of))
         dense_s = self.dense_bytes / min(self._dense_rate, SUSTAINED * _step_rate(self._machine, self._kind, tokens))
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
@@ -308,12 +347,34 @@ class _Costs:
         for layer, asked in zip(self._manifest.layers, asked_of, strict=True):
             maths_s = asked * (self._expert_s(tokens * layer.top_k / asked) + PASS_S)
             touching_s = asked * fresh * self.expert_bytes / self._machine.memory.fresh_bytes_per_s
-            read_s = asked * (1 - held) * self.expert_bytes / self.disk_rate
+            read_s = asked * (1 - held) * self.expert_bytes / self._disk_rate
             total += max(maths_s + touching_s, read_s)
         return total
 
 
-def _asked(experts: int, top_k: int, tokens: int) -> float:
+def waiting_s(prefetch: str, layers: int, *, read_s: float, experts_s: float, last_s: float, other_s: float) -> float:
+    """What a token waits in all of its MoE `layers`, when one of them takes `read_s` to read its misses, `experts_s` to
+    compute all of its experts, `last_s` for the one that arrives last, and `other_s` for the rest of its work.
+    """
+    foreseeing = _waiting_s(_FORESEEN[prefetch], layers, read_s, experts_s, last_s, other_s)
+    if prefetch != "auto":
+        return foreseeing
+    return min(_waiting_s(0.0, layers, read_s, experts_s, last_s, other_s), foreseeing)
+
+
+def _waiting_s(foreseen: float, layers: int, read: float, experts: float, last: float, other: float) -> float:
+    """Waiting, and asking, when this share of a layer's choice is `foreseen` while the layer before is computed.
+
+    Between two choices what fetches brings what was not foreseen, and what is left of what was; in the time after that,
+    guesses, of which the same share is right. The first layer's choice cannot be foreseen.
+    """
+    asking = FORESEE_S if foreseen else 0.0
+    idle = max(0.0, other + asking) + last
+    behind = (1 - foreseen) * read + max(0.0, foreseen * read - foreseen * idle)
+    return max(0.0, read + last - experts) + (layers - 1) * (max(0.0, behind + last - experts) + asking)
+
+
+def asked_experts(experts: int, top_k: int, tokens: int) -> float:
     """Experts of a layer that so many tokens ask for."""
     return experts * (1 - (1 - min(1.0, top_k / experts)) ** tokens)
 
@@ -325,7 +386,7 @@ def _kind_of(layout: ExpertLayout) -> str:
     return _KINDS.get(dtype, f"int{8 * DTYPE_BYTES[dtype]}")
 
 
-def _disk_rate(machine: Machine, size: int) -> float:
+def disk_rate(machine: Machine, size: int) -> float:
     """Bytes of whole experts per second, past the page cache where that is possible."""
     direct = machine.disk.reads_direct and any(rate.direct for rate in machine.disk.rates)
     return machine.disk.rate(size, direct=direct)

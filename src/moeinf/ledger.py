@@ -136,6 +136,23 @@ class MemoryPlan:
         fitting = (tokens for tokens in _PREFILL_TOKENS if self.lent_slots(tokens) <= lendable_slots)
         return next(fitting, self.step_tokens)
 
+    def with_slots(self, slots: int) -> MemoryPlan:
+        """The same with so many slots, in a budget for just them. Behind a GPU, host memory holds as much of all
+        experts as its budget has room for, unless the GPU holds them.
+        """
+        host = self.host
+        if host is not None and slots < self.all_experts:
+            fitting = (host.budget - host.workspace) // host.slot_bytes
+            host = dataclasses.replace(host, slots=min(self.all_experts, fitting))
+        budget = self.total - self.experts + slots * self.slot_bytes
+        return dataclasses.replace(self, slots=slots, budget=budget, host=host)
+
+    def with_host_slots(self, slots: int) -> MemoryPlan:
+        """The same with so many slots in host memory behind a GPU, in a budget for just them."""
+        assert self.host is not None, "there is no GPU"
+        budget = self.host.workspace + slots * self.host.slot_bytes
+        return dataclasses.replace(self, host=dataclasses.replace(self.host, slots=slots, budget=budget))
+
     @property
     def thrashes(self) -> bool:
         """Whether the slots hold less than one token asks for, so that each expert is evicted before it comes back."""

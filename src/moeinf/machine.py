@@ -15,9 +15,11 @@ from typing import Any
 
 from .errors import IntegrityError
 
-__all__ = ["Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
+__all__ = ["MEASURED_BYTES", "Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
 SCHEMA = 3
+MEASURED_BYTES = 3 * 2048 * 768 * 2
+"""Of an expert whose maths is measured: one of Qwen3-30B-A3B's, in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,18 @@ class Gpu:
     def __post_init__(self) -> None:
         _check_rates(self.bytes_per_s, self.pinned_to_device, self.pageable_to_device, self.device_to_pinned)
 
+    @property
+    def most_tokens(self) -> int:
+        """The most for which maths was measured."""
+        return max((rate.tokens for rate in self.maths), default=1)
+
+    def maths_rate(self, tokens: float) -> float:
+        """Bytes per second of experts in bfloat16, between the numbers of tokens measured; where none was, as its
+        memory is read.
+        """
+        points = sorted((rate.tokens, rate.bytes_per_s) for rate in self.maths)
+        return _between(points, tokens) if points else self.bytes_per_s
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -218,7 +232,7 @@ def _maths(rates: Sequence[dict[str, Any]]) -> tuple[MathsRate, ...]:
     return tuple(MathsRate(**rate) for rate in rates)
 
 
-def _between(points: Sequence[tuple[int, float]], at: int) -> float:
+def _between(points: Sequence[tuple[int, float]], at: float) -> float:
     """The value at `at`, on straight lines between `points` over the logarithm of their first numbers; beyond the ends,
     that of the end.
     """

@@ -5,19 +5,31 @@ Pure arithmetic; docs/planning.md has the thresholds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from .errors import UnsupportedError
-from .forecast import Correction, Forecast, PastRun, Situation, correction, foretell
+from .forecast import Bound, Correction, Forecast, PastRun, Situation, correction, foretell
+from .gpu_forecast import GpuSituation
 from .ledger import MemoryPlan, make_plan
-from .machine import Machine
+from .machine import Gpu, Machine
 from .panels import lossless_layout
 from .units import format_bytes
 
-__all__ = ["COMFORTABLE", "USABLE", "Advice", "AtBudget", "Outlook", "Verdict", "at_budgets", "look_ahead"]
+__all__ = [
+    "COMFORTABLE",
+    "LIMITS",
+    "USABLE",
+    "Advice",
+    "AtBudget",
+    "Outlook",
+    "Verdict",
+    "at_budgets",
+    "at_host_budgets",
+    "look_ahead",
+]
 
 Verdict = Literal["resident", "comfortable", "usable", "slow", "no"]
 
@@ -25,6 +37,14 @@ COMFORTABLE = 10.0
 """Tokens per second from which a person reads along without waiting."""
 USABLE = 3.0
 """Tokens per second below which a person goes and does something else."""
+
+LIMITS: dict[Bound, str] = {
+    "disk": "the disk",
+    "host": "host memory",
+    "link": "the link to the GPU",
+    "device": "the GPU's memory",
+}
+"""What may bound a time, in words."""
 
 _BUDGETS = 8
 _WORTH_IT = 1.05
@@ -34,7 +54,9 @@ _PACKED = "the same experts packed without loss (--experts lossless)"
 
 @dataclass(frozen=True, slots=True)
 class AtBudget:
-    """What to expect when all that is counted may take `budget` bytes, and no other memory is there."""
+    """What to expect when all that is counted may take `budget` bytes, and no other memory is there. With a GPU these
+    are of its memory or of the host's, and so are the `slots`; the other one is as it was.
+    """
 
     budget: int
     slots: int
@@ -51,13 +73,16 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """`budgets` ascend; `advice` has what pays, the largest gain first."""
+    """`budgets` ascend, and so do `host_budgets`, which are there where a GPU fetches from host memory. `advice` has
+    what pays, the largest gain first.
+    """
 
     verdict: Verdict
     reason: str
     forecast: Forecast
     correction: Correction
     budgets: tuple[AtBudget, ...]
+    host_budgets: tuple[AtBudget, ...]
     advice: tuple[Advice, ...]
 
 
@@ -80,24 +105,43 @@ def look_ahead(
         forecast=expected,
         correction=corrected,
         budgets=at_budgets(situation, plan, corrected.factor),
+        host_budgets=at_host_budgets(situation, plan, corrected.factor),
         advice=_advise(situation, plan, expected),
     )
 
 
 def at_budgets(situation: Situation, plan: MemoryPlan, factor: float = 1.0) -> tuple[AtBudget, ...]:
     """Forecasts for the context of `plan`, from the least memory that will do to what holds every expert."""
-    fixed = plan.total - plan.experts
-    fewest = max(layer.top_k for layer in situation.manifest.layers)
-    steps = sorted({fewest + (plan.all_experts - fewest) * step // (_BUDGETS - 1) for step in range(_BUDGETS)})
-    return tuple(_at_budget(situation, plan.context, fixed + slots * plan.slot_bytes, factor) for slots in steps)
+    plans = (plan.with_slots(slots) for slots in _steps(_fewest(situation), plan.all_experts))
+    return tuple(AtBudget(then.budget, then.slots, _alone(situation, then, factor)) for then in plans)
 
 
-def _at_budget(situation: Situation, context: int, budget: int, factor: float) -> AtBudget:
-    plan = make_plan(
-        situation.manifest, situation.shape, available_bytes=budget, host_memory=str(budget), context=context
+def at_host_budgets(situation: Situation, plan: MemoryPlan, factor: float = 1.0) -> tuple[AtBudget, ...]:
+    """The same over host memory behind a GPU, through which the dense weights pass; none where nothing else does."""
+    if plan.host is None or plan.regime == "resident":
+        return ()
+    fewest = max(_fewest(situation), -(-situation.manifest.dense_bytes // plan.slot_bytes))
+    return tuple(
+        AtBudget(
+            plan.host.workspace + slots * plan.host.slot_bytes,
+            slots,
+            _alone(situation, plan.with_host_slots(slots), factor),
+        )
+        for slots in _steps(min(fewest, plan.all_experts), plan.all_experts)
     )
-    alone = dataclasses.replace(situation, reads_files=False)
-    return AtBudget(budget, plan.slots, foretell(alone, plan).times(factor))
+
+
+def _steps(fewest: int, most: int) -> list[int]:
+    return sorted({fewest + (most - fewest) * step // (_BUDGETS - 1) for step in range(_BUDGETS)})
+
+
+def _fewest(situation: Situation) -> int:
+    return max(layer.top_k for layer in situation.manifest.layers)
+
+
+def _alone(situation: Situation, plan: MemoryPlan, factor: float) -> Forecast:
+    """What to expect where no other memory is there than that of the plan."""
+    return foretell(dataclasses.replace(situation, reads_files=False), plan).times(factor)
 
 
 def _verdict(forecast: Forecast) -> Verdict:
@@ -111,40 +155,63 @@ def _verdict(forecast: Forecast) -> Verdict:
 def _reason(situation: Situation, plan: MemoryPlan, forecast: Forecast) -> str:
     """One sentence."""
     speed = f"{forecast.tokens_per_s:.3g} tokens per second"
+    memory = "the GPU's memory" if plan.host else "memory"
     if plan.regime == "resident":
-        return f"{speed}: all {plan.all_experts:,} experts fit in memory"
-    fitting = f"{plan.slots:,} of {plan.all_experts:,} experts ({plan.slots / plan.all_experts:.0%}) fit in memory"
+        return f"{speed}: all {plan.all_experts:,} experts fit in {memory}"
+    fitting = f"{plan.slots:,} of {plan.all_experts:,} experts ({plan.slots / plan.all_experts:.0%}) fit in {memory}"
     if situation.reads_files:
         return f"{speed}: {fitting}, and the system's page cache has room for the files of the others"
     if plan.thrashes:
         return f"{speed}: {fitting}, fewer than the {plan.token_experts:,} that one token asks for"
+    if plan.host is not None:
+        others = "and the others come from host memory"
+        if plan.regime == "streaming":
+            others = f"{plan.host.slots:,} in host memory, and the others come from the disk"
+        return f"{speed}: {fitting}, {others}; {LIMITS[forecast.by]} is the bound"
     limit = ", which is the limit" if forecast.by == "disk" else ""
     return f"{speed}: {fitting}, and the others come from the disk{limit}"
 
 
 def _advise(situation: Situation, plan: MemoryPlan, now: Forecast) -> tuple[Advice, ...]:
-    whole = plan.total - plan.experts + plan.all_experts * plan.slot_bytes
-    budget = min(whole, 2 * plan.total)
-    roomy = _at_budget(situation, plan.context, budget, now.factor)
+    ideas = [*_more_memory(situation, plan, now.factor)]
     fast = dataclasses.replace(situation, machine=_with_fast_disk(situation.machine))
-    ideas = [
-        (f"{format_bytes(budget)} of memory for it instead of {format_bytes(plan.total)}", roomy.forecast),
-        ("a disk twice as fast", foretell(fast, plan).times(now.factor)),
-    ]
-    with suppress(UnsupportedError):
-        packed = _with_lossless_experts(situation)
-        ideas.append((_PACKED, _at_budget(packed, plan.context, plan.total, now.factor).forecast))
+    ideas += [("a disk twice as fast", foretell(fast, plan).times(now.factor))]
+    if isinstance(situation, GpuSituation):
+        linked = dataclasses.replace(situation, gpu=_with_fast_link(situation.gpu))
+        ideas += [("a link to the GPU twice as fast", foretell(linked, plan).times(now.factor))]
+    else:
+        with suppress(UnsupportedError):
+            ideas += [(_PACKED, _packed(situation, plan, now.factor))]
     gains = [Advice(what, then.tokens_per_s) for what, then in ideas if then.tpot_s * _WORTH_IT < now.tpot_s]
     return tuple(sorted(gains, key=lambda advice: -advice.tokens_per_s))
 
 
-def _with_lossless_experts(situation: Situation) -> Situation:
-    """Raises UnsupportedError for experts that cannot be packed so."""
-    manifest = situation.manifest
-    layout = lossless_layout(manifest.layout)
-    return dataclasses.replace(situation, manifest=dataclasses.replace(manifest, layout=layout))
+def _more_memory(situation: Situation, plan: MemoryPlan, factor: float) -> Iterator[tuple[str, Forecast]]:
+    """Twice as much, or what holds every expert."""
+    fixed = plan.total - plan.experts
+    budget = min(fixed + plan.all_experts * plan.slot_bytes, 2 * plan.total)
+    roomy = plan.with_slots((budget - fixed) // plan.slot_bytes)
+    memory = "the GPU's memory" if plan.host else "memory"
+    more = f"{format_bytes(budget)} of {memory} for it instead of {format_bytes(plan.total)}"
+    yield more, _alone(situation, roomy, factor)
+    if plan.host is not None and plan.regime == "streaming":
+        slots = min(plan.all_experts, 2 * plan.host.slots)
+        more = f"{slots:,} experts in host memory instead of {plan.host.slots:,}"
+        yield more, foretell(situation, plan.with_host_slots(slots)).times(factor)
+
+
+def _packed(situation: Situation, plan: MemoryPlan, factor: float) -> Forecast:
+    """The same memory with experts that were packed without loss. Raises UnsupportedError for those that cannot be."""
+    manifest = dataclasses.replace(situation.manifest, layout=lossless_layout(situation.manifest.layout))
+    budget, shape = plan.total, situation.shape
+    then = make_plan(manifest, shape, available_bytes=budget, host_memory=str(budget), context=plan.context)
+    return _alone(dataclasses.replace(situation, manifest=manifest), then, factor)
 
 
 def _with_fast_disk(machine: Machine) -> Machine:
     rates = (dataclasses.replace(rate, bytes_per_s=2 * rate.bytes_per_s) for rate in machine.disk.rates)
     return dataclasses.replace(machine, disk=dataclasses.replace(machine.disk, rates=tuple(rates)))
+
+
+def _with_fast_link(gpu: Gpu) -> Gpu:
+    return dataclasses.replace(gpu, pinned_to_device=2 * gpu.pinned_to_device)

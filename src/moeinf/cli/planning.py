@@ -4,14 +4,16 @@ measured the machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-from moeinf.errors import CapacityError, UnsupportedError
+from moeinf.errors import CapacityError
 from moeinf.forecast import Forecast, Situation
+from moeinf.gpu_forecast import GpuSituation, on_gpu
 from moeinf.ledger import MemoryPlan, can_cache_files
 from moeinf.machine import Machine
-from moeinf.outlook import AtBudget, Outlook, look_ahead
+from moeinf.outlook import LIMITS, AtBudget, Outlook, look_ahead
 from moeinf.store import Store
 from moeinf.units import format_bytes, format_seconds
 
@@ -32,20 +34,19 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
     Raises CapacityError, after all is said, when it cannot; and what `find_subject` raises.
     """
     options = flags.resolve()
-    if options.device not in ("auto", "cpu") or options.device_memory is not None:
-        raise UnsupportedError(
-            "how a model will run on a GPU is not foretold yet", hint="leave out --device and --device-memory"
-        )
     with output.busy(f"looking at {model}"):
         from moeinf import evidence, memory
+        from moeinf.placement import place
         from moeinf.planning import find_curve, find_subject
 
         subject = find_subject(model, Store())
     try:
-        plan = memory.plan_memory(subject.manifest, subject.shape, options)
+        placement = place(subject.manifest, subject.shape, options)
     except CapacityError as error:
         _refuse(subject, error, output)
-    available = memory.available_bytes()
+    for note in placement.notes:
+        output.note(note)
+    plan, available = placement.plan, memory.available_bytes()
     situation = Situation(
         machine,
         subject.manifest,
@@ -53,8 +54,10 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
         find_curve(subject, options.policy, output),
         kernels=options.kernels,
         prefetch=options.prefetch,
-        reads_files=can_cache_files(plan, subject.manifest, available),
+        reads_files=plan.host is None and can_cache_files(plan, subject.manifest, available),
     )
+    if placement.device is not None:
+        situation = on_gpu(situation, placement.device.place.index or 0, placement.device.name)
     runs = evidence.read_runs(subject.traces) if subject.traces else ()
     outlook = look_ahead(situation, plan, runs=runs, threads=options.threads)
     output.result(
@@ -68,6 +71,7 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
 def _refuse(subject: Subject, error: CapacityError, output: Output) -> NoReturn:
     data = {
         "model": subject.name,
+        "device": None,
         "verdict": "no",
         "regime": None,
         "reason": str(error),
@@ -76,6 +80,7 @@ def _refuse(subject: Subject, error: CapacityError, output: Output) -> NoReturn:
         "curve_source": None,
         "corrected_by": None,
         "budgets": [],
+        "host_budgets": [],
         "advice": [{"what": error.hint, "tokens_per_s": None}],
     }
     output.result(data, lines=["no"], names=["no"])
@@ -85,6 +90,7 @@ def _refuse(subject: Subject, error: CapacityError, output: Output) -> NoReturn:
 def _to_dict(subject: Subject, situation: Situation, plan: MemoryPlan, outlook: Outlook) -> dict[str, object]:
     return {
         "model": subject.name,
+        "device": situation.device or None,
         "verdict": outlook.verdict,
         "regime": plan.regime,
         "reason": outlook.reason,
@@ -93,6 +99,7 @@ def _to_dict(subject: Subject, situation: Situation, plan: MemoryPlan, outlook: 
         "curve_source": situation.curve.source,
         "corrected_by": asdict(outlook.correction),
         "budgets": [_at(point) for point in outlook.budgets],
+        "host_budgets": [_at(point) for point in outlook.host_budgets],
         "advice": [asdict(advice) for advice in outlook.advice],
     }
 
@@ -116,12 +123,16 @@ def _lines(situation: Situation, plan: MemoryPlan, outlook: Outlook, available: 
         *columns([*_memory_rows(plan, available), ("", "", ""), *_time_rows(situation, outlook)]),
         "",
         f"Hit rate from {situation.curve.source}.",
+        *(["Never compared with a time measured on a GPU (docs/planning.md)."] if plan.host else []),
         *_correction_lines(outlook),
         "",
-        *_chart(outlook),
+        *_chart("MEMORY FOR IT" if plan.host is None else "MEMORY OF THE GPU", outlook.budgets),
+        *([""] if outlook.host_budgets else []),
+        *_chart("MEMORY OF THE HOST", outlook.host_budgets),
     ]
     if not outlook.advice:
-        return [*lines, "", "Neither more memory nor a faster disk would help: computing is the limit."]
+        faster = "a faster disk" if plan.host is None else "a faster disk or link"
+        return [*lines, "", f"Neither more memory nor {faster} would help: computing is the limit."]
     best = outlook.advice[0]
     gain = best.tokens_per_s / outlook.forecast.tokens_per_s
     return [
@@ -141,18 +152,28 @@ def _correction_lines(outlook: Outlook) -> list[str]:
 
 def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]:
     token = (plan.kv_cache // plan.context) if plan.context else 0
-    return [
-        ("MEMORY", format_bytes(plan.total), f"of a budget of {format_bytes(plan.budget)}"),
+    longer = "borrow slots" if plan.host is None else "go in pieces"
+    rows = [
+        (
+            "MEMORY" if plan.host is None else "MEMORY OF THE GPU",
+            format_bytes(plan.total),
+            f"of a budget of {format_bytes(plan.budget)}",
+        ),
         ("  dense weights", format_bytes(plan.dense), ""),
         ("  KV cache", format_bytes(plan.kv_cache), f"{plan.context:,} tokens of {format_bytes(token)}"),
-        ("  workspace", format_bytes(plan.workspace), f"steps of {plan.step_tokens} tokens; longer ones borrow slots"),
+        ("  workspace", format_bytes(plan.workspace), f"steps of {plan.step_tokens} tokens; longer ones {longer}"),
         ("  experts", format_bytes(plan.experts), f"{plan.slots:,} slots of {format_bytes(plan.slot_bytes)}"),
-        (
-            "  reserve",
-            format_bytes(max(0, available - plan.budget)),
-            f"of {format_bytes(available)} available, for other programs",
-        ),
     ]
+    host, budget = plan.host, plan.budget
+    if host is not None:
+        budget = host.budget
+        rows += [
+            ("MEMORY OF THE HOST", format_bytes(host.total), f"of a budget of {format_bytes(budget)}"),
+            ("  workspace", format_bytes(host.workspace), ""),
+            ("  experts", format_bytes(host.experts), f"{host.slots:,} slots of {format_bytes(host.slot_bytes)}"),
+        ]
+    reserve = format_bytes(max(0, available - budget))
+    return [*rows, ("  reserve", reserve, f"of {format_bytes(available)} available, for other programs")]
 
 
 def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, str]]:
@@ -161,9 +182,12 @@ def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, s
     missed = f"{(1 - expected.hit_rate) * asked:.0f} experts, {format_bytes(round(expected.missed_bytes))}"
     rate = expected.missed_bytes / expected.read_s if expected.read_s else 0.0
     dense = max(0, manifest.dense_bytes - situation.shape.lookup_bytes)
+    dense_rate, whatever = machine.dense_bytes_per_s, ""
+    if isinstance(situation, GpuSituation):
+        dense_rate, whatever = situation.gpu.bytes_per_s, " that copies what it misses"
     return [
         ("A TOKEN", _ms(expected.tpot_s), f"hit rate {expected.hit_rate:.1%}"),
-        ("  dense weights", _ms(expected.dense_s), f"{format_bytes(dense)} at {_gb(machine.dense_bytes_per_s)}"),
+        ("  dense weights", _ms(expected.dense_s), f"{format_bytes(dense)} at {_gb(dense_rate)}"),
         (
             "  layers",
             _ms(expected.layers_s),
@@ -179,7 +203,7 @@ def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, s
         (
             "  bound",
             _ms(expected.bound_s),
-            f"by the {_RESOURCES[expected.by]}: no program can be faster at this hit rate",
+            f"by {LIMITS[expected.by]}: no program{whatever} can be faster at this hit rate",
         ),
         (
             "FIRST TOKEN",
@@ -189,17 +213,15 @@ def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, s
     ]
 
 
-_RESOURCES = {"disk": "disk", "host": "memory"}
-
-
 def _at_rate(expected: Forecast, nbytes: int) -> str:
     return f" at {_gb(nbytes / expected.experts_s)}" if expected.experts_s else ""
 
 
-def _chart(outlook: Outlook) -> list[str]:
-    most = max(point.forecast.tokens_per_s for point in outlook.budgets)
-    rows = [("MEMORY FOR IT", "EXPERTS", "TOKENS PER SECOND")]
-    for point in outlook.budgets:
+def _chart(title: str, points: Sequence[AtBudget]) -> list[str]:
+    """Nothing where there are no points."""
+    most = max((point.forecast.tokens_per_s for point in points), default=0.0)
+    rows = [(title, "EXPERTS", "TOKENS PER SECOND")] if points else []
+    for point in points:
         speed = point.forecast.tokens_per_s
         bar = "█" * max(1, round(_BAR * speed / most))
         rows.append((format_bytes(point.budget), f"{point.slots:,}", f"{bar} {speed:.3g}"))
