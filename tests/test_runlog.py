@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 import moeinf
+from machine_fakes import make_gpu
 from machines import make_machine
 from moeinf.evidence import MACHINE_FILE, RUNS_FILE, read_runs
 from moeinf.planning import find_subject
 from moeinf.settings import home_path
 from moeinf.store import TRACES_FOLDER, Store
+from standin import StandIn, use_device
 
 
 def answer(name: str, tokens: int, **options: object) -> Path:
@@ -50,6 +53,32 @@ def test_the_hit_rate_leaves_out_what_was_foreseen(tiny: str) -> None:
     """With `gate` nearly everything is a hit or a wait; what was read was no find of the cache."""
     [run] = read_runs(answer(tiny, 40, experts="4", prefetch="gate"))
     assert run.hit_rate < 0.9
+
+
+def test_an_answer_on_a_gpu_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = dataclasses.replace(make_gpu(), name=StandIn.name)
+    with use_device(monkeypatch) as device:
+        device.host_slots = 5
+        [unknown] = read_runs(answer(tiny, 20, experts="4"))
+        assert (unknown.device, unknown.slots, unknown.host_slots, unknown.predicted_s) == (device.name, 4, 5, None)
+        machine = dataclasses.replace(make_machine(), gpus=(gpu,))
+        (home_path() / MACHINE_FILE).write_text(json.dumps(machine.to_dict()))
+        try:
+            known = read_runs(answer(tiny, 20, experts="4"))[-1]
+            assert known.predicted_s is not None
+            assert known.predicted_s > 0
+        finally:
+            (home_path() / MACHINE_FILE).unlink()
+
+
+def test_an_answer_in_which_memory_ran_out_is_not(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with use_device(monkeypatch), moeinf.load(tiny, experts="8") as engine:
+        engine.generation_config.eos_token_id = None
+        engine.make_room()
+        for _ in range(2):
+            engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=20))
+    [run] = read_runs(Store().path(tiny) / TRACES_FOLDER)
+    assert run.slots == 4
 
 
 def test_a_run_never_fails_for_its_log(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

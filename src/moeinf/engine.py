@@ -196,8 +196,8 @@ class Engine:
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
         self._last = timing
-        if self.learns and self.device is None:  # forecasts are of processors
-            self._run_log.add(timing.tpot_s, self.runtime.decode)
+        if self.learns:
+            self._run_log.add(self.plan, timing.tpot_s, self.runtime.decode)
         return self.stats()
 
     def save_collection(self) -> None:
@@ -318,7 +318,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         runtime,
         device=placement.device,
         collection_file=collection_file,
-        run_log=RunLog(traces, manifest, shape, plan, options, reads_files=reads_files),
+        run_log=RunLog(traces, manifest, shape, plan, options, device=placement.device, reads_files=reads_files),
         quality=quality,
         notes=(*placement.notes, *notes, *more_notes),
         libraries_bytes=libraries_bytes,

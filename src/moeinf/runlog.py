@@ -11,7 +11,10 @@ from pathlib import Path
 
 from . import evidence
 from .cache import CacheCounters
+from .device import Device
+from .errors import MoeinfError
 from .forecast import PUBLISHED, PastRun, Situation, foretell
+from .gpu_forecast import on_gpu
 from .ledger import MemoryPlan, ModelShape
 from .manifest import Manifest
 from .settings import EngineOptions, home_path
@@ -28,6 +31,7 @@ class RunLog:
     Args:
         folder: the model's `traces` folder.
         manifest, shape, plan, options: what the engine was loaded with.
+        device: the GPU that computes, None being the processor.
         reads_files: whether experts come from the page cache.
     """
 
@@ -39,22 +43,28 @@ class RunLog:
         plan: MemoryPlan,
         options: EngineOptions,
         *,
+        device: Device | None,
         reads_files: bool,
     ) -> None:
         self._folder = folder
         self._manifest, self._shape, self._plan, self._options = manifest, shape, plan, options
-        self._reads_files = reads_files
-        self._runs: list[PastRun] = []
+        self._device, self._reads_files = device, reads_files
+        self._runs: list[tuple[MemoryPlan, PastRun]] = []
 
-    def add(self, tpot_s: float, decode: CacheCounters) -> None:
-        """Note an answer that took `tpot_s` per token, and met the cache like this while decoding."""
-        tokens = decode.requests // self._plan.token_experts
+    def add(self, plan: MemoryPlan, tpot_s: float, decode: CacheCounters) -> None:
+        """Note an answer that took `tpot_s` per token, and met the cache like this while decoding; `plan` is what goes
+        where by now. An answer in which that has changed is left out.
+        """
+        if plan != self._plan:
+            self._plan = plan
+            return
+        tokens = decode.requests // plan.token_experts
         if tokens < _LEAST_TOKENS or not tpot_s:
             return
         run = PastRun(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            slots=self._plan.slots,
-            budget=self._plan.budget,
+            slots=plan.slots,
+            budget=plan.budget,
             tokens=tokens,
             hit_rate=max(0.0, 1 - (decode.misses + decode.prefetch_used) / decode.requests),
             reads_files=self._reads_files,
@@ -63,19 +73,21 @@ class RunLog:
             kernels=self._options.kernels,
             threads=self._options.threads,
             tpot_s=tpot_s,
+            device=self._device.name if self._device else "",
+            host_slots=plan.host.slots if plan.host else 0,
         )
-        self._runs.append(run)
+        self._runs.append((plan, run))
 
     def save(self) -> None:
         """Write what was noted since the last time beside the model. Raises CapacityError or UsageError."""
         if self._runs:
-            predicted_s = self._predict()
-            runs = [dataclasses.replace(run, predicted_s=predicted_s) for run in self._runs]
+            predicted_s = {plan: self._predict(plan) for plan, _ in self._runs}
+            runs = [dataclasses.replace(run, predicted_s=predicted_s[plan]) for plan, run in self._runs]
             self._runs = []
             evidence.add_runs(self._folder, runs)
 
-    def _predict(self) -> float | None:
-        """What a plan for this engine expects of a token before it is corrected."""
+    def _predict(self, plan: MemoryPlan) -> float | None:
+        """What `plan` expects of a token before it is corrected."""
         machine = evidence.read_machine(home_path())
         if machine is None:
             return None
@@ -89,4 +101,9 @@ class RunLog:
             prefetch=self._options.prefetch,
             reads_files=self._reads_files,
         )
-        return foretell(situation, self._plan).tpot_s
+        if self._device is not None:
+            try:
+                situation = on_gpu(situation, self._device.place.index or 0, self._device.name)
+            except MoeinfError:  # it was not measured
+                return None
+        return foretell(situation, plan).tpot_s
