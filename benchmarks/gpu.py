@@ -7,7 +7,8 @@ Each shape (with so many layers, about a gigabyte each) is a random checkpoint, 
 the experts on the GPU moeinf runs beside accelerate, which keeps the others in host memory too; with all of them there,
 beside transformers alone; `moeinf bench` takes the times. The bound is the larger of what the link and the GPU's memory
 need, at the rates that were measured just before; what is hidden is the share of the link's time in which nothing
-waited for it. Prints a short table last.
+waited for it; what `moeinf profile` foretold, before past runs correct it, stands beside what was measured. Prints a
+short table last.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Row:
     shape: str
     share: str
     tpot_s: float
+    foretold_s: float
     other: str
     other_s: float | None
     hit_rate: float
@@ -74,11 +76,12 @@ class Row:
         ratio = "failed" if self.other_s is None else f"{self.other_s / self.tpot_s:.2f}"
         hidden = "-" if self.hidden is None else f"{self.hidden:.0%}"
         tokens = "same" if self.same_tokens else "OTHER"
-        times = (f"{self.tpot_s * 1e3:.2f}", f"{self.hit_rate:.1%}", f"{self.eta:.2f}", hidden)
-        return (self.shape, self.share, *times, f"{self.other} takes {ratio} times as long", tokens)
+        times = (f"{seconds * 1e3:.2f}" for seconds in (self.tpot_s, self.foretold_s))
+        shares = (f"{self.hit_rate:.1%}", f"{self.eta:.2f}", hidden)
+        return (self.shape, self.share, *times, *shares, f"{self.other} takes {ratio} times as long", tokens)
 
 
-HEAD = ("SHAPE:LAYERS", "EXPERTS", "MS/TOKEN", "HITS", "ETA", "LINK HIDDEN", "BESIDE", "TOKENS")
+HEAD = ("SHAPE:LAYERS", "EXPERTS", "MS/TOKEN", "FORETOLD", "HITS", "ETA", "LINK HIDDEN", "BESIDE", "TOKENS")
 
 
 def call(*command: str, env: dict[str, str]) -> str:
@@ -110,9 +113,17 @@ def pull(shape: str, folder: Path, env: dict[str, str]) -> str:
     return checkpoint.name
 
 
+def foretell(model: str, *bounded: str, env: dict[str, str]) -> float:
+    """Seconds per token; measures the machine the first time."""
+    command = (sys.executable, "-m", "moeinf", "profile", model, "--device", "cuda", *bounded, "--json")
+    expected = json.loads(call(*command, env=env))["expected"]
+    return float(expected["tpot_s"] / expected["factor"])
+
+
 def bench(shape: str, model: str, share: str, device_memory: str | None, rates: Rates, env: dict[str, str]) -> Row:
     other = SHARES[share]
     bounded = ("--device-memory", device_memory) if device_memory else ("--experts", share)
+    foretold_s = foretell(model, *bounded, env=env)
     report = json.loads(
         call(
             *(sys.executable, "-m", "moeinf", "bench", model, "--device", "cuda", *bounded, "--against", other),
@@ -131,6 +142,7 @@ def bench(shape: str, model: str, share: str, device_memory: str | None, rates: 
         shape,
         device_memory or share,
         tpot_s,
+        foretold_s,
         other,
         theirs["tpot_s"]["median"] if theirs["tpot_s"] else None,
         ours["hit_rate"],
