@@ -1,10 +1,11 @@
-"""The next token drawn as `torch.multinomial` draws it, in half to three quarters of the time.
+"""The next token drawn as `torch.multinomial` draws it, in a quarter to a third of the time.
 
-torch divides each chance by a number of the exponential distribution, and takes the token with the largest quotient
-(ATen/native/Distributions.cpp). For each of these numbers it takes a logarithm by itself, a vocabulary's worth of them
-per token. Here the same random numbers become logarithms many at a time, to nearly the last bit; the few tokens whose
-quotients are that close to the largest are then compared by torch's own. So a seed gives the tokens that it gives in
-transformers. Knows nothing of models.
+torch divides each chance by a number of the exponential distribution, -log(1 - u) of a random u, and takes the token
+with the largest quotient (ATen/native/Distributions.cpp). For each of these numbers it takes a logarithm by itself, a
+vocabulary's worth of them per token. But -log(1 - u) is never below u: a token whose chance divided by u is less than
+some quotient is not the one. So logarithms are taken of the few others alone, which are then compared by torch's own
+arithmetic, and a seed gives the tokens that it gives in transformers. NumPy computes, on one thread: torch would wait
+for others, whose cores are reading experts. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor
 
@@ -27,13 +29,16 @@ _TRIALS, _TRIAL_SIZE = 8, 1000
 def draw(chances: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """`torch.multinomial(chances, 1)` for `chances` [1, vocabulary] in float32 in host memory: a token [1, 1]."""
     uniform = torch.empty_like(chances, dtype=torch.float64).uniform_(generator=generator)
-    quotients = (-uniform).log1p_()  # below 0, as are the quotients, which take its place: large memory is slow to get
-    torch.div(chances, quotients, out=quotients)
-    near = (quotients[0] <= quotients.min() * _NEAR).nonzero()[:, 0]
+    numbers, wanted = uniform[0].numpy(), chances[0].numpy()
+    with np.errstate(all="ignore"):
+        most = wanted / numbers
+        first = most.argmax()
+        near = (most >= wanted[first] / -np.log1p(-numbers[first]) * _NEAR).nonzero()[0]
     if not len(near):
         return torch.multinomial(chances, 1)  # which says what is wrong with the chances
-    exponential = torch.tensor([-math.log1p(-number) for number in uniform[0, near].tolist()])
-    return near[(chances[0, near] / exponential).argmax()].view(1, 1)
+    exponential = torch.tensor([-math.log1p(-number) for number in numbers[near].tolist()])
+    tokens = torch.from_numpy(near)
+    return tokens[(chances[0, tokens] / exponential).argmax()].view(1, 1)
 
 
 @cache
