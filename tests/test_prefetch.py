@@ -244,6 +244,13 @@ def test_a_warm_up_gives_up_the_least_wanted_that_is_not_there() -> None:
     assert not warming.make_room()
 
 
+def test_a_warm_up_gives_nothing_up_that_somebody_waits_for() -> None:
+    bench, warming, _ = warm_up(3, [9, 3, 12], spare=0)
+    warming.keep(12)
+    assert warming.give_up() == 2
+    assert bench.reader.cancelled == [3, 9]
+
+
 def test_there_may_be_nothing_to_warm_up() -> None:
     bench, warming, fetched = warm_up(2, [9, 3], spare=5)
     assert (fetched, bench.cache.num_free, warming.make_room()) == ([], 2, False)

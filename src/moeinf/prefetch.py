@@ -178,6 +178,10 @@ class WarmUp:
             self._unread[expert] = None
             fetcher.fetch(expert, slot, Urgency.WARM_UP)
 
+    def keep(self, expert: int) -> None:
+        """Somebody waits for this expert now: it is given up no more."""
+        self._unread.pop(expert, None)
+
     def make_room(self) -> bool:
         """Somebody needs a slot: if none is empty, the least wanted expert that is not there yet gives its own up.
         Whether one did: the end of its fetch is then among the arrivals, now or soon.

@@ -298,6 +298,7 @@ class ExpertRuntime:
         if outcome is Outcome.MISS:
             self._fetcher.fetch(key, slot, Urgency.DEMAND)
         elif outcome is Outcome.WAIT:
+            self._warm_up.keep(key)
             self._fetcher.promote(key)
         return outcome
 
