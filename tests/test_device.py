@@ -317,6 +317,25 @@ def test_the_faster_way_is_gone(link_s: float, tiny: str, device: StandIn) -> No
         assert decode_misses > 0
 
 
+@pytest.mark.parametrize("miss", ["auto", "host"])
+def test_an_idle_link_brings_what_the_processor_computed(
+    miss: str, tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    """With `auto`, which here leaves all to the processor: so that the next token finds it."""
+    device.link_s = 1e9
+    with moeinf.load(tiny, experts="4", miss=miss, prefetch="off") as engine, torch.inference_mode():
+        assert run(engine) == tokens
+        for _ in range(2):
+            engine.runtime.reset_counters()
+            for token in tokens:
+                engine.model(torch.tensor([[token]]).to(PLACE))
+        experts = engine.stats().experts
+        assert experts.computed_on_host == experts.misses > 0
+        assert (experts.fetched > 2) == (experts.evictions > 2) == (miss == "auto")
+        assert experts.prefetched == 0
+        check_integrity(engine)
+
+
 def test_both_ways_are_gone_in_one_step(
     tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,10 +372,12 @@ def test_what_fails_on_the_processor_leaves_no_lease(
         assert run(engine) == tokens
 
 
+@pytest.mark.parametrize("miss", ["auto", "host"])
 def test_memory_that_runs_out_for_the_processor_s_rows_costs_slots_and_not_the_answer(
-    tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+    miss: str, tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with moeinf.load(tiny, experts="6", miss="host", prefetch="off") as engine:
+    device.link_s = 1e9
+    with moeinf.load(tiny, experts="6", miss=miss, prefetch="off") as engine:
         run(engine)
         rows, numbers = HostStep.rows, iter(range(100_000))
 

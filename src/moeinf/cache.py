@@ -144,12 +144,9 @@ class ExpertCache:
             self.counters.prefetched += 1
         return slot
 
-    def preload(self, expert: int) -> int:
-        """Give the absent `expert` one of the empty slots, of which there is one. Like `foresee`, and not counted."""
-        assert self._free
-        slot = self._admit(expert, keep=True)
-        assert slot is not None
-        return slot
+    def preload(self, expert: int) -> int | None:
+        """The same for an expert that nobody is thought to ask for soon: it is not counted."""
+        return self._admit(expert, keep=True)
 
     def hold(self, expert: int) -> None:
         """Lease an expert that is here, or on its way, so that it stays; this is no request."""

@@ -2,7 +2,7 @@
 the processor computes them where they are, or some the one way and some the other, both at once.
 
 `share` is the arithmetic, `MissChoice` applies it to what both ways have taken so far, and `HostMisses` has the chosen
-experts computed. What the processor computes takes no slot of the device. Knows nothing of the device's slots, and adds
+experts computed, and says which of them an idle link should bring. Knows nothing of the device's slots, and adds
 nothing up.
 """
 
@@ -137,7 +137,8 @@ def _estimate(known: float | None, measured: float) -> float:
 
 
 class HostStep:
-    """What the processor computes of one step: the experts `keys`, leased in host memory until that is done.
+    """What the processor computes of one step: the experts `keys`, leased in host memory until that is done. `behind`,
+    if any, is one of them that the link, otherwise idle, should bring to the device afterwards.
 
     Args:
         keys: the experts.
@@ -151,6 +152,7 @@ class HostStep:
         self, keys: list[int], tensors: Sequence[Tensors], leases: ExitStack, maths: ExpertMaths, hidden: torch.Tensor
     ) -> None:
         self.keys = keys
+        self.behind: int | None = None
         self._tensors = tensors
         self._leases = leases
         self._maths = maths
@@ -211,6 +213,8 @@ class HostMisses:
                     tensors.append(self._tier.hold(key))
                     leases.callback(self._tier.let_go, key)
                 step = HostStep(keys, tensors, leases, self._maths[layer], hidden)
+                if self._choice is not None and way is Way.HOST:
+                    step.behind = keys[0]
                 yield step
             if self._choice is not None:
                 self._choice.computed(way, step.maths_s / on_host, step.trip_s)

@@ -248,6 +248,8 @@ class ExpertRuntime:
             for key in step.keys if step else ():
                 self.cache.pass_by(key)
             yield step
+            if step is not None and step.behind is not None:
+                self._warm_up.add(step.behind)
 
     def _forward_tokens(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor
@@ -291,7 +293,8 @@ class ExpertRuntime:
             self._entered += self._enter_arrivals()
         while self._warm_up.is_leaving(key):
             self._entered.append(self._await_arrival())
-        leased = self.cache.acquire(key, keep=keep)
+        while (leased := self.cache.acquire(key, keep=keep)) is None and self._warm_up.give_up():
+            self._entered.append(self._await_arrival())
         if leased is None:
             return None
         slot, outcome = leased
