@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,8 @@ all slots.
 MANY_TOKENS = 32
 """Steps of this many tokens leave holes in the heap that add up to more than all activations, unless they are returned
 (docs/experiments.md). It takes 2 to 5 ms per layer."""
+
+_ALL_FETCHED = nullcontext()
 
 
 class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
@@ -221,8 +223,8 @@ class ExpertRuntime:
         self.counter.count(layer, experts, 1, is_prefill=False)
         step = Step(self)
         try:
-            with self._on_host(layer, hidden, place) as on_host:
-                here = step.lease(sorted(place.keys() - (on_host.keys if on_host else ())))
+            with self._on_host(layer, hidden, place) if self._misses else _ALL_FETCHED as on_host:
+                here = step.lease(sorted(place.keys() - on_host.keys if on_host else place))
                 self._prefetcher.look_ahead(layer)
                 if here:
                     token.compute([place[key] for key in here], [self._tensors(key) for key in here])
@@ -241,9 +243,7 @@ class ExpertRuntime:
     @contextmanager
     def _on_host(self, layer: int, hidden: torch.Tensor, asked: Iterable[int]) -> Iterator[HostStep | None]:
         """What the processor computes of a token that has `asked` for these experts, the most preferred first."""
-        if self._misses is None:
-            yield None
-            return
+        assert self._misses is not None
         with self._misses.step(layer, hidden, [key for key in asked if self.cache.slot(key) is None]) as step:
             for key in step.keys if step else ():
                 self.cache.pass_by(key)
