@@ -42,6 +42,9 @@ class NoMaths(ExpertMaths):
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
         pass
 
+    def receive(self, places: Sequence[int], rows: torch.Tensor) -> None:
+        pass
+
     def total(self, places: Sequence[int]) -> torch.Tensor:
         return self._total
 

@@ -149,10 +149,15 @@ def use_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 class StandInCopy:
-    """A copy that ends when somebody waits for it, or after it was asked about a few times."""
+    """A copy that ends when somebody waits for it, or after it was asked about a few times, and says that the link took
+    `link_s` seconds for it.
+    """
 
-    def __init__(self, into: torch.Tensor, source: torch.Tensor, patience: int, before: StandInCopy | None) -> None:
+    def __init__(
+        self, into: torch.Tensor, source: torch.Tensor, patience: int, before: StandInCopy | None, link_s: float
+    ) -> None:
         self._into, self._source, self._patience, self._before = into, source, patience, before
+        self._link_s = link_s
         self.is_done = False
         into.fill_(255)  # NaN in every format
 
@@ -170,9 +175,15 @@ class StandInCopy:
             self._into.copy_(self._source)
             self.is_done = True
 
+    def seconds(self) -> float:
+        assert self.is_done
+        return self._link_s
+
 
 class StandIn:
-    """`Device` in tests: `size` bytes, of which `room` can be had, and copies that take up to `slowness` questions."""
+    """`Device` in tests: `size` bytes, of which `room` can be had, and copies that take up to `slowness` questions, or
+    `link_s` seconds if they are asked.
+    """
 
     name = "a stand-in"
     place = PLACE
@@ -182,6 +193,7 @@ class StandIn:
         self.size = size
         self.is_pinned = False
         self.copies = 0
+        self.link_s = 1e-3
         self.host_slots: int | None = None
         self.room = size
         self.unsupported: set[torch.dtype] = set()
@@ -222,5 +234,6 @@ class StandIn:
         assert (into.device, source.device, into.shape) == (PLACE, _CPU, source.shape)
         assert threading.current_thread() is self._thread
         self.copies += 1
-        self._last = StandInCopy(into, source, self._chance.randint(0, self._slowness), self._last)
+        patience = self._chance.randint(0, self._slowness)
+        self._last = StandInCopy(into, source, patience, self._last, self.link_s)
         return self._last

@@ -35,6 +35,19 @@ def test_a_miss_then_a_wait_then_a_hit() -> None:
     cache.check_integrity()
 
 
+def test_an_expert_that_is_used_elsewhere_is_a_miss_and_takes_no_slot() -> None:
+    cache = make_cache(2)
+    fill(cache, 0)
+    cache.pass_by(7)
+    counters = cache.counters
+    assert (counters.misses, counters.passed_by, counters.requests) == (2, 1, 2)
+    assert cache.slot(7) is None
+    assert (cache.num_free, cache.num_resident) == (1, 1)
+    with pytest.raises(AssertionError, match="expert 0 is here"):
+        cache.pass_by(0)
+    cache.check_integrity()
+
+
 def test_leased_and_loading_experts_stay() -> None:
     cache = make_cache(2)
     fill(cache, 0)

@@ -483,6 +483,7 @@ def test_run_passes_options_on(stored: CommandLine, monkeypatch: pytest.MonkeyPa
         "context": 99,
         "policy": "neighbour-use",
         "prefetch": "auto",
+        "miss": "fetch",
         "kernels": "auto",
         "threads": 3,
     }
@@ -1282,7 +1283,7 @@ def test_the_reference_is_what_the_commands_say() -> None:
     assert page == script["render"](), "docs/cli.md is stale: run scripts/generate_cli_docs.py"
 
 
-@pytest.mark.parametrize("name", ["prefetch", "kernels"])
+@pytest.mark.parametrize("name", ["prefetch", "miss", "kernels"])
 def test_the_choices_in_the_help_are_those_that_are_taken(name: str) -> None:
     nonsense: dict[str, Any] = {name: "nonsense"}
     with pytest.raises(UsageError) as caught:

@@ -13,10 +13,14 @@ import torch
 import moeinf
 from families import make_checkpoint
 from moeinf.cli.answers import describe_plan, describe_stats
+from moeinf.cli.options import EngineFlags
+from moeinf.cli.planning import show_plan
 from moeinf.device import find_device
 from moeinf.engine import Engine
 from moeinf.errors import CapacityError, MoeinfError, UnsupportedError, UsageError
+from moeinf.misses import HostStep, MissChoice, Way
 from moeinf.pull import pull
+from moeinf.stats import Stats
 from moeinf.store import Store
 from moeinf.tiers import HostTier
 from readers import FailingReader, RecordingReader, use_reader
@@ -89,6 +93,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pyt
     [
         ({"kernels": "native"}, UnsupportedError, "--kernels native compute on the processor"),
         ({"device": "cpu", "kernels": "triton"}, UnsupportedError, "--kernels triton compute on a GPU, and none is"),
+        ({"device": "cpu", "miss": "host"}, UsageError, "--miss host is about experts that a GPU lacks, and none is"),
         ({"device_memory": "2GiB"}, CapacityError, "--device-memory is 2.00 GiB, and 1.00 GiB of the GPU's memory are"),
         ({"device_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),
         ({"host_memory": "1000TB"}, CapacityError, "of host memory, which a GPU's copies keep from being swapped out"),
@@ -227,13 +232,14 @@ def test_what_fits_host_memory_is_read_once_and_crosses_the_link_once_per_step(
         assert stats.bytes.host_to_device == stats.experts.fetched * engine.manifest.layout.nbytes
 
 
+@pytest.mark.parametrize("miss", ["fetch", "host"])
 @pytest.mark.parametrize("prefetch", ["off", "gate", "eam"])
 def test_every_read_may_fail_once(
-    prefetch: str, tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+    prefetch: str, miss: str, tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers = use_reader(monkeypatch, FailingReader)
     device.host_slots = 3
-    with moeinf.load(tiny, experts="4", prefetch=prefetch) as engine:
+    with moeinf.load(tiny, experts="4", prefetch=prefetch, miss=miss) as engine:
         reader = readers[-1]
         messages: list[tuple[str, str]] = []
         for number in range(0, 400, 9):
@@ -265,6 +271,127 @@ def test_an_interrupt_in_the_maths_leaves_no_lease(tiny: str, device: StandIn, t
         del maths.expert
         check_integrity(engine)
         assert run(engine) == tokens
+
+
+def run_twice(engine: Engine) -> Stats:
+    """What an answer costs when host memory has all experts."""
+    run(engine)
+    run(engine)
+    check_integrity(engine)
+    return engine.stats()
+
+
+def test_what_the_processor_computes_crosses_no_link_and_takes_no_slot(
+    tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    with moeinf.load(tiny, experts="4", miss="host", prefetch="off") as engine, torch.inference_mode():
+        assert run(engine) == tokens
+
+        def decode() -> None:
+            for token in tokens:
+                engine.model(torch.tensor([[token]]).to(PLACE))
+
+        decode()  # host memory has all that is asked for from now on
+        cache, copies = engine.runtime.cache, device.copies
+        before = [cache.slot(expert) for expert in range(engine.manifest.num_experts)]
+        engine.runtime.reset_counters()
+        decode()
+        experts = engine.stats().experts
+        assert experts.decode_requests == experts.hits + experts.misses == 2 * 2 * len(tokens)
+        assert experts.computed_on_host == experts.misses > 0
+        assert experts.fetched == experts.evictions == engine.stats().bytes.host_to_device == 0
+        assert [cache.slot(expert) for expert in range(engine.manifest.num_experts)] == before
+        assert device.copies == copies
+        assert f", {experts.computed_on_host} computed by the processor · " in describe_stats(engine.stats())[1]
+        check_integrity(engine)
+
+
+@pytest.mark.parametrize("link_s", [0.0, 1e9])
+def test_the_faster_way_is_gone(link_s: float, tiny: str, device: StandIn) -> None:
+    """A link that takes no time, or for ever, beside a processor that takes some."""
+    device.link_s = link_s
+    with moeinf.load(tiny, experts="4", miss="auto", prefetch="off") as engine:
+        experts = run_twice(engine).experts
+        decode_misses = engine.runtime.decode.misses
+        assert experts.computed_on_host == (decode_misses if link_s else 0)
+        assert decode_misses > 0
+
+
+@pytest.mark.parametrize("miss", ["auto", "host"])
+def test_an_idle_link_brings_what_the_processor_computed(
+    miss: str, tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    """With `auto`, which here leaves all to the processor: so that the next token finds it."""
+    device.link_s = 1e9
+    with moeinf.load(tiny, experts="4", miss=miss, prefetch="off") as engine, torch.inference_mode():
+        assert run(engine) == tokens
+        for _ in range(2):
+            engine.runtime.reset_counters()
+            for token in tokens:
+                engine.model(torch.tensor([[token]]).to(PLACE))
+        experts = engine.stats().experts
+        assert experts.computed_on_host == experts.misses > 0
+        assert (experts.fetched > 2) == (experts.evictions > 2) == (miss == "auto")
+        assert experts.prefetched == 0
+        check_integrity(engine)
+
+
+def test_both_ways_are_gone_in_one_step(
+    tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MissChoice, "on_host", lambda _, count: count // 2)
+    with moeinf.load(tiny, experts="3", miss="auto", prefetch="off") as engine:
+        experts = run_twice(engine).experts
+        assert run(engine) == tokens
+        assert 0 < experts.computed_on_host < engine.runtime.decode.misses
+        assert experts.fetched + experts.computed_on_host == experts.misses
+        choice = engine.runtime._misses._choice  # type: ignore[union-attr]
+        assert choice is not None
+        assert choice._link_s == pytest.approx(dict.fromkeys((Way.LINK, Way.BOTH), device.link_s))
+        assert choice._host_s.keys() == {Way.BOTH}
+
+
+@pytest.mark.parametrize("miss", ["host", "auto"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", ["moeinf.misses.HostStep.rows", "moeinf.misses.HostStep.__init__"])
+def test_what_fails_on_the_processor_leaves_no_lease(
+    at: str, error: type[BaseException], miss: str, tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    device.link_s = 1e9
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with moeinf.load(tiny, experts="4", miss=miss) as engine:
+        assert run(engine) == tokens
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(at, fail)
+            with pytest.raises(error):
+                run(engine)
+        check_integrity(engine)
+        assert run(engine) == tokens
+
+
+@pytest.mark.parametrize("miss", ["auto", "host"])
+def test_memory_that_runs_out_for_the_processor_s_rows_costs_slots_and_not_the_answer(
+    miss: str, tiny: str, device: StandIn, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.link_s = 1e9
+    with moeinf.load(tiny, experts="6", miss=miss, prefetch="off") as engine:
+        run(engine)
+        rows, numbers = HostStep.rows, iter(range(100_000))
+
+        def short_of_memory(step: HostStep) -> torch.Tensor:
+            made = rows(step)
+            if next(numbers) == 2:
+                raise torch.OutOfMemoryError("no memory")
+            return made
+
+        monkeypatch.setattr(HostStep, "rows", short_of_memory)
+        assert run(engine) == tokens
+        assert engine.plan.slots == 3
+        assert next(numbers) > 3
+        check_integrity(engine)
 
 
 def test_a_trace_recorded_on_a_device_is_that_of_the_processor(tiny: str, device: StandIn) -> None:
@@ -306,3 +433,10 @@ def test_what_is_said_names_both_tiers(tiny: str, device: StandIn) -> None:
         )
     with moeinf.load(tiny) as engine:
         assert describe_plan(engine.plan) == "all 16 experts in GPU memory"
+
+
+@pytest.mark.parametrize("miss", ["auto", "host"])
+def test_what_the_processor_brings_is_not_foretold(miss: str, tiny: str) -> None:
+    nobody: Any = None
+    with pytest.raises(UnsupportedError, match="what --miss brings is not foretold yet"):
+        show_plan(tiny, nobody, EngineFlags(miss=miss), nobody)

@@ -5,6 +5,7 @@ on the CPU.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import moeinf
 from families import make_checkpoint
 from moeinf.forms import ExpertForm
 from moeinf.kernels import ExpertMaths, PromptMaths, Tensors
+from moeinf.misses import MissChoice
 from moeinf.pull import pull
 from moeinf.quantizing import quantize_model
 from moeinf.settings import DEFAULT_POLICY
@@ -116,14 +118,40 @@ def test_no_policy_and_no_guess_changes_the_output(
             check(tiny, expected, experts=experts, policy=policy, prefetch=prefetch)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")  # what transformers and torch say about families of theirs
+def test_nothing_depends_on_where_a_missing_expert_is_computed(
+    family: str, home: Path, tmp_path: Path, device: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every choice between the link and the processor, which here rounds as the device does."""
+    use_reader(monkeypatch, SlowReader)
+    chance = random.Random(0)
+    monkeypatch.setattr(MissChoice, "on_host", lambda _, count: chance.randint(0, count))
+    make_checkpoint(family, tmp_path, "bfloat16")
+    expected = reference(tmp_path, torch.bfloat16)
+    manifest = pull(str(tmp_path), store=Store(home), name="model").manifest
+    fewest, every = max(layer.top_k for layer in manifest.layers), manifest.num_experts
+    quarter = max(fewest, every // 4)
+    for experts, device.host_slots, prefetch in (
+        (fewest, every, "off"), (fewest, 2, "gate"), (quarter, quarter, "auto"), (every, fewest, "off"),
+    ):  # fmt: skip
+        for miss, kernels in (("host", "torch"), ("auto", "auto")):
+            stats = check("model", expected, experts=str(experts), prefetch=prefetch, miss=miss, kernels=kernels)
+            if experts == fewest and device.host_slots == every:
+                assert 0 < stats.experts.computed_on_host <= stats.experts.misses
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised_experts_give_what_they_give_on_the_processor(kind: str, tiny: str, device: StandIn) -> None:
     store = Store()
     quantize_model(store.open(tiny), kind, ExpertForm.read(kind, None), store=store)
     try:
         with moeinf.load(kind, device="cpu", kernels="torch") as engine, torch.inference_mode():
-            expected = engine.model(PROMPT).logits
-        with moeinf.load(kind, experts="2") as engine, torch.inference_mode():
-            assert torch.equal(engine.model(PROMPT.to(PLACE)).logits.cpu(), expected)
+            expected, one = engine.model(PROMPT).logits, engine.model(PROMPT[:, :1]).logits
+        for miss in ("fetch", "host"):
+            with moeinf.load(kind, experts="2", miss=miss, kernels="torch") as engine, torch.inference_mode():
+                assert torch.equal(engine.model(PROMPT.to(PLACE)).logits.cpu(), expected)
+                assert torch.equal(engine.model(PROMPT[:, :1].to(PLACE)).logits.cpu(), one)
+                assert (engine.stats().experts.computed_on_host > 0) == (miss == "host")
     finally:
         store.remove(kind)

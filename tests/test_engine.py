@@ -80,6 +80,8 @@ def test_no_expert_is_read_at_load(tiny: str) -> None:
         ({"device_memory": "1GB"}, UsageError, "--device-memory bounds a GPU's memory"),
         ({"policy": "psychic"}, UsageError, "policy 'psychic' is not known"),
         ({"prefetch": "some"}, UsageError, "--prefetch some is not known"),
+        ({"miss": "copy"}, UsageError, "--miss copy is not known"),
+        ({"miss": "auto"}, UsageError, "--miss auto is about experts that a GPU lacks, and none is used"),
         ({"kernels": "cuda"}, UsageError, "--kernels cuda is not known"),
         ({"experts": "1"}, CapacityError, "below what one layer asks for"),
         ({"host_memory": "1MB"}, CapacityError, "the budget is 977 KiB"),

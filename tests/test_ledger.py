@@ -193,6 +193,17 @@ def test_the_budget_that_is_named_would_do_for_each_tier(option: str) -> None:
     device_plan(8 * GIB, 8 * GIB, context=4096, **{option: named})  # type: ignore[arg-type]
 
 
+def test_what_the_processor_expands_for_a_gpu_is_counted() -> None:
+    weight = max(tensor.nbytes for tensor in make_manifest().layout.tensors)
+    for widening, more in ((1, 0), (2, 2 * weight)):
+        without, with_it = (
+            device_plan(8 * GIB, 8 * GIB, widening=widening, computes_on_host=each).host for each in (False, True)
+        )
+        assert without is not None
+        assert with_it is not None
+        assert with_it.workspace - without.workspace == more
+
+
 def test_weights_that_are_widened_are_counted_so() -> None:
     plain, wide = (device_plan(8 * GIB, 8 * GIB, experts="8", context=512, widening=factor) for factor in (1, 2))
     assert wide.dense == 2 * plain.dense

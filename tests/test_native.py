@@ -196,6 +196,26 @@ def test_nothing_depends_on_threads_or_on_the_order_of_arrival(kind: str) -> Non
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("weights_in", DTYPES, ids=["bfloat16 weights", "float32 weights"])
+def test_rows_of_another_place_are_as_good_as_one_s_own(
+    pool: NativePool, dtype: torch.dtype, weights_in: torch.dtype
+) -> None:
+    generator, module = torch.Generator().manual_seed(3), Experts()
+    layout = make_layout(module, 96, 40, dtype)
+    maths = NativeMaths(module, layout, pool)
+    experts = [make_expert(layout, generator) for _ in range(3)]
+    hidden = torch.randn(1, 96, generator=generator).to(dtype)
+    weights = torch.rand(1, 3, generator=generator).to(weights_in)
+    one, other = maths.token(hidden, weights), maths.token(hidden, weights)
+    one.compute([0, 2, 1], [experts[0], experts[2], experts[1]])
+    other.compute([0], [experts[0]])
+    rows = maths.rows(hidden, [experts[2], experts[1]])
+    assert (rows.dtype, rows.shape) == (dtype, (2, 96))
+    other.receive([2, 1], rows)
+    assert torch.equal(one.total([0, 1, 2]), other.total([0, 1, 2]))
+
+
 @pytest.mark.parametrize("kind", ["Inkling2Experts", "NemotronHExperts"])
 def test_sums_are_rounded_as_the_family_rounds_them(pool: NativePool, kind: str) -> None:
     module = Experts()

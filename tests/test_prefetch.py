@@ -244,6 +244,37 @@ def test_a_warm_up_gives_up_the_least_wanted_that_is_not_there() -> None:
     assert not warming.make_room()
 
 
+def test_a_warm_up_gives_nothing_up_that_somebody_waits_for() -> None:
+    bench, warming, _ = warm_up(3, [9, 3, 12], spare=0)
+    warming.keep(12)
+    assert warming.give_up() == 2
+    assert bench.reader.cancelled == [3, 9]
+
+
+def test_experts_are_added_to_a_warm_up_one_at_a_time() -> None:
+    bench, warming, fetched = warm_up(2, [9, 3], spare=0)
+    warming.add(5)
+    assert len(fetched) == 2  # these are on their way
+    for expert in (9, 3):
+        bench.cache.arrived(expert)
+        warming.ended(Arrival(expert, 8))
+    warming.add(3)
+    assert len(fetched) == 2  # it is there
+    warming.add(5)
+    warming.add(6)
+    assert [key for key, _, _ in fetched] == [9, 3, 5]
+    assert bench.cache.slot(5) is not None
+    assert bench.cache.counters.prefetched == 0
+    assert warming.give_up() == 1
+    warming.add(6)
+    assert len(fetched) == 3  # what was given up is on its way still
+    bench.cache.failed(5)
+    warming.ended(Arrival(5, 0, cancelled=True))
+    warming.add(6)
+    assert fetched[-1][0] == 6
+    bench.cache.check_integrity()
+
+
 def test_there_may_be_nothing_to_warm_up() -> None:
     bench, warming, fetched = warm_up(2, [9, 3], spare=5)
     assert (fetched, bench.cache.num_free, warming.make_room()) == ([], 2, False)

@@ -34,6 +34,12 @@ def test_a_long_answer_is_noted(tiny: str) -> None:
     assert 0 <= run.hit_rate < 1
 
 
+def test_an_answer_to_which_the_processor_helped_a_gpu_is_not(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with use_device(monkeypatch):
+        assert read_runs(answer(tiny, 20, experts="2", prefetch="off", miss="host")) == []
+        assert len(read_runs(answer(tiny, 20, experts="2", prefetch="off"))) == 1
+
+
 def test_a_short_answer_is_not(tiny: str) -> None:
     assert read_runs(answer(tiny, 16)) == []
 

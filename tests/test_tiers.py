@@ -233,6 +233,36 @@ def test_a_failed_read_is_told_and_leaves_nothing_behind(
     assert bench.holds(0, 5)
 
 
+def test_what_is_held_in_host_memory_stays_there(
+    tmp_path: Path, device: StandIn, request: pytest.FixtureRequest
+) -> None:
+    bench = make(tmp_path, device, 2, request)
+    for key in (3, 4):
+        bench.bring(key, key)
+    held = bench.tier.hold(3), bench.tier.hold(4)
+    bench.tier.fetch(7, 0, DEMAND)
+    assert bench.tier.poll() is None
+    assert bench.disk.reads == [3, 4]
+    for key, tensors in zip((3, 4), held, strict=True):
+        assert bytes(tensors["down"].flatten().view(torch.uint8).tolist()) == bench.data[key][1200:1284]
+    bench.tier.check_integrity()
+    bench.tier.let_go(4)
+    assert bench.tier.wait().key == 7
+    assert bench.tier.cache.is_resident(3)
+    assert not bench.tier.cache.is_resident(4)
+    bench.tier.let_go(3)
+    bench.tier.check_integrity()
+    with pytest.raises(AssertionError, match="expert 4 is not in host memory"):
+        bench.tier.hold(4)
+
+
+def test_what_the_link_took_is_added_up(tmp_path: Path, device: StandIn, request: pytest.FixtureRequest) -> None:
+    bench = make(tmp_path, device, EXPERTS, request)
+    for key, device.link_s in ((0, 1.0), (1, 2.0), (0, 4.0)):
+        bench.bring(key, 0)
+    assert (bench.tier.copies, bench.tier.copying_s) == (3, 7.0)
+
+
 def test_closing_waits_for_the_link_and_gives_the_memory_back(tmp_path: Path, device: StandIn) -> None:
     bench = Bench(tmp_path, device, 4)
     bench.bring(1, 1)

@@ -33,13 +33,14 @@ class Outcome(Enum):
 class CacheCounters:
     """Requests by outcome, and evictions, since the counters were made. hits + waits + misses = requests.
 
-    `prefetched` experts were fetched before they were asked for, and so many of them were then asked for
-    (`prefetch_used`) before they were evicted.
+    Of the misses, `passed_by` got no slot. `prefetched` experts were fetched before they were asked for, and so many of
+    them were then asked for (`prefetch_used`) before they were evicted.
     """
 
     hits: int = 0
     waits: int = 0
     misses: int = 0
+    passed_by: int = 0
     evictions: int = 0
     prefetched: int = 0
     prefetch_used: int = 0
@@ -126,6 +127,12 @@ class ExpertCache:
         self.counters.misses += 1
         return taken, Outcome.MISS
 
+    def pass_by(self, expert: int) -> None:
+        """The absent `expert` was asked for, and will be used where it is: a miss that gives it no slot."""
+        assert self._slot_of[expert] < 0, f"expert {expert} is here"
+        self.counters.misses += 1
+        self.counters.passed_by += 1
+
     def foresee(self, expert: int) -> int | None:
         """Give the absent `expert` a slot before anybody asks for it; None if there is none to be had.
 
@@ -137,12 +144,9 @@ class ExpertCache:
             self.counters.prefetched += 1
         return slot
 
-    def preload(self, expert: int) -> int:
-        """Give the absent `expert` one of the empty slots, of which there is one. Like `foresee`, and not counted."""
-        assert self._free
-        slot = self._admit(expert, keep=True)
-        assert slot is not None
-        return slot
+    def preload(self, expert: int) -> int | None:
+        """The same for an expert that nobody is thought to ask for soon: it is not counted."""
+        return self._admit(expert, keep=True)
 
     def hold(self, expert: int) -> None:
         """Lease an expert that is here, or on its way, so that it stays; this is no request."""

@@ -7,26 +7,30 @@ experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from .errors import UnsupportedError, UsageError
 
-__all__ = ["CudaDevice", "Device", "Event", "find_device"]
+__all__ = ["Copy", "CudaDevice", "Device", "find_device"]
 
 _cuda: Any = torch.cuda  # half of it is untyped
 _ELSEWHERE = "give --device cpu to compute on the processor"
 
 
-class Event(Protocol):
-    """A point in what a device was asked to do."""
+class Copy(Protocol):
+    """Bytes on their way to a device."""
 
     def query(self) -> bool:
-        """Whether it has come."""
+        """Whether they are there."""
 
     def synchronize(self) -> None:
-        """Return when it has come."""
+        """Return when they are there."""
+
+    def seconds(self) -> float:
+        """What that took, when they are there; what it waited for before is left out."""
 
 
 class Device(Protocol):
@@ -63,10 +67,24 @@ class Device(Protocol):
     def unpin(self, memory: torch.Tensor) -> None:
         """The memory is the system's alone again. No copy from it may be under way."""
 
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Event:
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         """Begin to copy host memory to the device, behind earlier copies and behind all that the device was asked to
-        compute so far, which may still read what is overwritten. The event comes when the bytes are there.
+        compute so far, which may still read what is overwritten.
         """
+
+
+class _CudaCopy:
+    """The events between which a stream copies."""
+
+    def __init__(self, begin: Any, end: Any) -> None:
+        self._begin = begin
+        self._end = end
+        self.query: Callable[[], bool] = end.query
+        self.synchronize: Callable[[], None] = end.synchronize
+
+    def seconds(self) -> float:
+        milliseconds: float = self._begin.elapsed_time(self._end)
+        return milliseconds / 1e3
 
 
 class CudaDevice:
@@ -104,12 +122,14 @@ class CudaDevice:
     def unpin(self, memory: torch.Tensor) -> None:
         _cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Event:
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
+        begin, end = (_cuda.Event(enable_timing=True) for _ in range(2))
         self._copies.wait_stream(_cuda.current_stream(self.place))
         with _cuda.stream(self._copies):
+            begin.record(self._copies)
             into.copy_(source, non_blocking=True)
-            event: Event = self._copies.record_event()
-        return event
+            end.record(self._copies)
+        return _CudaCopy(begin, end)
 
     def _forget_error(self) -> None:
         """CUDA tells of an error once more when it is next asked for one, whoever asks."""

@@ -6,6 +6,7 @@ and takes it apart. Knows nothing of terminals, prompts or templates.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -32,6 +34,7 @@ from .kernels import choose_device_maths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path
 from .metamodel import model_shape
+from .misses import HostMisses, MissChoice
 from .placement import Placement, make_pool, place
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
@@ -144,6 +147,7 @@ class Engine:
                 host_slots=host.slots if host else 0,
                 fetched=traffic.arrived,
                 fetched_from_host=traffic.unread if host else 0,
+                computed_on_host=decode.passed_by,
                 requests=decode.requests + prefill.requests,
                 hits=decode.hits + prefill.hits,
                 waits=decode.waits + prefill.waits,
@@ -243,6 +247,7 @@ def load(
     context: int | None = None,
     policy: str = DEFAULT_POLICY,
     prefetch: str = "auto",
+    miss: str = "fetch",
     kernels: str = "auto",
     threads: int | None = None,
 ) -> Engine:
@@ -251,7 +256,9 @@ def load(
     Raises ModelNotFoundError, IntegrityError, CapacityError (with the budget that would do), UsageError,
     UnsupportedError.
     """
-    options = EngineOptions(device, device_memory, host_memory, experts, context, policy, prefetch, kernels, threads)
+    options = EngineOptions(
+        device, device_memory, host_memory, experts, context, policy, prefetch, miss, kernels, threads
+    )
     with ExitStack() as stack:
         store = Store()
         stored = resolve(str(model), store)
@@ -276,11 +283,12 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), placement.dtype)
+    modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     if placement.device is not None:
+        on_host = copy.deepcopy(list(modules.values())) if options.computes_on_host else []
         hooks.move(model, placement.device.place)
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     identity = ModelIdentity.of(stored.name, manifest)
     traces = folder / TRACES_FOLDER
     collection_file = CollectionFile(traces / COLLECTION_FILE, identity)
@@ -291,9 +299,12 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     routing_memory = policy.memory if isinstance(policy, NeighbourUsePolicy) else None
     eam = EamPredictor(identity.layer_sizes, identity.top_k, counter, routing_memory)
     pool, fetcher, placement = _make_tiers(folder, manifest, placement, direct, stack)
-    plan = placement.plan
+    plan, misses = placement.plan, None
     if isinstance(pool, DevicePool):
         maths = choose_device_maths(modules.values(), manifest.layout, options.kernels, pool)
+        if on_host:
+            assert isinstance(fetcher, HostTier)
+            misses = _make_misses(on_host, fetcher, manifest, options, stack)
     else:
         maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
         hooks.attend(model, speed_up_dense(model, maths))
@@ -305,6 +316,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         fetcher=fetcher,
         counter=counter,
         predictors=_predictors(options.prefetch, plan.regime, eam, lambda: GatePredictor(model, modules)),
+        misses=misses,
     )
     if options.prefetch in ("auto", "eam") and len(collection):
         runtime.warm_up(_most_popular(collection, identity.layer_sizes))
@@ -346,6 +358,15 @@ def _make_tiers(
     if not tier.is_pinned:
         placement = dataclasses.replace(placement, notes=(*placement.notes, _NOT_PINNED))
     return slots, tier, placement
+
+
+def _make_misses(
+    modules: list[nn.Module], tier: HostTier, manifest: Manifest, options: EngineOptions, stack: ExitStack
+) -> HostMisses:
+    """What computes experts in host memory, by `modules` that are there, too. Nothing is in the slots yet."""
+    kernels = "torch" if options.kernels == "torch" else "auto"
+    maths = choose_maths(modules, manifest.layout, kernels, tier.pool.tensors(0), stack)
+    return HostMisses(tier, maths, MissChoice() if options.miss == "auto" else None)
 
 
 def _expert_files(folder: Path, manifest: Manifest) -> tuple[list[Path], tuple[int, int]]:

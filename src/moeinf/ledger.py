@@ -203,10 +203,11 @@ def make_device_plan(
     experts: str | None = None,
     context: int | None = None,
     widening: int = 1,
+    computes_on_host: bool = False,
 ) -> MemoryPlan:
     """Divide a GPU's memory, of which `device_bytes` are free, and host memory behind it, of which this process may
-    take `host_bytes`. Weights take `widening` times their bytes when they are computed with. The rest is as for
-    `make_plan`.
+    take `host_bytes`. Weights take `widening` times their bytes when they are computed with, on the host too if
+    `computes_on_host`. The rest is as for `make_plan`.
 
     Raises CapacityError, also for a budget above what is free, and UsageError.
     """
@@ -214,9 +215,8 @@ def make_device_plan(
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
     tokens = _context(manifest, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
-    base = _base_workspace(manifest, shape, tokens)
-    if widening > 1:
-        base += widening * max(tensor.nbytes for tensor in manifest.layout.tensors)
+    wide = widening * max(tensor.nbytes for tensor in manifest.layout.tensors) if widening > 1 else 0
+    base = _base_workspace(manifest, shape, tokens) + wide
     room = budget // _WORKSPACE_SHARE - base
     step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
     empty = MemoryPlan(
@@ -234,23 +234,26 @@ def make_device_plan(
     )
     slots = _slots(manifest, empty, experts, "--device-memory")
     most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
-    return dataclasses.replace(empty, slots=slots, host=_plan_host(manifest, host_memory, host_bytes, most))
+    workspace = _WORKSPACE_BYTES + (manifest.layout.expanded_bytes + wide if computes_on_host else 0)
+    return dataclasses.replace(empty, slots=slots, host=_plan_host(manifest, host_memory, host_bytes, most, workspace))
 
 
-def _plan_host(manifest: Manifest, host_memory: str | None, host_bytes: int, most_slots: int) -> HostPlan:
+def _plan_host(
+    manifest: Manifest, host_memory: str | None, host_bytes: int, most_slots: int, workspace: int
+) -> HostPlan:
     budget = _budget(host_memory, host_bytes)
     _check_free(budget, host_bytes, "--host-memory", "of host memory, which a GPU's copies keep from being swapped out")
     size, fewest = slot_bytes(manifest.layout), max(layer.top_k for layer in manifest.layers)
-    least = _WORKSPACE_BYTES + max(manifest.dense_bytes, fewest * size)
+    least = workspace + max(manifest.dense_bytes, fewest * size)
     if budget < least:
         raise CapacityError(
-            f"the model needs {format_bytes(least)} of host memory: {format_bytes(_WORKSPACE_BYTES)} of workspace, and"
+            f"the model needs {format_bytes(least)} of host memory: {format_bytes(workspace)} of workspace, and"
             f" its dense weights while they are loaded, or {fewest} experts; the budget is"
             f" {format_bytes(max(budget, 0))}",
             hint=f"give it --host-memory {-(-least // MIB)}MiB or more",
         )
     most = max(fewest, min(most_slots, manifest.num_experts))
-    return HostPlan(budget, _WORKSPACE_BYTES, min(most, (budget - _WORKSPACE_BYTES) // size), size)
+    return HostPlan(budget, workspace, min(most, (budget - workspace) // size), size)
 
 
 def _budget(asked: str | None, free_bytes: int) -> int:

@@ -89,6 +89,7 @@ def plan_device_memory(
         experts=options.experts,
         context=options.context,
         widening=widening,
+        computes_on_host=options.computes_on_host,
     )
 
 

@@ -54,6 +54,10 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Plac
             notes = (f"{device.name} is not used: {error}",)
     elif options.device_memory is not None:
         raise UsageError("--device-memory bounds a GPU's memory, and none is used", hint="bound --host-memory instead")
+    if options.computes_on_host:
+        raise UsageError(
+            f"--miss {options.miss} is about experts that a GPU lacks, and none is used", hint="leave --miss out"
+        )
     if options.kernels == "triton":
         raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
     plan = memory.plan_memory(manifest, shape, options)

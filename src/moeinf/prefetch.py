@@ -158,7 +158,8 @@ class Prefetcher:
 
 
 class WarmUp:
-    """Fills empty slots with experts that nobody has asked for yet, while nothing else is read.
+    """Fills empty slots with experts that nobody has asked for yet, while nothing else is read. Later it brings others
+    in the same way, one at a time.
 
     Args:
         experts: what to fetch, the most wanted first.
@@ -174,9 +175,22 @@ class WarmUp:
         for expert in experts:
             if cache.num_free <= spare:
                 break
-            slot = cache.preload(expert)
+            self._preload(expert)
+
+    def add(self, expert: int) -> None:
+        """Bring `expert`, too, in the place of another, unless it is there or something else is on its way."""
+        if not self._unread and not self._leaving and self._cache.slot(expert) is None:
+            self._preload(expert)
+
+    def _preload(self, expert: int) -> None:
+        slot = self._cache.preload(expert)
+        if slot is not None:
             self._unread[expert] = None
-            fetcher.fetch(expert, slot, Urgency.WARM_UP)
+            self._fetcher.fetch(expert, slot, Urgency.WARM_UP)
+
+    def keep(self, expert: int) -> None:
+        """Somebody waits for this expert now: it is given up no more."""
+        self._unread.pop(expert, None)
 
     def make_room(self) -> bool:
         """Somebody needs a slot: if none is empty, the least wanted expert that is not there yet gives its own up.

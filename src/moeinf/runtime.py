@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from .collection import RequestCounter
 from .kernels import ExpertMaths
 from .manifest import Manifest
 from .memory import return_free_memory
+from .misses import HostMisses, HostStep
 from .predictors import NoPredictor, Predictor
 from .prefetch import PrefetchCounters, Prefetcher, WarmUp
 from .recorder import Recorder
@@ -37,6 +39,8 @@ all slots.
 MANY_TOKENS = 32
 """Steps of this many tokens leave holes in the heap that add up to more than all activations, unless they are returned
 (docs/experiments.md). It takes 2 to 5 ms per layer."""
+
+_ALL_FETCHED = nullcontext()
 
 
 class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
@@ -66,6 +70,7 @@ class ExpertRuntime:
         counter: counts what each request asks for.
         predictors: name the experts to prefetch while decoding; of several, the one that pays best is found by trying,
             and the first of them names none.
+        misses: has some experts computed where they are, in place of bringing them; None brings all of them.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class ExpertRuntime:
         fetcher: Fetcher,
         counter: RequestCounter,
         predictors: Mapping[str, Predictor] | None = None,
+        misses: HostMisses | None = None,
     ) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
@@ -91,6 +97,7 @@ class ExpertRuntime:
         self._pool = pool
         self._fetcher = fetcher
         self._maths = maths
+        self._misses = misses
         self._layers = manifest.layers
         self._sizes = [layer.num_experts for layer in manifest.layers]
         self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
@@ -140,7 +147,10 @@ class ExpertRuntime:
     @property
     def kernels(self) -> str:
         """What computes the experts of a token."""
-        return "; ".join(dict.fromkeys(maths.computed_by for maths in self._maths))
+        found = dict.fromkeys(maths.computed_by for maths in self._maths)
+        if self._misses is not None:
+            found |= dict.fromkeys(f"{name}, on the processor" for name in self._misses.kernels)
+        return "; ".join(found)
 
     @property
     def lendable_slots(self) -> int:
@@ -213,12 +223,15 @@ class ExpertRuntime:
         self.counter.count(layer, experts, 1, is_prefill=False)
         step = Step(self)
         try:
-            here = step.lease(sorted(place))
-            self._prefetcher.look_ahead(layer)
-            if here:
-                token.compute([place[key] for key in here], [self._tensors(key) for key in here])
-            for key in step.arriving():
-                token.compute([place[key]], [self._tensors(key)])
+            with self._on_host(layer, hidden, place) if self._misses else _ALL_FETCHED as on_host:
+                here = step.lease(sorted(place.keys() - on_host.keys if on_host else place))
+                self._prefetcher.look_ahead(layer)
+                if here:
+                    token.compute([place[key] for key in here], [self._tensors(key) for key in here])
+                if on_host:
+                    token.receive([place[key] for key in on_host.keys], on_host.rows())
+                for key in step.arriving():
+                    token.compute([place[key]], [self._tensors(key)])
         except BaseException:
             self._prefetcher.settle(())
             raise
@@ -226,6 +239,17 @@ class ExpertRuntime:
             step.end()
         self._prefetcher.has_run(layer, self.traffic.stall_s - stalled_s)
         return token.total([place[key] for key in sorted(place)])
+
+    @contextmanager
+    def _on_host(self, layer: int, hidden: torch.Tensor, asked: Iterable[int]) -> Iterator[HostStep | None]:
+        """What the processor computes of a token that has `asked` for these experts, the most preferred first."""
+        assert self._misses is not None
+        with self._misses.step(layer, hidden, [key for key in asked if self.cache.slot(key) is None]) as step:
+            for key in step.keys if step else ():
+                self.cache.pass_by(key)
+            yield step
+            if step is not None and step.behind is not None:
+                self._warm_up.add(step.behind)
 
     def _forward_tokens(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor
@@ -269,13 +293,15 @@ class ExpertRuntime:
             self._entered += self._enter_arrivals()
         while self._warm_up.is_leaving(key):
             self._entered.append(self._await_arrival())
-        leased = self.cache.acquire(key, keep=keep)
+        while (leased := self.cache.acquire(key, keep=keep)) is None and self._warm_up.give_up():
+            self._entered.append(self._await_arrival())
         if leased is None:
             return None
         slot, outcome = leased
         if outcome is Outcome.MISS:
             self._fetcher.fetch(key, slot, Urgency.DEMAND)
         elif outcome is Outcome.WAIT:
+            self._warm_up.keep(key)
             self._fetcher.promote(key)
         return outcome
 

@@ -28,7 +28,11 @@ native threads and from other programs; so often they look is enough. torch (thr
 of tokens; so many are kept without a loss in speed.
 """
 
-_CHOICES = {"prefetch": ("auto", "eam", "gate", "off"), "kernels": ("auto", "native", "torch", "triton")}
+_CHOICES = {
+    "prefetch": ("auto", "eam", "gate", "off"),
+    "miss": ("auto", "fetch", "host"),
+    "kernels": ("auto", "native", "torch", "triton"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class EngineOptions:
     context: int | None = None
     policy: str = DEFAULT_POLICY
     prefetch: str = "auto"
+    miss: str = "fetch"
     kernels: str = "auto"
     threads: int | None = None
 
@@ -58,6 +63,11 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be 1 or more, not {value}")
+
+    @property
+    def computes_on_host(self) -> bool:
+        """Whether the processor may compute experts that a GPU lacks."""
+        return self.miss != "fetch"
 
 
 def home_path(environ: Mapping[str, str] = os.environ) -> Path:

@@ -17,13 +17,15 @@ class ExpertStats:
 
     hits + waits + misses = requests, over prefill and decode; `hit_rate` and the `decode_` counts are of decode alone.
     `slots` are those that the maths reads. Behind a GPU host memory has `host_slots`, in which `fetched_from_host` of
-    the experts that were `fetched` for the GPU, asked for or foreseen, were found.
+    the experts that were `fetched` for the GPU, asked for or foreseen, were found; of the misses, `computed_on_host`
+    were not fetched, but computed there by the processor.
     """
 
     slots: int = 0
     host_slots: int = 0
     fetched: int = 0
     fetched_from_host: int = 0
+    computed_on_host: int = 0
     requests: int = 0
     hits: int = 0
     waits: int = 0

@@ -60,8 +60,8 @@ class Step:
         """
         here = [key for key in keys if self._mover.cache.is_resident(key) and self._try(key, keep=True)]
         for key in keys:
-            if key not in self._leased:
-                self._try(key, keep=True)
+            if key not in self._leased and self._try(key, keep=True) and key not in self._awaited:
+                here.append(key)  # it was on its way, and is here now
         assert len(here) + len(self._awaited) == len(self._leased) == len(keys)
         return here
 

@@ -92,7 +92,7 @@ class Job:
 class Counts:
     """What moeinf counted, while decoding where nothing else is said, of all requests together.
 
-    `missed_bytes` were asked for and had to come from the disk, foreseen or not; `read_bytes` were read, in vain too;
+    `missed_bytes` were asked for and had to be brought, foreseen or not; `read_bytes` were read, in vain too;
     `prefill_read_bytes` for prompts. `token_bytes`: the dense weights that a token reads.
     """
 

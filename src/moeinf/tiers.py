@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache import ExpertCache, Outcome
-from .device import Device, Event
+from .device import Copy, Device
 from .dtypes import TORCH_DTYPES
 from .ledger import slot_bytes
 from .manifest import ExpertLayout
@@ -89,7 +89,7 @@ class HostTier:
     A fetch waits for a slot of host memory, is read from disk if it is not there yet, waits for the link, and is
     copied. What somebody waits for goes first everywhere, and what nobody waits for takes half of the slots at most.
     Everything is moved on when it is called, by one thread, the model's. `is_pinned`: whether copies go as fast as they
-    can.
+    can. `copies` have ended so far, which took the link `copying_s` seconds. Others may hold what is in host memory.
 
     Args:
         cache: the books of host memory, at least 2 slots; nobody else uses it.
@@ -101,17 +101,19 @@ class HostTier:
 
     def __init__(self, cache: ExpertCache, pool: SlotPool, disk: Fetcher, device: Device, slots: DevicePool) -> None:
         self.cache = cache
-        self._pool = pool
+        self.pool = pool
         self._disk = disk
         self._device = device
         self._slots = slots
         self.is_pinned = device.pin(pool.bytes)
+        self.copies, self.copying_s = 0, 0.0
         self._waiting: list[dict[int, _Fetch]] = [{} for _ in Urgency]
         """For a slot of host memory, by urgency."""
         self._reading: dict[int, _Fetch] = {}
         self._here: list[dict[int, _Fetch]] = [{} for _ in Urgency]
         """In host memory, leased, for the link, by urgency."""
-        self._copying: deque[tuple[_Fetch, Event]] = deque()
+        self._copying: deque[tuple[_Fetch, Copy]] = deque()
+        self._held: list[int] = []
         self._ended: deque[Arrival] = deque()
 
     def fetch(self, key: int, slot: int, urgency: Urgency) -> None:
@@ -140,6 +142,22 @@ class HostTier:
             self.cache.release(key)
             self._ended.append(Arrival(key, fetch.read_bytes, cancelled=True))
 
+    def hold(self, key: int) -> SlotTensors:
+        """Lease an expert that is in host memory, for somebody who reads it there until `let_go`. Until then nobody may
+        wait for fetches, which may wait for its slot.
+        """
+        leased = self.cache.acquire(key)
+        assert leased is not None
+        slot, outcome = leased
+        assert outcome is Outcome.HIT, f"expert {key} is not in host memory"
+        self._held.append(key)
+        return self.pool.tensors(slot)
+
+    def let_go(self, key: int) -> None:
+        """End such a lease."""
+        self._held.remove(key)
+        self.cache.release(key)
+
     def poll(self) -> Arrival | None:
         self._move_on()
         if self._ended:
@@ -158,10 +176,10 @@ class HostTier:
 
     def close(self) -> None:
         self._disk.close()
-        for _, event in self._copying:
-            event.synchronize()
+        for _, copy in self._copying:
+            copy.synchronize()
         if self.is_pinned:
-            self._device.unpin(self._pool.bytes)
+            self._device.unpin(self.pool.bytes)
             self.is_pinned = False
 
     def check_integrity(self) -> None:
@@ -172,7 +190,7 @@ class HostTier:
         assert len(set(leased)) == len(leased), "an expert is under way twice"
         slots = {self.cache.slot(key) for key in leased}
         assert None not in slots, "an expert is under way from no slot"
-        assert sum(self.cache._leases) == len(leased), "a lease was left behind"
+        assert sum(self.cache._leases) == len(leased) + len(self._held), "a lease was left behind"
 
     def _move_on(self) -> None:
         """Do what can be done now, without waiting for anything."""
@@ -197,10 +215,10 @@ class HostTier:
     def _has_room_for_guesses(self) -> bool:
         return len(self._reading) + sum(map(len, self._here)) < self.cache.num_slots // 2
 
-    def _copy(self, fetch: _Fetch) -> Event:
+    def _copy(self, fetch: _Fetch) -> Copy:
         slot, into = self.cache.slot(fetch.key), self._slots.memory(fetch.slot)
         assert slot is not None
-        return self._device.copy(into, self._pool.bytes[slot, : len(into)])
+        return self._device.copy(into, self.pool.bytes[slot, : len(into)])
 
     def _read(self, arrival: Arrival) -> None:
         """A read has ended."""
@@ -219,7 +237,9 @@ class HostTier:
 
     def _copied(self) -> Arrival:
         """The oldest copy has ended."""
-        fetch, _ = self._copying.popleft()
+        fetch, copy = self._copying.popleft()
+        self.copies += 1
+        self.copying_s += copy.seconds()
         self.cache.release(fetch.key)
         return Arrival(fetch.key, fetch.read_bytes)
 

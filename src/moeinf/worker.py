@@ -184,7 +184,7 @@ class _Moeinf:
             "requests": decode.requests,
             "hits": decode.hits,
             "waits": decode.waits,
-            "missed_bytes": (decode.misses + decode.prefetch_used) * size,
+            "missed_bytes": (decode.misses - decode.passed_by + decode.prefetch_used) * size,
             "read_bytes": traffic.disk_bytes - read_bytes,
             "prefill_read_bytes": read_bytes,
             "stall_s": traffic.stall_s - stall_s,

@@ -132,11 +132,14 @@ def describe_stats(stats: Stats) -> list[str]:
 
 
 def _describe_host(experts: ExpertStats) -> str:
-    """How often host memory had what a GPU lacked."""
-    if not experts.fetched or not experts.host_slots:
+    """How often host memory had what a GPU lacked, and how often that was computed there."""
+    if not experts.host_slots:
         return ""
+    computed = f", {experts.computed_on_host:,} computed by the processor" if experts.computed_on_host else ""
+    if not experts.fetched:
+        return computed
     share = experts.fetched_from_host / experts.fetched
-    return f", {share:.1%} of {experts.fetched:,} in {experts.host_slots:,} host slots"
+    return f", {share:.1%} of {experts.fetched:,} in {experts.host_slots:,} host slots{computed}"
 
 
 def _describe_quantization(stats: Stats) -> list[str]:

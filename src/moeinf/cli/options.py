@@ -118,6 +118,10 @@ class EngineFlags:
         str | None,
         typer.Option(metavar="auto|eam|gate|off", help="What foresees the experts that are fetched early."),
     ] = None
+    miss: Annotated[
+        str | None,
+        typer.Option(metavar="auto|fetch|host", help="What is done about experts in host memory that a GPU lacks."),
+    ] = None
     kernels: Annotated[
         str | None, typer.Option(metavar="auto|native|torch|triton", help="What computes the experts.")
     ] = None

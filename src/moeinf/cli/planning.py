@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
-from moeinf.errors import CapacityError
+from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.forecast import Forecast, Situation
 from moeinf.gpu_forecast import GpuSituation, on_gpu
 from moeinf.ledger import MemoryPlan, can_cache_files
@@ -34,6 +34,8 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
     Raises CapacityError, after all is said, when it cannot; and what `find_subject` raises.
     """
     options = flags.resolve()
+    if options.computes_on_host:
+        raise UnsupportedError("what --miss brings is not foretold yet", hint="leave --miss out")
     with output.busy(f"looking at {model}"):
         from moeinf import evidence, memory
         from moeinf.placement import place

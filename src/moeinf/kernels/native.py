@@ -249,6 +249,14 @@ class NativeMaths(ExpandingMaths):
         dtype = torch.promote_types(hidden.dtype, weights.dtype)
         return torch.cat([row.rows for row in rows]).to(dtype)
 
+    def rows(self, hidden: torch.Tensor, experts: Sequence[Tensors]) -> torch.Tensor:
+        ones = torch.ones(1, len(experts), dtype=hidden.dtype)
+        if not self._computes(hidden, ones):
+            return super().rows(hidden, experts)
+        token = _NativeToken(self, hidden, ones)
+        token.compute(range(len(experts)), experts)
+        return token.rows.to(hidden.dtype)
+
     def add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
         is_native = len(rows) <= self.most_rows and rows.dtype in _DTYPES and self.pool.handle is not None
         if not is_native or self._add(total, tokens.contiguous(), rows.contiguous()):
@@ -405,6 +413,10 @@ class _NativeToken:
         )
         if failed:
             raise MemoryError("no memory for what lies between an expert's projections")
+
+    def receive(self, places: Sequence[int], rows: torch.Tensor) -> None:
+        dtype = torch.bfloat16 if self._row_dtype == _DTYPES[torch.bfloat16] else torch.float32
+        self.rows[list(places)] = (rows * self._weights[0, list(places), None]).to(dtype).float()
 
     def total(self, places: Sequence[int]) -> torch.Tensor:
         output = torch.empty_like(self._hidden)

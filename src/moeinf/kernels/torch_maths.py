@@ -42,6 +42,9 @@ class TokenMaths(Protocol):
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
         """Compute `experts`, the tensors of slots, which have these places among the token's choices."""
 
+    def receive(self, places: Sequence[int], rows: torch.Tensor) -> None:
+        """Take the rows [n, H] of experts that were computed elsewhere, not yet weighted: `ExpertMaths.rows`."""
+
     def total(self, places: Sequence[int]) -> torch.Tensor:
         """The rows of the experts computed, added up in the order of `places`: [1, H]."""
 
@@ -92,11 +95,11 @@ class ExpertMaths:
         """One expert's weighted rows [n, H] for `hidden` [n, H] and routing `weights` [n, 1]; `tensors` are its
         slot's.
         """
-        inner = self._activate(self._project(hidden, tensors, self._up))
-        outer = self._project(inner, tensors, "down_proj")
-        if self._norm is not None:
-            outer = self._norm(outer)
-        return outer * weights
+        return self._row(hidden, tensors) * weights
+
+    def rows(self, hidden: torch.Tensor, experts: Sequence[Tensors]) -> torch.Tensor:
+        """The rows of experts [n, H], not yet weighted, for one token's `hidden` [1, H]."""
+        return torch.cat([self._row(hidden, tensors) for tensors in experts])
 
     def zeros(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the rows are added to, shaped like `hidden`, in the dtype that this family adds up in."""
@@ -111,6 +114,11 @@ class ExpertMaths:
         if self._kind in _SUMS_IN_FLOAT32:
             return torch.float32
         return weights if self._kind in _SUMS_IN_WEIGHTS_DTYPE else hidden
+
+    def _row(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        inner = self._activate(self._project(hidden, tensors, self._up))
+        outer = self._project(inner, tensors, "down_proj")
+        return outer if self._norm is None else self._norm(outer)
 
     def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         weight, bias = tensors[name], tensors.get(f"{name}_bias")
@@ -140,6 +148,10 @@ class _TorchToken:
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
         for place, tensors in zip(places, experts, strict=True):
             self._rows[place] = self._maths.expert(self._hidden, tensors, self._weights[:, place : place + 1])
+
+    def receive(self, places: Sequence[int], rows: torch.Tensor) -> None:
+        for place, row in zip(places, torch.split(rows, 1), strict=True):
+            self._rows[place] = row * self._weights[:, place : place + 1]
 
     def total(self, places: Sequence[int]) -> torch.Tensor:
         total = self._maths.zeros(self._hidden, self._weights)

@@ -227,7 +227,6 @@ class TritonMaths(ExpertMaths):
         return [tensors["down_proj"].storage_offset() // stride for tensors in experts]
 
     def rows(self, hidden: torch.Tensor, experts: Sequence[Tensors]) -> torch.Tensor:
-        """The rows of experts [n, H], not yet weighted, for one token's `hidden` [1, H]."""
         slots = torch.tensor(self.slots_of(experts), dtype=torch.int32).to(hidden.device, non_blocking=True)
         outer = self._linear(self._activate(self._linear(hidden, self._up, slots)), "down_proj", slots)
         return outer if self._norm is None else self._norm(outer)
@@ -269,7 +268,10 @@ class _TritonToken:
         self._rows: dict[int, torch.Tensor] = {}
 
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:
-        self._rows.update(zip(places, self._maths.rows(self._hidden, experts), strict=True))
+        self.receive(places, self._maths.rows(self._hidden, experts))
+
+    def receive(self, places: Sequence[int], rows: torch.Tensor) -> None:
+        self._rows.update(zip(places, rows, strict=True))
 
     def total(self, places: Sequence[int]) -> torch.Tensor:
         weighted = torch.stack([self._rows[place] for place in places]) * self._weights[0, list(places), None]

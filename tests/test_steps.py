@@ -1,0 +1,48 @@
+"""The order of leasing and waiting, where what is on its way arrives at a bad moment."""
+
+from __future__ import annotations
+
+from moeinf.cache import ExpertCache, Outcome
+from moeinf.policies.plain import LruPolicy
+from moeinf.steps import Arrival, Step
+
+
+class Mover:
+    """Brings experts when somebody waits for them; those in `hasty` arrive while another one is leased."""
+
+    def __init__(self, slots: int, hasty: set[int]) -> None:
+        self.cache = ExpertCache(10, slots, LruPolicy(()))
+        self._coming: list[int] = []
+        self._hasty = hasty
+
+    def foresee(self, key: int) -> None:
+        assert self.cache.foresee(key) is not None
+        self._coming.append(key)
+
+    def lease(self, key: int, *, keep: bool) -> Outcome | None:
+        for other in [each for each in self._coming if each in self._hasty]:
+            self._coming.remove(other)
+            self.cache.arrived(other)
+        leased = self.cache.acquire(key, keep=keep)
+        if leased is None:
+            return None
+        if leased[1] is Outcome.MISS:
+            self._coming.append(key)
+        return leased[1]
+
+    def wait(self) -> Arrival:
+        key = self._coming.pop(0)
+        self.cache.arrived(key)
+        return Arrival(key, 0)
+
+
+def test_what_arrives_while_others_are_leased_is_here() -> None:
+    mover = Mover(4, hasty={5})
+    for key in (5, 6):
+        mover.foresee(key)
+    step = Step(mover)
+    assert step.lease([1, 5, 6]) == [5]
+    assert list(step.arriving()) == [6, 1]
+    step.end()
+    assert not any(mover.cache._leases)
+    mover.cache.check_integrity()
