@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moeinf
-from families import make_checkpoint
+from families import make_checkpoint, make_config
 from moeinf.errors import IntegrityError, MoeinfError, UnpackableError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
 from moeinf.fused import write_fused
@@ -29,6 +29,7 @@ from moeinf.manifest import (
     lossless_shapes,
     uppers_name,
 )
+from moeinf.metamodel import model_shape
 from moeinf.panels import lossless_layout
 from moeinf.pull import plan_pull, pull
 from moeinf.quantized import dequantize, fill_randomly
@@ -215,6 +216,9 @@ def test_what_a_pull_will_take_is_known_before(store: Store, tmp_path: Path) -> 
     assert model.name.endswith("-lossless")
     assert plan.store_bytes == there.num_experts * there.layout.file_bytes + there.dense_bytes
     assert there.layout.plain_bytes == there.layout.unpacked.nbytes > there.layout.nbytes
+    plain = pull(str(tmp_path), store=store, name="plain", dtype="bfloat16")
+    config = make_config("qwen3_moe")
+    assert model_shape(config, there) == model_shape(config, plain.manifest)
 
 
 def spoil(folder: Path) -> None:

@@ -215,7 +215,7 @@ def make_device_plan(
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
     tokens = _context(manifest, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
-    wide = widening * max(tensor.nbytes for tensor in manifest.layout.tensors) if widening > 1 else 0
+    wide = widening * max(tensor.nbytes for tensor in manifest.layout.unpacked.tensors) if widening > 1 else 0
     base = _base_workspace(manifest, shape, tokens) + wide
     room = budget // _WORKSPACE_SHARE - base
     step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)

@@ -158,7 +158,7 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
     """What the memory ledger and forecasts want to know of a model beside its manifest."""
     text = config.get_text_config(decoder=True)
     holds_scores = not causal_lm_class(config)._supports_sdpa
-    widest = max(max(tensor.shape) for tensor in manifest.layout.tensors)
+    widest = max(max(tensor.shape) for tensor in manifest.layout.unpacked.tensors)
     table_bytes = text.vocab_size * text.hidden_size * MATHS_DTYPES[manifest.dtype].itemsize
     return ModelShape(
         hidden=text.hidden_size,
