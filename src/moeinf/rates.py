@@ -10,14 +10,15 @@ import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
 from .engine import READERS
-from .manifest import expert_path
+from .manifest import EXPERT_ALIGNMENT, expert_path
 from .store import StoredModel
 from .timing import measure_memory, open_pool
-from .transfer import Reader, SlotPool, can_read_direct
+from .transfer import Reader, allocate_buffer, can_read_direct
 from .units import MIB
 
 __all__ = ["Rates", "disk_rate", "measure_rates", "memory_rate"]
@@ -25,6 +26,7 @@ __all__ = ["Rates", "disk_rate", "measure_rates", "memory_rate"]
 _DISK_S = 1.0
 _MEMORY_S = 0.3
 _MEMORY_BYTES = 256 * MIB
+_MOST_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +47,40 @@ def measure_rates(stored: StoredModel, threads: int | None, *, with_disk: bool) 
 
 
 def disk_rate(stored: StoredModel, seconds: float | None = None) -> float:
-    """Bytes per second of reads of whole experts in random order, as many in flight as the engine has, in one request
-    each; past the page cache where the file system lets them.
+    """Bytes per second of reads of whole experts, or of as much of a large one as shows the same rate, in random order,
+    as many in flight as the engine has, in one request each; past the page cache where the file system lets them.
     """
     layout, layers = stored.manifest.layout, stored.manifest.layers
     paths = [stored.path / expert_path(layer, e) for layer, its in enumerate(layers) for e in range(its.num_experts)]
     random.Random(time.time_ns()).shuffle(paths)
-    pool = SlotPool(layout, READERS)
-    reader = Reader(threads=READERS, direct=can_read_direct(paths[0]), piece_bytes=layout.file_bytes)
+    size = min(layout.nbytes, _MOST_BYTES)
+    room = -(-size // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
+    memory = memoryview(allocate_buffer(READERS * room))
+    reader = Reader(threads=READERS, direct=can_read_direct(paths[0]), piece_bytes=size)
+    todo = cycle(paths)
+
+    def ask(slot: int) -> None:
+        reader.fetch(slot, next(todo), layout.data_offset, layout.data_offset + size, memory[slot * room :][:room])
+
+    def wait() -> int:
+        arrival = reader.wait()
+        if arrival.error is not None:
+            raise arrival.error
+        return arrival.key
+
     try:
-        begin, done = time.perf_counter(), 0
         for slot in range(READERS):
-            reader.fetch(slot, paths[slot % len(paths)], layout.data_offset, layout.file_bytes, pool.memory(slot))
-        while time.perf_counter() - begin < (seconds or _DISK_S):
-            arrival = reader.wait()
-            if arrival.error is not None:
-                raise arrival.error
+            ask(slot)
+        for slot in [wait() for _ in range(READERS)]:  # the system has now found the memory, which may take long
+            ask(slot)
+        begin, asked, done = time.perf_counter(), READERS, 0
+        while done < asked:
+            slot = wait()
             done += 1
-            path = paths[(done + READERS) % len(paths)]
-            reader.fetch(arrival.key, path, layout.data_offset, layout.file_bytes, pool.memory(arrival.key))
-        return done * layout.nbytes / (time.perf_counter() - begin)
+            if time.perf_counter() - begin < (seconds or _DISK_S):
+                ask(slot)
+                asked += 1
+        return done * size / (time.perf_counter() - begin)
     finally:
         reader.close()
 
