@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import UnsupportedError
+from .errors import CapacityError, UnsupportedError
 from .forecast import Bound, Correction, Forecast, PastRun, Situation, correction, foretell
 from .gpu_forecast import GpuSituation
 from .ledger import MemoryPlan, make_plan
@@ -180,7 +180,7 @@ def _advise(situation: Situation, plan: MemoryPlan, now: Forecast) -> tuple[Advi
         linked = dataclasses.replace(situation, gpu=_with_fast_link(situation.gpu))
         ideas += [("a link to the GPU twice as fast", foretell(linked, plan).times(now.factor))]
     else:
-        with suppress(UnsupportedError):
+        with suppress(UnsupportedError, CapacityError):  # unpacked for a long prompt, a weight takes room
             ideas += [(_PACKED, _packed(situation, plan, now.factor))]
     gains = [Advice(what, then.tokens_per_s) for what, then in ideas if then.tpot_s * _WORTH_IT < now.tpot_s]
     return tuple(sorted(gains, key=lambda advice: -advice.tokens_per_s))
@@ -201,11 +201,11 @@ def _more_memory(situation: Situation, plan: MemoryPlan, factor: float) -> Itera
 
 
 def _packed(situation: Situation, plan: MemoryPlan, factor: float) -> Forecast:
-    """The same memory with experts that were packed without loss. Raises UnsupportedError for those that cannot be."""
+    """The same memory with experts packed without loss. Raises UnsupportedError where they cannot be."""
     manifest = dataclasses.replace(situation.manifest, layout=lossless_layout(situation.manifest.layout))
     budget, shape = plan.total, situation.shape
     then = make_plan(manifest, shape, available_bytes=budget, host_memory=str(budget), context=plan.context)
-    return _alone(dataclasses.replace(situation, manifest=manifest), then, factor)
+    return foretell(dataclasses.replace(situation, manifest=manifest), then).times(factor)
 
 
 def _with_fast_disk(machine: Machine) -> Machine:
