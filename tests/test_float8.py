@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import moeinf
 from families import make_checkpoint
 from moeinf.checkpoint import Checkpoint
 from moeinf.conversion import plan_conversion
@@ -24,10 +23,9 @@ from moeinf.pull import plan_pull, preview, pull
 from moeinf.quantized import Packer, dequantize
 from moeinf.store import Store, StoredModel
 from moeinf.tensorfile import TensorFile
+from outputs import NEW_TOKENS, PROMPT, outputs
 from packing import FLOAT8_CONFIG, edit, edit_config, pack_float8
 
-PROMPT = torch.randint(5, 100, (1, 21), generator=torch.Generator().manual_seed(1))
-NEW_TOKENS = 24
 RELEASED = "fp8 experts (as released)"
 FAMILIES: dict[str, dict[str, int]] = {
     "deepseek_v3": {"hidden_size": 256, "moe_intermediate_size": 384},  # whole blocks
@@ -53,17 +51,6 @@ def store(home: Path) -> Store:
     return Store(home)
 
 
-def outputs(name: str, experts: str, kernels: str) -> tuple[torch.Tensor, list[int]]:
-    """Logits and greedy tokens of a model in the store."""
-    with moeinf.load(name, experts=experts, kernels=kernels) as engine, torch.inference_mode():
-        logits = engine.model(PROMPT).logits
-        engine.generation_config.eos_token_id = None
-        sampling = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)
-        tokens = list(engine.session().generate(PROMPT[0].tolist(), sampling).tokens)
-        engine.runtime.cache.check_integrity()
-        return logits, tokens
-
-
 @pytest.mark.filterwarnings("ignore")  # transformers says that it expands
 def test_logits_and_tokens_are_those_of_transformers(checkpoint: Path, store: Store) -> None:
     pytest.importorskip("accelerate", reason="transformers loads float8 with it only")
@@ -77,7 +64,7 @@ def test_logits_and_tokens_are_those_of_transformers(checkpoint: Path, store: St
     stored = pull(str(checkpoint), store=store, name="model")
     assert stored.manifest.precision == RELEASED
     for experts, kernels in (("4", "torch"), ("25%", "auto"), ("50%", "torch"), ("100%", "auto")):
-        found = outputs("model", experts, kernels)
+        found = outputs("model", experts=experts, kernels=kernels)
         assert torch.equal(found[0], logits), (experts, kernels)
         assert found[1] == tokens, (experts, kernels)
 
@@ -86,9 +73,9 @@ def test_logits_and_tokens_are_those_of_transformers(checkpoint: Path, store: St
 def test_float32_is_computed_with_any_cache(checkpoint: Path, store: Store) -> None:
     """transformers itself cannot: it leaves such a model's norms in bfloat16."""
     pull(str(checkpoint), store=store, name="model", dtype="float32")
-    wanted = outputs("model", "100%", "torch")
+    wanted = outputs("model", experts="100%", kernels="torch")
     for experts, kernels in (("4", "auto"), ("25%", "torch")):
-        found = outputs("model", experts, kernels)
+        found = outputs("model", experts=experts, kernels=kernels)
         assert torch.equal(found[0], wanted[0])
         assert found[1] == wanted[1]
 
@@ -101,7 +88,7 @@ def test_what_is_computed_is_what_the_expanded_store_computes(experts: str, chec
     pull(str(checkpoint), store=store, name="plain", experts="bf16")
     can_be_native = checkpoint.name == "deepseek_v3"
     for kernels in ("torch", "auto", "native") if can_be_native else ("torch", "auto"):
-        found, wanted = (outputs(name, experts, kernels) for name in ("packed", "plain"))
+        found, wanted = (outputs(name, experts=experts, kernels=kernels) for name in ("packed", "plain"))
         assert torch.equal(found[0], wanted[0]), kernels
         assert found[1] == wanted[1], kernels
 

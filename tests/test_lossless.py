@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import moeinf
 from families import make_checkpoint, make_config
 from moeinf import lossless
 from moeinf.errors import IntegrityError, MoeinfError, UnpackableError, UnsupportedError, UsageError
@@ -37,12 +35,12 @@ from moeinf.quantized import dequantize, fill_randomly
 from moeinf.quantizing import quantize_model
 from moeinf.shared_library import load_library
 from moeinf.store import Store, StoredModel
+from outputs import outputs
 from packing import edit
 from standin import use_device
 from test_native import KINDS, LIBRARY, VARIANTS, Experts, compute, make_expert, make_layout
 
 LOSSLESS = ExpertForm.read("lossless", None)
-PROMPT = torch.randint(5, 100, (1, 21), generator=torch.Generator().manual_seed(1))
 FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe", "granitemoe"]
 
 
@@ -159,16 +157,6 @@ def both(checkpoint: Path, store: Store) -> tuple[StoredModel, StoredModel]:
     """The model as it is, and packed."""
     plain = pull(str(checkpoint), store=store, name="plain", dtype="bfloat16")
     return plain, pull(str(checkpoint), store=store, name="packed", dtype="bfloat16", experts="lossless")
-
-
-def outputs(name: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
-    with moeinf.load(name, **options) as engine, torch.inference_mode():
-        logits = engine.model(PROMPT.to(engine.model.device)).logits.cpu()
-        engine.generation_config.eos_token_id = None
-        sampling = moeinf.Sampling(max_tokens=24, temperature=0)
-        tokens = list(engine.session().generate(PROMPT[0].tolist(), sampling).tokens)
-        engine.runtime.cache.check_integrity()
-        return logits, tokens
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about families of its
