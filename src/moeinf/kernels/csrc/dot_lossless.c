@@ -34,7 +34,7 @@ TARGET static __attribute__((noinline)) void correct(cursor *at, size_t column, 
     }
 }
 
-/* The pairs of eight columns of a panel. */
+/* The pairs of eight columns of a panel; 0xca chooses by the bits of its first operand. */
 TARGET static inline void expand_eight(const uint8_t *w, __m512i table, cursor *at, size_t column, __m512i pairs[4]) {
     const __m512i nibble = _mm512_set1_epi8(15), even = _mm512_set1_epi32(0x00ff00ff);
     __m512i index = _mm512_loadu_si512(w + 128), high[2];
@@ -49,7 +49,7 @@ TARGET static inline void expand_eight(const uint8_t *w, __m512i table, cursor *
     }
 }
 
-/* All outputs of a panel; 0xca chooses by the bits of its first operand. */
+/* All outputs of a panel. */
 TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out) {
     const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
     __m512i table = load_table(w);

@@ -4,7 +4,8 @@
  * their number and that of threads, but that chains are twice as long where there are more than 1024 inputs.
  *
  * A panel of 16 outputs and 512 inputs is transposed once, into memory that the nearest cache holds, and multiplied by
- * every x: TILE_ROWS of them at a time, whose sums stay in registers. */
+ * every x: TILE_ROWS of them at a time, whose sums stay in registers. Lossless weights lie as panels do, and are unpacked
+ * into one (dot_lossless.c). */
 #include "pairs.h"
 
 #ifdef HAS_DOT_PAIRS
