@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from moeinf.cache import ExpertCache, Outcome
 from moeinf.policies.plain import LruPolicy
-from moeinf.steps import Arrival, Step
+from moeinf.simulate import _Instantly
+from moeinf.steps import Step
 
 
-class Mover:
+class Mover(_Instantly):
     """Brings experts when somebody waits for them; those in `hasty` arrive while another one is leased."""
 
     def __init__(self, slots: int, hasty: set[int]) -> None:
-        self.cache = ExpertCache(10, slots, LruPolicy(()))
-        self._coming: list[int] = []
+        super().__init__(ExpertCache(10, slots, LruPolicy(())))
         self._hasty = hasty
 
     def foresee(self, key: int) -> None:
@@ -23,17 +23,7 @@ class Mover:
         for other in [each for each in self._coming if each in self._hasty]:
             self._coming.remove(other)
             self.cache.arrived(other)
-        leased = self.cache.acquire(key, keep=keep)
-        if leased is None:
-            return None
-        if leased[1] is Outcome.MISS:
-            self._coming.append(key)
-        return leased[1]
-
-    def wait(self) -> Arrival:
-        key = self._coming.pop(0)
-        self.cache.arrived(key)
-        return Arrival(key, 0)
+        return super().lease(key, keep=keep)
 
 
 def test_what_arrives_while_others_are_leased_is_here() -> None:
