@@ -31,7 +31,7 @@ from moeinf.settings import EngineOptions
 from moeinf.store import Store
 from moeinf.systems import Job
 from moeinf.trace import Trace
-from moeinf.tracefile import write_trace
+from moeinf.tracefile import read_trace, write_trace
 from standin import use_device
 from test_replay import make_trace
 
@@ -238,12 +238,17 @@ def test_what_cannot_be_replayed(processes: Processes, tmp_path: Path, fields: d
     assert processes.jobs == []
 
 
-def test_a_replay_has_no_gate(processes: Processes, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no router for --prefetch gate to ask"):
-        measure(replace(OURS, prefetch="gate"), trace=routed(tmp_path))
+def test_a_replay_has_a_gate_if_it_was_recorded(processes: Processes, tmp_path: Path) -> None:
+    path = routed(tmp_path)
+    with pytest.raises(UsageError, match="does not have what routers foresee") as caught:
+        measure(replace(OURS, prefetch="gate"), trace=path)
+    assert "moeinf trace records it" in (caught.value.hint or "")
     said: list[str] = []
-    measure(replace(OURS, prefetch="auto"), trace=routed(tmp_path), repeat=1, said=said)
-    assert processes.jobs[0][0].engine["prefetch"] == "auto"
+    measure(replace(OURS, prefetch="auto"), trace=path, repeat=1, said=said)
+    trace = read_trace(path)
+    write_trace(replace(trace, foreseen=trace.experts), path)
+    measure(replace(OURS, prefetch="gate"), trace=path, repeat=1, said=said)
+    assert [job.engine["prefetch"] for job, _ in processes.jobs] == ["auto", "gate"]
     assert said == []
 
 

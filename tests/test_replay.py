@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import moeinf
 from moeinf.errors import UsageError
 from moeinf.generation import Sampling
 from moeinf.manifest import Source
+from moeinf.predictors import GatePredictor
 from moeinf.recorder import Recorder
 from moeinf.replay import Replay, check_replay
 from moeinf.store import Store
@@ -34,10 +36,14 @@ class Seen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[list[Any], list[Any]]] = []
+        self.then: Seen | None = None
+        """It asks this one while it computes."""
 
     def forward(self, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         assert experts.dtype == torch.int64
         self.calls.append((experts.tolist(), weights.tolist()))
+        if self.then is not None:
+            self.then(hidden, torch.full_like(experts, 7), weights)
         return hidden
 
 
@@ -95,6 +101,44 @@ def test_a_model_that_replays_itself_says_the_same(tiny: str) -> None:
         assert np.array_equal(again.trace().experts, trace.experts)
         replay.begin(0)
         assert engine.session().generate([5, 6, 7], sampling).tokens == said.tokens
+
+
+def test_a_router_that_is_asked_early_names_what_the_recorded_one_did(tiny: str) -> None:
+    """Also of a model whose own routers would name something else."""
+    sampling = Sampling(max_tokens=8, temperature=0.0)
+    with moeinf.load(tiny, experts="50%", prefetch="gate", context=64) as engine:
+        engine.learns = False
+        modules = engine.experts_modules
+        recorder = Recorder(ModelIdentity.of(tiny, engine.manifest), foresight=GatePredictor(engine.model, modules))
+        engine.runtime.recorder = recorder
+        engine.session().generate([5, 6, 7], sampling)
+        trace = recorder.trace()
+        replay = Replay([trace], modules.values())
+        assert replay.foresees
+        again = Recorder(ModelIdentity.of(tiny, engine.manifest), foresight=GatePredictor(engine.model, modules))
+        engine.runtime.recorder = again
+        replay.begin(0)
+        engine.session().generate([9, 10, 11], sampling)
+        assert np.array_equal(again.trace().experts, trace.experts)
+        assert np.array_equal(again.trace().foreseen, trace.foreseen)  # type: ignore[arg-type]
+        assert engine.runtime.prefetch.named > 0
+        blind = Replay([dataclasses.replace(trace, foreseen=None)], modules.values())
+        assert not blind.foresees
+
+
+def test_where_nothing_was_foreseen_nothing_is_named() -> None:
+    """A layer that is called while another one is computed is asked, and does not end the token."""
+    trace = make_trace([[[0, 1], [2, 3]], [[4, 5], [6, 0]]])
+    foreseen = np.full_like(trace.experts, NO_EXPERT)
+    foreseen[1, 1, 0] = 6
+    modules = [Seen(), Seen()]
+    modules[0].then = modules[1]
+    replay = Replay([dataclasses.replace(trace, foreseen=foreseen)], modules)
+    replay.begin(0)
+    run(modules, 1)
+    run(modules, 1)
+    assert [experts for experts, _ in modules[1].calls] == [[[]], [[2, 3]], [[6]], [[6, 0]]]
+    assert [experts for experts, _ in modules[0].calls] == [[[0, 1]], [[4, 5]]]
 
 
 @pytest.mark.parametrize(

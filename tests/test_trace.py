@@ -11,13 +11,13 @@ import pytest
 from moeinf import trace as trace_module
 from moeinf.errors import IntegrityError, UnsupportedError, UsageError
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source
-from moeinf.trace import MAX_EXPERTS, MAX_LAYERS, ModelIdentity, Trace, concatenate
+from moeinf.trace import MAX_EXPERTS, MAX_LAYERS, NO_EXPERT, ModelIdentity, Trace, concatenate
 from traces import assert_same, make_identity, make_trace, random_trace
 
 
 def changed(name: str, place: tuple[int, ...], value: object) -> Trace:
     """A sound trace with one number changed."""
-    trace = make_trace()
+    trace = make_trace(foreseen=True)
     values = getattr(trace, name).copy()
     values[place] = value
     return dataclasses.replace(trace, **{name: values})
@@ -30,6 +30,8 @@ def changed(name: str, place: tuple[int, ...], value: object) -> Trace:
         ("experts", (3, 1, 1), 4, "token 3, layer 1: there is no expert 4 among 4"),
         ("experts", (3, 1, 1), -2, "token 3, layer 1: there is no expert -2 among 4"),
         ("experts", (2, 1, 2), 0, "token 2, layer 1: place 2 is not empty, although k is 2 here"),
+        ("foreseen", (3, 1, 1), 4, "foreseen: token 3, layer 1: there is no expert 4 among 4"),
+        ("foreseen", (2, 1, 2), 0, "foreseen: token 2, layer 1: place 2 is not empty, although k is 2 here"),
         ("weights", (2, 1, 0), np.nan, "token 2, layer 1: a weight is not a finite float16"),
         ("weights", (2, 1, 0), -np.inf, "token 2, layer 1: a weight is not"),
         ("weights", (2, 1, 2), 0.5, "token 2, layer 1: place 2 has a weight and no expert"),
@@ -53,7 +55,7 @@ def test_an_expert_is_named_once_per_token_and_layer() -> None:
 
 def test_faults_are_found_beyond_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace_module, "_BLOCK_ENTRIES", 1)
-    for name, value in (("experts", 8), ("weights", np.inf)):
+    for name, value in (("experts", 8), ("weights", np.inf), ("foreseen", 8)):
         with pytest.raises(IntegrityError, match="token 4, layer 0"):
             changed(name, (4, 0, 0), value)
 
@@ -196,6 +198,9 @@ def test_sequences_are_the_tokens_in_their_order(seed: int) -> None:
         if trace.weights is not None:
             assert sequence.weights is not None
             assert np.array_equal(sequence.weights, trace.weights[tokens])
+        if trace.foreseen is not None:
+            assert sequence.foreseen is not None
+            assert np.array_equal(sequence.foreseen, trace.foreseen[tokens])
 
 
 def test_concatenated_traces_keep_their_sequences_apart() -> None:
@@ -215,6 +220,16 @@ def test_concatenated_traces_have_weights_if_all_have() -> None:
     assert_same(concatenate([with_weights, empty]), with_weights)
     assert_same(concatenate([empty, with_weights]), with_weights)
     assert concatenate([empty, empty]).num_tokens == 0
+
+
+def test_what_some_traces_have_foreseen_is_kept() -> None:
+    foreseen, plain = make_trace(foreseen=True), make_trace()
+    both = concatenate([plain, foreseen]).foreseen
+    assert both is not None
+    assert foreseen.foreseen is not None
+    assert (both[:5] == NO_EXPERT).all()
+    assert np.array_equal(both[5:], foreseen.foreseen)
+    assert concatenate([plain, plain]).foreseen is None
 
 
 def test_only_traces_of_one_model_are_concatenated() -> None:

@@ -113,7 +113,7 @@ def test_headers_that_lie_are_refused(
 
 
 def test_the_reference_implementation_reads_and_writes_it(tmp_path: Path) -> None:
-    trace = make_trace()
+    trace = make_trace(foreseen=True)
     write_trace(trace, tmp_path / "ours.safetensors")
     with safe_open(tmp_path / "ours.safetensors", framework="numpy") as file:
         metadata = file.metadata()
@@ -236,6 +236,9 @@ TOKEN = {"sequence": 0, "position": 0, "phase": "decode", "experts": [[0, 3], [2
         ({"weights": [[0.5, float("nan")], [1.0]]}, "line 2: it is not JSON (NaN is no number)"),
         ({"experts": [[0, 40000], [2]]}, "line 2: an expert is not a number from 0 on, or -1 for none"),
         ({"experts": [[0, -2], [2]]}, "line 2: an expert is not a number from 0 on, or -1 for none"),
+        ({"foreseen": [[0, 9], [2]]}, "foreseen: token 0, layer 0: there is no expert 9 among 4"),
+        ({"foreseen": [[0, -2], [2]]}, "line 2: an expert is not a number from 0 on, or -1 for none"),
+        ({"foreseen": [[0, 3]]}, "line 2: it has no foreseen for each of 2 layers"),
         ({"experts": None}, "line 2: it has no experts for each of 2 layers"),
         ({"experts": [[0, 3], 2]}, "line 2: layer 1: its experts are not a list"),
         ({"position": 1 << 31}, "line 2: its sequence and position are not numbers"),
@@ -251,6 +254,15 @@ def test_json_lines_are_checked_line_by_line(tmp_path: Path, changes: dict[str, 
     with pytest.raises(IntegrityError) as caught:
         read_trace(path)
     assert message in str(caught.value)
+
+
+def test_json_lines_may_foresee_some_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lines = [HEADER, TOKEN, {**TOKEN, "position": 4, "foreseen": [[], [2]]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    foreseen = read_trace(path).foreseen
+    assert foreseen is not None
+    assert foreseen.tolist() == [[[-1, -1], [-1, -1]], [[-1, -1], [2, -1]]]
 
 
 def test_json_lines_may_leave_places_empty(tmp_path: Path) -> None:

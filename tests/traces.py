@@ -11,20 +11,28 @@ from moeinf.trace import NO_EXPERT, ModelIdentity, Trace
 
 __all__ = ["ARRAYS", "assert_same", "make_identity", "make_trace", "random_trace"]
 
-ARRAYS = ("experts", "weights", "sequence_id", "position", "is_prefill")
+ARRAYS = ("experts", "weights", "sequence_id", "position", "is_prefill", "foreseen")
 
 
 def make_identity(sizes: tuple[int, ...] = (8, 4), top_k: tuple[int, ...] = (3, 2), commit: str = "c") -> ModelIdentity:
     return ModelIdentity("tiny", "TinyForCausalLM", Source("org/tiny", commit or None), sizes, top_k)
 
 
-def make_trace(identity: ModelIdentity | None = None, tokens: int = 5, *, seed: int = 0, weights: bool = True) -> Trace:
+def make_trace(
+    identity: ModelIdentity | None = None,
+    tokens: int = 5,
+    *,
+    seed: int = 0,
+    weights: bool = True,
+    foreseen: bool = False,
+) -> Trace:
     """One sequence; the first two tokens are prefill, and every place is filled."""
     identity, chance = identity or make_identity(), random.Random(seed)
-    experts = np.full(identity.shapes(tokens)["experts"], NO_EXPERT, np.int16)
+    experts, named = np.full((2, *identity.shapes(tokens)["experts"]), NO_EXPERT, np.int16)
     for token in range(tokens):
         for layer, (size, k) in enumerate(zip(identity.layer_sizes, identity.top_k, strict=True)):
             experts[token, layer, :k] = chance.sample(range(size), k)
+            named[token, layer, :k] = chance.sample(range(size), k)
     shares = np.array([chance.random() for _ in range(experts.size)]).reshape(experts.shape).astype(np.float16)
     return Trace(
         identity,
@@ -33,6 +41,7 @@ def make_trace(identity: ModelIdentity | None = None, tokens: int = 5, *, seed: 
         np.zeros(tokens, np.int32),
         np.arange(tokens, dtype=np.int32),
         np.arange(tokens) < 2,
+        named if foreseen else None,
     )
 
 
@@ -41,7 +50,13 @@ def random_trace(seed: int) -> Trace:
     chance = random.Random(seed)
     sizes = tuple(chance.choice([1, 2, 7, 64, 300]) for _ in range(chance.randint(1, 5)))
     identity = make_identity(sizes, tuple(chance.randint(1, min(size, 6)) for size in sizes), chance.choice(["", "c"]))
-    whole = make_trace(identity, chance.choice([0, 1, 2, 17, 60]), seed=seed, weights=chance.random() < 0.7)
+    whole = make_trace(
+        identity,
+        chance.choice([0, 1, 2, 17, 60]),
+        seed=seed,
+        weights=chance.random() < 0.7,
+        foreseen=chance.random() < 0.5,
+    )
     experts = whole.experts.copy()
     experts[np.array([chance.random() < 0.1 for _ in range(experts.size)], np.bool_).reshape(experts.shape)] = NO_EXPERT
     sequences = [chance.choice([0, 3, 2**31 - 1]) for _ in range(whole.num_tokens)]
@@ -53,6 +68,7 @@ def random_trace(seed: int) -> Trace:
         np.array(sequences, np.int32),
         np.array(positions, np.int32),
         np.array([chance.random() < 0.5 for _ in sequences], np.bool_),
+        whole.foreseen,
     )
 
 

@@ -430,11 +430,12 @@ def _read_replay(stored: StoredModel, wishes: Wishes) -> Trace | None:
         return None
     if "llama.cpp" in wishes.rivals:
         raise UsageError("llama.cpp cannot replay routing", hint="leave it out of --against, or leave out --replay")
-    if any(engine.prefetch == "gate" for engine in wishes.engines):
-        raise UsageError(
-            "a replay has no router for --prefetch gate to ask", hint="choose from off, eam and auto, which is both"
-        )
     trace = read_trace(wishes.trace)
+    if trace.foreseen is None and any(engine.prefetch == "gate" for engine in wishes.engines):
+        raise UsageError(
+            f"{wishes.trace} does not have what routers foresee, which --prefetch gate asks for",
+            hint="moeinf trace records it; without it choose from off, eam and auto, which is both",
+        )
     check_replay(trace, stored.manifest)
     return trace
 

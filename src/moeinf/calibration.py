@@ -16,6 +16,7 @@ from .errors import MoeinfError, UsageError
 from .files import explained
 from .generation import Sampling
 from .hooks import quiet
+from .predictors import GatePredictor, Predictor
 from .progress import NO_PROGRESS, Progress
 from .prompts import Prompt, text_digest
 from .recorder import Recorder
@@ -41,8 +42,10 @@ def collect(
     """Let `engine`, of the stored model `name`, continue every prompt by at most `max_tokens`, and write the trace to
     `path`.
 
-    Sequence n of the trace is prompt n. Tokens are sampled with a seed, since greedy text repeats itself more than
-    people's text does. A prompt that leaves no room for `max_tokens` in the context is cut, and `notify` told of it.
+    Sequence n of the trace is prompt n. Of new tokens it also has what each layer's router names one layer early, so
+    that a replay can foresee what this model would. Tokens are sampled with a seed, since greedy text repeats itself
+    more than people's text does. A prompt that leaves no room for `max_tokens` in the context is cut, and `notify` told
+    of it.
 
     What an interrupted or failed run has done is kept in a draft beside `path`, and not done again: the trace is then
     that of a run without a break. The draft is written every ten prompts and when this ends, and is used again only
@@ -59,12 +62,13 @@ def collect(
     if _drafts(path) and not draft.exists():
         notify(f"an unfinished trace of {path.stem} was of other prompts or another model, so this one starts afresh")
     kept = _read_draft(draft, identity, notify) if draft.exists() else Recorder(identity).trace()
+    gate = GatePredictor(engine.model, engine.experts_modules)
     fresh: list[Trace] = []
     done = len(set(kept.sequence_id.tolist()))
     with progress.task(f"trace {name}", len(inputs), "prompts", done=done) as task:
         try:
             while done < len(inputs) and not should_stop():
-                fresh.append(_run(engine, identity, inputs[done], max_tokens, seed=done))
+                fresh.append(_run(engine, identity, gate, inputs[done], max_tokens, seed=done))
                 engine.runtime.counter.collection.texts.add(text_digest(prompts[done].text))
                 done += 1
                 task.advance(1)
@@ -102,9 +106,9 @@ def _tokenize(
     return [ids[:room] for ids in inputs]
 
 
-def _run(engine: Engine, identity: ModelIdentity, ids: list[int], max_tokens: int, seed: int) -> Trace:
-    """What the routers choose for one prompt and its continuation."""
-    recorder = Recorder(identity, max_tokens=engine.plan.context)
+def _run(engine: Engine, identity: ModelIdentity, gate: Predictor, ids: list[int], max_tokens: int, seed: int) -> Trace:
+    """What the routers choose for one prompt and its continuation, and what `gate` foresees of that."""
+    recorder = Recorder(identity, max_tokens=engine.plan.context, foresight=gate)
     engine.runtime.recorder = recorder
     try:
         sampling = Sampling(max_tokens=max_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=seed)

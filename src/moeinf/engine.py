@@ -126,6 +126,11 @@ class Engine:
         return frozenset([eos] if isinstance(eos, int) else eos or [])
 
     @property
+    def experts_modules(self) -> dict[str, torch.nn.Module]:
+        """The model's experts modules by their names, one per MoE layer in forward order."""
+        return {layer.module: self.model.get_submodule(layer.module) for layer in self.manifest.layers}
+
+    @property
     def learned_requests(self) -> int:
         """Requests in the collection by which the next start will foresee experts."""
         return len(self.runtime.counter.collection)

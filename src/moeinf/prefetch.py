@@ -57,6 +57,8 @@ class Prefetcher:
         self._predictors = dict(predictors)
         self._trials = Trials(list(predictors))
         self._foreseeing_s = 0.0
+        self._begun_s = 0.0
+        self._missed_before = 0
         self._cache = cache
         self._fetcher = fetcher
         self._first = first
@@ -84,11 +86,21 @@ class Prefetcher:
         for predictor in self._predictors.values():
             predictor.observe(layer, tokens)
 
+    def begin_token(self) -> None:
+        """One token has reached the first MoE layer."""
+        self._begun_s = time.perf_counter()
+        self._missed_before = self._missed
+
     def has_run(self, layer: int, stalled_s: float) -> None:
         """MoE layer `layer` has been computed for one token, and waited so long for bytes."""
         self._trials.record(self._foreseeing_s, stalled_s)
         if layer + 1 == len(self._first):
-            self._trials.token_ended()
+            self._trials.token_ended(time.perf_counter() - self._begun_s, self._missed - self._missed_before)
+
+    @property
+    def _missed(self) -> int:
+        """Experts that were asked for and had to be brought, foreseen or not."""
+        return self._cache.counters.misses + self._cache.counters.prefetch_used
 
     @property
     def unsettled(self) -> Set[int]:

@@ -7,6 +7,7 @@ the engine that calls it, or of files. One thread uses it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .predictors import Predictor
 from .trace import NO_EXPERT, ModelIdentity, Trace
 
 __all__ = ["MAX_TOKENS", "Recorder"]
@@ -33,16 +35,24 @@ class Recorder:
         identity: the model; `record` is called for each of its layers in turn.
         max_tokens: what comes after so many tokens is dropped, and counted in `dropped_tokens`.
         packed_tokens: so many tokens are packed at once. Unpacked, one takes 1.2 kB per layer.
+        foresight: asked, of every token that is no part of a prompt, which experts the next layer will choose; what it
+            says is noted beside what the layer then chooses.
     """
 
     def __init__(
-        self, identity: ModelIdentity, *, max_tokens: int = MAX_TOKENS, packed_tokens: int = _PACKED_TOKENS
+        self,
+        identity: ModelIdentity,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        packed_tokens: int = _PACKED_TOKENS,
+        foresight: Predictor | None = None,
     ) -> None:
         self.num_tokens = 0
         self.dropped_tokens = 0
         self._identity = identity
         self._max_tokens = max_tokens
         self._packed_tokens = packed_tokens
+        self._foresight = foresight
         self._last_layer = len(identity.layer_sizes) - 1
         self._sequence: int | None = None
         self._next_position: dict[int, int] = {}
@@ -80,6 +90,8 @@ class Recorder:
         step.choices.append((experts, weights))
         if layer == self._last_layer:
             self._finish(step)
+        elif self._foresight is not None and not is_prefill:
+            step.foreseen[layer + 1] = self._foresight.predict(layer)
 
     def pack(self) -> None:
         """Pack what lies unpacked."""
@@ -95,7 +107,9 @@ class Recorder:
         """All tokens that went through every layer so far, in the order in which they ran. Recording may go on."""
         self.pack()
         packed = [notes for notes in self._notes if isinstance(notes, _Packed)] or [_pack([], self._identity)]
-        return Trace(self._identity, *map(np.concatenate, zip(*packed, strict=True)))
+        trace = Trace(self._identity, *map(np.concatenate, zip(*packed, strict=True)))
+        has_foresight = trace.foreseen is not None and bool((trace.foreseen != NO_EXPERT).any())
+        return trace if has_foresight else dataclasses.replace(trace, foreseen=None)
 
     def _new_step(self, tokens: int, is_prefill: bool) -> _Step:
         assert self._sequence is not None, "begin comes first"
@@ -125,6 +139,7 @@ class _Step:
     kept: int
     is_prefill: bool
     choices: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    foreseen: dict[int, list[int]] = field(default_factory=dict)
 
 
 class _Packed(NamedTuple):
@@ -135,6 +150,7 @@ class _Packed(NamedTuple):
     sequence_id: npt.NDArray[np.int32]
     position: npt.NDArray[np.int32]
     is_prefill: npt.NDArray[np.bool_]
+    foreseen: npt.NDArray[np.int16]
 
 
 def _pack(steps: Sequence[_Step], identity: ModelIdentity) -> _Packed:
@@ -155,7 +171,21 @@ def _pack(steps: Sequence[_Step], identity: ModelIdentity) -> _Packed:
         np.repeat(np.array([step.sequence for step in steps], np.int32), kept),
         np.concatenate([np.arange(step.kept, dtype=np.int32) + step.position for step in steps] or [_NOTHING]),
         np.repeat(np.array([step.is_prefill for step in steps], np.bool_), kept),
+        _foreseen(steps, identity),
     )
+
+
+def _foreseen(steps: Sequence[_Step], identity: ModelIdentity) -> npt.NDArray[np.int16]:
+    """What was foreseen of steps of one token; a prompt's places stay empty."""
+    foreseen = np.full(identity.shapes(sum(step.kept for step in steps))["foreseen"], NO_EXPERT, np.int16)
+    token = 0
+    for step in steps:
+        for layer, named in step.foreseen.items():
+            experts = [expert for expert in dict.fromkeys(named) if expert < identity.layer_sizes[layer]]
+            experts = experts[: identity.top_k[layer]]
+            foreseen[token, layer, : len(experts)] = experts
+        token += step.kept
+    return foreseen
 
 
 _NOTHING = np.zeros(0, np.int32)

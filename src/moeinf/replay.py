@@ -1,7 +1,8 @@
 """Recorded routing in the routers' place: a model of any weights then asks for experts as another one really did.
 
 What a replay times is the engine and the machine, with the locality of the recording; what the model says means
-nothing. Works on any transformers model whose experts are modules of their own, moeinf's or not.
+nothing. A router that is asked ahead of its turn names what the recorded one named when it was. Works on any
+transformers model whose experts are modules of their own, moeinf's or not.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def check_replay(trace: Trace, manifest: Manifest) -> None:
 class Replay:
     """Makes experts modules compute what a trace names. One thread uses it, the model's.
 
+    A layer that is called while another one is being computed is asked what it will choose (as `GatePredictor` asks
+    it), and gets what the trace has foreseen of it, which may be nothing.
+
     Args:
         sequences: the requests that can be replayed, each a trace of its own, checked by `check_replay`.
         modules: the model's experts modules, one per MoE layer in forward order.
@@ -52,26 +56,50 @@ class Replay:
         self._now: Trace | None = None
         self._token = 0
         self._last = -1
+        self._is_computing = False
         for layer, module in enumerate(modules):
             module.register_forward_pre_hook(self._hook(layer))
+            module.register_forward_hook(self._end)
             self._last = layer
+
+    @property
+    def foresees(self) -> bool:
+        """Whether what routers foresaw was recorded, too."""
+        return all(sequence.foreseen is not None for sequence in self._sequences)
 
     def begin(self, sequence: int, first: int = 0) -> None:
         """The next token that runs is `first` of this sequence. After its last token the routers choose again."""
         self._now, self._token = self._sequences[sequence], first
+        self._is_computing = False
 
     def _hook(self, layer: int) -> Any:
         def choose(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             hidden, experts, weights, *rest = arguments
             begin, end = self._token, self._token + len(experts)
-            if layer == self._last:
+            is_asked, self._is_computing = self._is_computing, True
+            if layer == self._last and not is_asked:
                 self._token = end
             if self._now is None or end > self._now.num_tokens:
                 return None
-            chosen, shares = _choice(self._now, layer, begin, end)
+            if is_asked:
+                chosen = _foreseen(self._now, layer, begin)
+                shares = torch.ones(chosen.shape)
+            else:
+                chosen, shares = _choice(self._now, layer, begin, end)
             return (hidden, chosen.to(experts), shares.to(weights), *rest)
 
         return choose
+
+    def _end(self, *_: Any) -> None:
+        self._is_computing = False
+
+
+def _foreseen(trace: Trace, layer: int, token: int) -> torch.Tensor:
+    """What the layer's router named for a token before its turn [1, at most k]."""
+    if trace.foreseen is None:
+        return torch.zeros(1, 0)
+    named = trace.foreseen[token, layer]
+    return torch.from_numpy(named[named != NO_EXPERT])[None]
 
 
 def _choice(trace: Trace, layer: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

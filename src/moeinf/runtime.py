@@ -214,6 +214,8 @@ class ExpertRuntime:
         """One token: all its experts are leased at once; those that are here are computed while the others arrive."""
         first, cache = self._first[layer], self.cache
         cache.counters = self.decode
+        if layer == 0:
+            self._prefetcher.begin_token()
         stalled_s = self.traffic.stall_s
         token = self._maths[layer].token(hidden, weights)
         place = {first + expert: number for number, expert in enumerate(experts)}

@@ -90,7 +90,8 @@ class ModelIdentity:
         """The shape of each array of a trace of so many tokens."""
         grid = (tokens, len(self.layer_sizes), self.width)
         row = (tokens,)
-        return {"experts": grid, "weights": grid, "sequence_id": row, "position": row, "is_prefill": row}
+        rows = {"sequence_id": row, "position": row, "is_prefill": row}
+        return {"experts": grid, "weights": grid, "foreseen": grid, **rows}
 
     def difference(self, other: ModelIdentity) -> str | None:
         """Why `other` is another model, in words; None if nothing says so.
@@ -121,6 +122,8 @@ class Trace:
         sequence_id  int32   [tokens]              which request a token belongs to
         position     int32   [tokens]              its place in that request, from 0; only grows, and may skip
         is_prefill   bool    [tokens]              whether it was read as part of a prompt
+        foreseen     int16   [tokens, layers, k]   what the layer's router named when it was asked one MoE layer early,
+                                                   about what entered that one; NO_EXPERT where nobody asked; or None
 
     k is the largest `top_k` of all layers; a layer of a smaller one leaves the places behind its own empty. The arrays
     are read-only views of those given. Raises IntegrityError, which names the token and the layer, for anything that
@@ -133,11 +136,14 @@ class Trace:
     sequence_id: npt.NDArray[np.int32]
     position: npt.NDArray[np.int32]
     is_prefill: npt.NDArray[np.bool_]
+    foreseen: npt.NDArray[np.int16] | None = None
 
     def __post_init__(self) -> None:
         dtypes = {"experts": np.int16, "sequence_id": np.int32, "position": np.int32, "is_prefill": np.bool_}
         if self.weights is not None:
             dtypes["weights"] = np.float16
+        if self.foreseen is not None:
+            dtypes["foreseen"] = np.int16
         for name, dtype in dtypes.items():
             values = getattr(self, name)
             _require(isinstance(values, np.ndarray), f"{name} is not an array")
@@ -150,6 +156,8 @@ class Trace:
             _check_experts(self.experts[begin:end], self.identity, begin)
             if self.weights is not None:
                 _check_weights(self.weights[begin:end], self.experts[begin:end], begin)
+            if self.foreseen is not None:
+                _check_experts(self.foreseen[begin:end], self.identity, begin, "foreseen: ")
 
     @property
     def num_tokens(self) -> int:
@@ -179,15 +187,16 @@ class Trace:
 
     def _take(self, tokens: npt.NDArray[np.intp]) -> Trace:
         weights = None if self.weights is None else self.weights[tokens]
+        foreseen = None if self.foreseen is None else self.foreseen[tokens]
         rows = (self.sequence_id[tokens], self.position[tokens], self.is_prefill[tokens])
-        return Trace(self.identity, self.experts[tokens], weights, *rows)
+        return Trace(self.identity, self.experts[tokens], weights, *rows, foreseen)
 
 
 def concatenate(traces: Sequence[Trace]) -> Trace:
     """One trace after the other. Sequences are numbered anew, so that those of different traces stay apart.
 
-    Weights are kept if all traces that have tokens have them. Raises UsageError for no trace at all, and for traces of
-    different models.
+    Weights are kept if all traces that have tokens have them, and what was foreseen if any has it. Raises UsageError
+    for no trace at all, and for traces of different models.
     """
     if not traces:
         raise UsageError("there is no trace to put together")
@@ -202,6 +211,7 @@ def concatenate(traces: Sequence[Trace]) -> Trace:
         np.concatenate(list(_renumbered(trace.sequence_id for trace in parts))),
         np.concatenate([trace.position for trace in parts]),
         np.concatenate([trace.is_prefill for trace in parts]),
+        np.concatenate([_foreseen(trace) for trace in parts]) if any(t.foreseen is not None for t in parts) else None,
     )
 
 
@@ -219,6 +229,10 @@ def check_shapes(identity: ModelIdentity, shapes: dict[str, tuple[int, ...]]) ->
     expected = identity.shapes(tokens)
     for name, shape in shapes.items():
         _require(shape == expected[name], f"{name} has shape {list(shape)}, not {list(expected[name])}")
+
+
+def _foreseen(trace: Trace) -> npt.NDArray[np.int16]:
+    return np.full_like(trace.experts, NO_EXPERT) if trace.foreseen is None else trace.foreseen
 
 
 def _require(condition: bool, otherwise: str) -> None:
@@ -252,11 +266,11 @@ def _check_order(sequence_id: npt.NDArray[np.int32], position: npt.NDArray[np.in
         )
 
 
-def _check_experts(experts: npt.NDArray[np.int16], identity: ModelIdentity, first_token: int) -> None:
+def _check_experts(experts: npt.NDArray[np.int16], identity: ModelIdentity, first_token: int, what: str = "") -> None:
     is_used = np.arange(identity.width) < np.array(identity.top_k)[:, None]
     ends = np.where(is_used, np.array(identity.layer_sizes)[:, None], 0)
     for token, layer, place in np.argwhere((experts < NO_EXPERT) | (experts >= ends))[:1]:
-        where, expert = f"token {first_token + token}, layer {layer}", experts[token, layer, place]
+        where, expert = f"{what}token {first_token + token}, layer {layer}", experts[token, layer, place]
         if not is_used[layer, place]:
             raise IntegrityError(f"{where}: place {place} is not empty, although k is {identity.top_k[layer]} here")
         raise IntegrityError(f"{where}: there is no expert {expert} among {identity.layer_sizes[layer]}")
@@ -264,7 +278,7 @@ def _check_experts(experts: npt.NDArray[np.int16], identity: ModelIdentity, firs
     is_repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     for token, layer, place in np.argwhere(is_repeated)[:1]:
         expert = ordered[token, layer, place]
-        raise IntegrityError(f"token {first_token + token}, layer {layer}: expert {expert} is named twice")
+        raise IntegrityError(f"{what}token {first_token + token}, layer {layer}: expert {expert} is named twice")
 
 
 def _check_weights(weights: npt.NDArray[np.float16], experts: npt.NDArray[np.int16], first_token: int) -> None:

@@ -42,8 +42,16 @@ __all__ = [
 FORMAT = "moeinf-trace"
 FORMAT_VERSION = 1
 
-_DTYPES = {"sequence_id": "I32", "position": "I32", "experts": "I16", "weights": "F16", "is_prefill": "BOOL"}
+_DTYPES = {
+    "sequence_id": "I32",
+    "position": "I32",
+    "experts": "I16",
+    "weights": "F16",
+    "foreseen": "I16",
+    "is_prefill": "BOOL",
+}
 """The tensors in the order of their bytes: the widest elements first, so that none is misaligned."""
+_OPTIONAL = frozenset({"weights", "foreseen"})
 _NUMBERS = frozenset({"version", "layer_sizes", "top_k"})
 """The fields of the metadata that are no texts."""
 _STORED = {"I32": "<i4", "I16": "<i2", "F16": "<f2", "BOOL": "|u1"}
@@ -222,7 +230,7 @@ def _read_safetensors(path: Path) -> Trace:
             if entry.dtype != _DTYPES.get(name):
                 raise IntegrityError(f"there is no tensor {name!r} of dtype {entry.dtype} in a trace")
         for name in _DTYPES:
-            if name not in file.entries and name != "weights":
+            if name not in file.entries and name not in _OPTIONAL:
                 raise IntegrityError(f"tensor {name!r} is missing")
         check_shapes(identity, {name: entry.shape for name, entry in file.entries.items()})
         arrays: dict[str, Any] = {name: _array(file, name) for name in file.entries}
@@ -259,6 +267,8 @@ def _tokens(trace: Trace) -> Iterator[dict[str, Any]]:
         }
         if trace.weights is not None:
             item["weights"] = [row[:k] for row, k in zip(trace.weights[token].tolist(), top_k, strict=True)]
+        if trace.foreseen is not None and (trace.foreseen[token] != NO_EXPERT).any():
+            item["foreseen"] = [row[:k] for row, k in zip(trace.foreseen[token].tolist(), top_k, strict=True)]
         yield item
 
 
@@ -309,23 +319,25 @@ class _Rows:
     def __init__(self, identity: ModelIdentity) -> None:
         self.identity = identity
         self.sequence_id, self.position, self.is_prefill = array("i"), array("i"), array("b")
-        self.experts, self.weights = array("h"), array("f")
+        self.experts, self.weights, self.foreseen = array("h"), array("f"), array("h")
+        self.is_foreseen = False
 
     def add(self, token: object) -> None:
         """Take in the object of one line. Raises IntegrityError if it is not of the right form."""
         if not isinstance(token, dict):
             raise IntegrityError("it is not an object")
-        unknown = sorted(token.keys() - {"sequence", "position", "phase", "experts", "weights"})
+        unknown = sorted(token.keys() - {"sequence", "position", "phase", "experts", *_OPTIONAL})
         if unknown:
             raise IntegrityError(f"no token has {unknown[0]!r}")
         if not (_is_count(token.get("sequence")) and _is_count(token.get("position"))):
             raise IntegrityError("its sequence and position are not numbers from 0 to 2147483647")
         if token.get("phase") not in ("prefill", "decode"):
             raise IntegrityError("its phase is neither prefill nor decode")
-        experts = self._checked(token.get("experts"), "experts", {int})
-        if not all(NO_EXPERT <= expert < MAX_EXPERTS for row in experts for expert in row):
-            raise IntegrityError("an expert is not a number from 0 on, or -1 for none")
+        experts = self._checked_experts(token, "experts")
+        foreseen = self._checked_experts(token, "foreseen") if "foreseen" in token else [[] for _ in experts]
         weights = self._checked_weights(token, experts)
+        self.is_foreseen |= "foreseen" in token
+        self._pad(self.foreseen, foreseen, NO_EXPERT)
         self._pad(self.experts, experts, NO_EXPERT)
         self._pad(self.weights, weights, 0)
         self.sequence_id.append(token["sequence"])
@@ -341,7 +353,14 @@ class _Rows:
             np.array(self.sequence_id, np.int32),
             np.array(self.position, np.int32),
             np.array(self.is_prefill, np.bool_),
+            np.array(self.foreseen, np.int16).reshape(shapes["foreseen"]) if self.is_foreseen else None,
         )
+
+    def _checked_experts(self, token: dict[str, Any], name: str) -> list[list[int]]:
+        experts = self._checked(token.get(name), name, {int})
+        if not all(NO_EXPERT <= expert < MAX_EXPERTS for row in experts for expert in row):
+            raise IntegrityError("an expert is not a number from 0 on, or -1 for none")
+        return experts
 
     def _checked(self, rows: object, what: str, types: set[type]) -> list[list[Any]]:
         top_k = self.identity.top_k

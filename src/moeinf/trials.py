@@ -1,54 +1,48 @@
 """Which of several ways to foresee experts costs least, found by trying them in turn.
 
-What a way costs is measured, not assumed: seconds spent foreseeing, and seconds that then pass waiting for bytes. Knows
-nothing of what the ways do.
+What a way costs is measured, not assumed: the time of whole tokens, of which reads of wrong guesses take their part,
+too. How many experts a token misses says nearly all of how long it takes (docs/experiments.md), so tokens are compared
+as if all had missed as many. Knows nothing of what the ways do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 __all__ = ["Trials"]
 
 _TRIAL_TOKENS = 6
-"""So many tokens go each way before the best is chosen."""
+_MOST_TRIAL_TOKENS = 18
+"""So many tokens go each way before the best is chosen: the few where it is plain, the more where ways are close."""
 _SETTLED_TOKENS = 256
 _MOST_SETTLED_TOKENS = 4096
 """So many go the best way before all are tried again, since text, cache and machine may have changed by then; and twice
 as many each time that it is the best again.
 """
-_GLANCE_TOKENS = 2
-_HOPELESS = 1.5
-"""A way that after so many tokens costs so many times what the best one does is tried no longer."""
-_WORTH = 0.8
-"""A way is worth going if it costs at most this share of what foreseeing nothing does: reads of wrong guesses take the
-processor and the disk from others, which no account shows."""
 _LEAST_ASKS = 4
 """The first asks are slower than those that follow: a way is judged by its fastest after so many."""
 
 
 @dataclass(slots=True)
 class _Account:
-    """What one way has cost."""
+    """What one way has cost: each of its tokens (seconds, experts missed), the waiting in all their layers, and the
+    fastest that it foresaw.
+    """
 
-    tokens: int = 0
+    tokens: list[tuple[float, int]] = field(default_factory=list)
     layers: int = 0
     stalled_s: float = 0.0
-    foreseeing_s: float = 0.0
     fastest_s: float = float("inf")
-
-    @property
-    def layer_s(self) -> float:
-        """Seconds per layer."""
-        return (self.stalled_s + self.foreseeing_s) / max(self.layers, 1)
 
 
 class Trials:
     """Chooses among `ways`, of which the first foresees nothing; it changes its mind between tokens only.
 
     Ways take turns, token by token, so that all of them meet the same text and the same cache. One that spends more on
-    foreseeing than all the waiting without it cannot win, and is out at once; so is one that is far behind.
+    foreseeing than all the waiting without it cannot win, and is out at once.
     """
 
     def __init__(self, ways: Sequence[str]) -> None:
@@ -65,36 +59,50 @@ class Trials:
         """Whether the best way was found, and no other is tried now."""
         return self._settled_tokens > 0
 
-    def token_ended(self) -> None:
-        """All layers have run for a token."""
+    def record(self, foreseeing_s: float, stalled_s: float) -> None:
+        """A layer has run for one token, and this is what it took beside the maths."""
+        account = self._accounts[self.way]
+        account.layers += 1
+        account.stalled_s += stalled_s
+        account.fastest_s = min(account.fastest_s, foreseeing_s)
+
+    def token_ended(self, token_s: float, missed: int) -> None:
+        """All layers have run for a token, which took so long; `missed` of its experts had to be brought, foreseen or
+        not.
+        """
         if self._settled_tokens:
             self._settled_tokens -= 1
             if not self._settled_tokens:
                 self._begin()
             return
-        self._accounts[self.way].tokens += 1
+        self._accounts[self.way].tokens.append((token_s, missed))
         self._exclude()
-        if all(self._accounts[way].tokens >= _TRIAL_TOKENS for way in self._candidates) or len(self._candidates) == 1:
-            self._settle(min(self._candidates, key=self._cost_s))
+        tried = {way: self._accounts[way].tokens for way in self._candidates}
+        if len(tried) == 1:
+            self._settle(self._candidates[0])
+        elif all(len(tokens) >= _TRIAL_TOKENS for tokens in tried.values()) and (best := self._find_best(tried)):
+            self._settle(best)
         else:
-            self.way = min(self._candidates, key=lambda way: self._accounts[way].tokens)
+            self.way = min(self._candidates, key=lambda way: len(tried[way]))
 
-    def record(self, foreseeing_s: float, stalled_s: float) -> None:
-        """A layer has run for one token, and this is what it took beside the maths."""
-        account = self._accounts[self.way]
-        account.layers += 1
-        account.foreseeing_s += foreseeing_s
-        account.stalled_s += stalled_s
-        account.fastest_s = min(account.fastest_s, foreseeing_s)
+    def _find_best(self, tried: Mapping[str, Sequence[tuple[float, int]]]) -> str | None:
+        """The way whose tokens take least; None if more tokens should say. Where they cannot, it is the first."""
+        costs = _costs(tried)
+        first = self._candidates[0]
+        best, other = sorted(costs, key=lambda way: costs[way][0])[:2]
+        rival = other if best == first else first
+        lead = costs[rival][0] - costs[best][0]
+        doubt = math.hypot(costs[rival][1], costs[best][1])
+        if lead > 2 * doubt:
+            return best
+        if any(len(tokens) < _MOST_TRIAL_TOKENS for tokens in tried.values()):
+            return None
+        return best if lead > doubt else first
 
     def _begin(self) -> None:
         self._accounts = {way: _Account() for way in self._ways}
         self._candidates = list(self._ways)
         self.way = self._ways[0]
-
-    def _cost_s(self, way: str) -> float:
-        """Seconds per layer, and what the accounts do not show."""
-        return self._accounts[way].layer_s / (1.0 if way == self._ways[0] else _WORTH)
 
     def _settle(self, best: str) -> None:
         is_again = best == self._best
@@ -103,11 +111,32 @@ class Trials:
         self._settled_tokens = self._patience
 
     def _exclude(self) -> None:
-        least = self._accounts[self._ways[0]].layer_s
+        plain = self._accounts[self._ways[0]]
+        least = plain.stalled_s / max(plain.layers, 1)
         for way in self._candidates[1:]:
             account = self._accounts[way]
             if account.layers >= _LEAST_ASKS and account.fastest_s > least:
                 self._candidates.remove(way)
-        if all(self._accounts[way].tokens >= _GLANCE_TOKENS for way in self._candidates):
-            best = min(self._accounts[way].layer_s for way in self._candidates)
-            self._candidates = [way for way in self._candidates if self._accounts[way].layer_s <= _HOPELESS * best]
+
+
+def _costs(tried: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, tuple[float, float]]:
+    """Of each way the median seconds of its tokens, as if all had missed as many experts, and the standard error.
+
+    What a miss costs is the slope that all ways together have (analysis of covariance). One token in a dozen may take
+    many times as long, when another program takes a core: medians do not mind.
+    """
+    count = sum(map(len, tried.values()))
+    typical = sum(missed for tokens in tried.values() for _, missed in tokens) / count
+    together = spread = 0.0
+    for tokens in tried.values():
+        mean_s, mean = (statistics.fmean(values) for values in zip(*tokens, strict=True))
+        together += sum((missed - mean) * (token_s - mean_s) for token_s, missed in tokens)
+        spread += sum((missed - mean) ** 2 for _, missed in tokens)
+    slope = together / spread if spread else 0.0
+    costs = {}
+    for way, tokens in tried.items():
+        seconds = [token_s - slope * (missed - typical) for token_s, missed in tokens]
+        middle = statistics.median(seconds)
+        deviation = 1.4826 * statistics.median(abs(each - middle) for each in seconds)
+        costs[way] = middle, 1.2533 * deviation / math.sqrt(len(seconds))
+    return costs

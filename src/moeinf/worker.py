@@ -132,7 +132,7 @@ class _Moeinf:
         self._engine = engine
         self._job = job
         self._replay = _replay(job, engine.model)
-        if self._replay is not None:
+        if self._replay is not None and not self._replay.foresees:
             engine.runtime.leave_out("gate")  # it would ask a router that nobody follows
         self._sums: dict[str, Any] = dict.fromkeys(
             ("requests", "hits", "waits", "missed_bytes", "read_bytes", "prefill_read_bytes", "stall_s"), 0
