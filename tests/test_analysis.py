@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -189,3 +190,19 @@ def test_nothing_is_said_of_windows_that_no_request_fills() -> None:
     assert [window for window, _ in found.reuse] == [1]
     alone = describe(make_trace(ROWS, [False] * 4, [0, 1, 2, 3]))
     assert (alone.reuse, alone.predictability) == ((), None)
+
+
+def test_what_routers_foresaw_is_judged_where_they_were_asked() -> None:
+    trace = make_sequence(foreseen=True)
+    assert trace.foreseen is not None
+    asked = trace.foreseen.copy()
+    asked[:2] = NO_EXPERT  # the prompt
+    asked[:, 0] = NO_EXPERT
+    asked[2, 1, :2] = trace.experts[2, 1, [1, 0]]  # all right, in another order
+    asked[3, 1] = [trace.experts[3, 1, 0], NO_EXPERT, NO_EXPERT]  # half of them
+    asked[4, 1, :2] = sorted(set(range(4)) - set(trace.experts[4, 1].tolist()))  # none
+    (request,) = dataclasses.replace(trace, foreseen=asked).sequences()
+    found = predictability([request, make_sequence()])
+    assert found is not None
+    assert found.router == 3 / 6
+    assert predictability([make_sequence()]).router is None  # type: ignore[union-attr]

@@ -48,14 +48,15 @@ class Predictability:
     """Of the experts that a layer chooses for a token, the share that is among the k that somebody named, k being what
     the layer asks for per token (recall at k).
 
-    `own` names those that the request used most so far, `previous` those of the token before, and `chance` any.
-    `tokens` were judged.
+    `own` names those that the request used most so far, `previous` those of the token before, and `chance` any;
+    `tokens` were judged so. `router` is the layer's own, asked one MoE layer early, where that was recorded.
     """
 
     own: float
     previous: float
     chance: float
     tokens: int
+    router: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,23 @@ def predictability(requests: Sequence[Trace]) -> Predictability | None:
             previous += int((chosen & uses[before]).sum())
             asked += int(chosen.sum())
             chance += int(chosen.sum()) * k / size
-    return Predictability(own / asked, previous / asked, chance / asked, tokens) if asked else None
+    if not asked:
+        return None
+    return Predictability(own / asked, previous / asked, chance / asked, tokens, _foreseen_share(requests))
+
+
+def _foreseen_share(requests: Sequence[Trace]) -> float | None:
+    """Of the experts of which something was foreseen, the share that was."""
+    right = asked = 0
+    for request in requests:
+        if request.foreseen is None:
+            continue
+        named, chosen = request.foreseen[..., None, :], request.experts[..., None]
+        was_asked = (request.foreseen != NO_EXPERT).any(axis=2)
+        is_chosen = request.experts != NO_EXPERT
+        right += int(((named == chosen).any(axis=3) & is_chosen)[was_asked].sum())
+        asked += int(is_chosen[was_asked].sum())
+    return right / asked if asked else None
 
 
 def compare_domains(requests: Sequence[Trace], domains: Sequence[str]) -> Domains:

@@ -151,7 +151,8 @@ def naming_rows(routing: Routing) -> list[tuple[str, float]]:
     named = routing.predictability
     if named is None:
         return []
-    return [("this request's uses so far", named.own), ("the token before", named.previous), ("chance", named.chance)]
+    rows = [("this request's uses so far", named.own), ("the token before", named.previous), ("chance", named.chance)]
+    return rows if named.router is None else [("the router, asked a layer early", named.router), *rows]
 
 
 def _domains_to_json(domains: Domains) -> dict[str, Any]:
