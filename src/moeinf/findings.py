@@ -110,7 +110,8 @@ def _memory(memory: HostMemory) -> Iterator[Finding]:
     if memory.huge_pages == "never":
         yield Finding(
             "huge pages are off",
-            "weights lie in pages of 4 KiB: on one machine memory then gave 24 GB/s, and 31 with huge pages",
+            "weights lie in pages of 4 KiB: on one machine memory then gave 24 GB/s, and 31 with huge pages, and on"
+            " another a token that reads the disk took 1.09 times as long",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         )
 
