@@ -350,6 +350,9 @@ def test_the_library_unpacks_as_torch_does(pool: NativePool, rows: int, width: i
     panels, uppers = pack(weight)
     assert torch.equal(bits(pool.expand(panels, uppers, about, width, is_transposed=False)), bits(weight))
     assert torch.equal(bits(dequantize(panels, uppers, about, width, torch.bfloat16)), bits(weight))
+    for first in range(0, rows, 16):
+        for count in range(16, rows - first + 1, 16):
+            assert torch.equal(bits(pool.unpack(panels, uppers, first, count)), bits(weight[first : first + count]))
 
 
 def test_damaged_uppers_do_no_harm(pool: NativePool) -> None:

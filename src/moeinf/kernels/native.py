@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeinf.manifest import LOSSLESS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
+from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
 from .torch_maths import ExpertMaths, Tensors, TokenMaths
@@ -107,7 +107,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     ("moe_expand_fp8", None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
-    ("moe_expand_lossless", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    ("moe_expand_lossless", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
     ("moe_linear", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
@@ -160,20 +160,37 @@ class NativePool:
         """A packed weight as bfloat16 [out, width], or [width, out] if `is_transposed`, as only MXFP4 is. It lies where
         the next one will: fresh memory takes the system longer than all of the rest.
         """
-        out = len(numbers) * (about.group if about.is_lossless else 1)
-        if self._scratch.numel() < out * width:
-            self._scratch = torch.empty(out * width, dtype=torch.bfloat16)
-        weight = self._scratch[: out * width].view((width, out) if is_transposed else (out, width))
-        packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
         if about.is_lossless:
-            self.lib.moe_expand_lossless(self.handle, *packed, into)
-        elif about.is_in_blocks:
+            return self.unpack(numbers, factors)
+        out = len(numbers)
+        weight = self._take(width, out) if is_transposed else self._take(out, width)
+        packed, into = (numbers.data_ptr(), factors.data_ptr(), out, width), weight.data_ptr()
+        if about.is_in_blocks:
             self.lib.moe_expand_fp8(self.handle, out // len(factors), *packed, into)
         elif about.is_released:
             self.lib.moe_expand(self.handle, *packed, is_transposed, into)
         else:
             self.lib.moe_expand_int(self.handle, _WEIGHTS[about.kind], about.group, *packed, into)
         return weight
+
+    def unpack(
+        self, panels: torch.Tensor, uppers: torch.Tensor, first: int = 0, count: int | None = None
+    ) -> torch.Tensor:
+        """`count` rows of a lossless weight as bfloat16 [count, width], from row `first` on, or all; `first` and
+        `count` are multiples of PANEL_ROWS. They lie where the next weight will, as in `expand`.
+        """
+        rows, width = len(panels) * PANEL_ROWS, panels.shape[1] * PANEL_INPUTS
+        count = rows if count is None else count
+        weight = self._take(count, width)
+        packed = panels.data_ptr(), uppers.data_ptr(), rows, width
+        self.lib.moe_expand_lossless(self.handle, *packed, first, count, weight.data_ptr())
+        return weight
+
+    def _take(self, rows: int, columns: int) -> torch.Tensor:
+        """Memory for an expanded weight, which the next one takes over."""
+        if self._scratch.numel() < rows * columns:
+            self._scratch = torch.empty(rows * columns, dtype=torch.bfloat16)
+        return self._scratch[: rows * columns].view(rows, columns)
 
     def multiply(self, rows: torch.Tensor, weight: torch.Tensor, uppers: torch.Tensor | None = None) -> torch.Tensor:
         """`F.linear` of `rows` [n, in] and `weight` [out, in], both in bfloat16 and contiguous, or `weight`

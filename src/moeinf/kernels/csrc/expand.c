@@ -61,13 +61,15 @@ static void expand_panels(void *job, size_t ticket) {
 }
 
 void moe_expand_lossless(moe_pool *pool, const void *panels, const void *uppers, int64_t rows, int64_t width,
-                         void *output) {
+                         int64_t first, int64_t count, void *output) {
     expansion all = {
         .kernels = pool->kernels,
         .packed = make_lossless(panels, uppers, (size_t)rows, (size_t)width),
-        .rows = (size_t)rows,
+        .rows = (size_t)count,
         .width = (size_t)width,
         .output = output,
     };
+    all.packed.panels += (size_t)(first * width) / (PANEL_ROWS * PANEL_INPUTS) * PANEL_BYTES;
+    all.packed.begins += (size_t)first / PANEL_ROWS;
     pool_run(pool->threads, expand_panels, &all, ceil_div(all.rows, PAD));
 }

@@ -50,7 +50,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 9 };
+enum { MOE_INTERFACE = 10 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -90,9 +90,9 @@ MOE_API void moe_expand_fp8(moe_pool *pool, int64_t block, const void *weights, 
 MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales,
                             int64_t rows, int64_t width, void *output);
 
-/* Expands a lossless weight to bfloat16, [rows, width]. */
+/* Expands `count` rows of a lossless weight [rows, width] to bfloat16, [count, width], from row `first` on: whole panels. */
 MOE_API void moe_expand_lossless(moe_pool *pool, const void *panels, const void *uppers, int64_t rows, int64_t width,
-                                 void *output);
+                                 int64_t first, int64_t count, void *output);
 
 /* A linear layer in bfloat16: weight is [outputs, inputs], with `uppers` a lossless one, and bias [outputs] or NULL. */
 typedef struct {
