@@ -22,6 +22,7 @@ LAYERS = [
         "collectionfile",
         "conversion",
         "datasets",
+        "densefile",
         "dtypes",
         "evidence",
         "files",
@@ -104,6 +105,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "torch": {
         "conversion",
+        "densefile",
         "dtypes",
         "fused",
         "lossless",

@@ -12,6 +12,7 @@ import pytest
 
 from moeinf.errors import IntegrityError, UnsupportedError
 from moeinf.manifest import (
+    DENSE_SCHEMA,
     DTYPE_BYTES,
     EXPERT_ALIGNMENT,
     QUANTIZED_SCHEMA,
@@ -56,6 +57,18 @@ QUANTIZED = replace(
 )
 
 
+PACKED = replace(
+    MANIFEST,
+    precision="bfloat16, packed without loss",
+    layout=ExpertLayout(
+        4096,
+        (TensorSpec("up_proj", "U8", (2, 3, 192), 0), TensorSpec("up_proj_uppers", "U32", (10,), 1152)),
+        Quantization("lossless", 16, "BF16", {"up_proj": 24}),
+    ),
+    packed_dense={"lm_head.weight": (32, 8), "model.layers.0.self_attn.q_proj.weight": (16, 8)},
+)
+
+
 def edited(change: Callable[[dict[str, Any]], object], manifest: Manifest = MANIFEST) -> str:
     raw = json.loads(manifest.to_json())
     change(raw)
@@ -75,6 +88,39 @@ def test_quantised_experts_are_a_schema_of_their_own() -> None:
     plain = json.loads(MANIFEST.to_json())
     assert plain["schema"] == SCHEMA
     assert plain["layout"].keys() == {"data_offset", "tensors"}
+
+
+def test_packed_dense_weights_are_a_schema_of_their_own() -> None:
+    assert Manifest.from_json(PACKED.to_json()) == PACKED
+    assert json.loads(PACKED.to_json())["schema"] == DENSE_SCHEMA
+    assert Manifest.from_json(replace(PACKED, packed_dense={}).to_json()).schema == QUANTIZED_SCHEMA
+    more = 2 * (32 + 16) * 8 - (3 * 192 + 4 * (4 + 3 + 1 + 4 + 2))
+    assert PACKED.unpacked == replace(PACKED, dense_bytes=1000 + more, packed_dense={})
+    assert MANIFEST.unpacked == MANIFEST
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.update(schema=QUANTIZED_SCHEMA),
+        lambda raw: raw.pop("packed_dense"),
+        lambda raw: raw.update(packed_dense={}),
+        lambda raw: raw.update(packed_dense=["lm_head.weight"]),
+        lambda raw: raw.update(dense_bytes=400),
+        lambda raw: raw["layout"].update(json.loads(QUANTIZED.to_json())["layout"]),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [32]}),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [24, 8]}),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [16, 12]}),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [0, 8]}),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [-16, 8]}),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [16, 1 << 16]}),
+        lambda raw: raw["packed_dense"].update({"lm_head.weight": [16.0, 8]}),
+        lambda raw: raw["packed_dense"].update({"": [16, 8]}),
+    ],
+)
+def test_packed_dense_weights_that_cannot_be_are_damage(change: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(IntegrityError, match=r"moeinf\.json is damaged"):
+        Manifest.from_json(edited(change, PACKED))
 
 
 @pytest.mark.parametrize(("key", "value"), [("kind", "int3"), ("group", 48), ("version", 2)])
@@ -127,14 +173,14 @@ def test_a_dtype_has_the_bytes_that_its_name_says() -> None:
 
 def test_the_specification_names_every_field() -> None:
     def names(prefix: str, value: object) -> set[str]:
-        if isinstance(value, dict) and prefix != "files":
+        if isinstance(value, dict) and prefix not in ("files", "packed_dense", "layout.quantization.widths"):
             return {name for key in value for name in names(f"{prefix}.{key}".lstrip("."), value[key])}
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return names(f"{prefix}[]", value[0])
         return {f"{prefix}[]" if isinstance(value, list) and not prefix.endswith("shape") else prefix}
 
     text = SPECIFICATION.read_text(encoding="utf-8")
-    missing = {name for name in names("", json.loads(MANIFEST.to_json())) if f"| `{name}` |" not in text}
+    missing = {name for name in names("", json.loads(PACKED.to_json())) if f"| `{name}` |" not in text}
     assert missing == set()
 
 
@@ -151,8 +197,8 @@ def test_the_bytes_in_the_specification_are_those_that_are_written() -> None:
 
 
 def test_a_newer_schema_is_not_guessed_at() -> None:
-    newer = edited(lambda raw: raw.update(schema=QUANTIZED_SCHEMA + 1, something_new=1))
-    with pytest.raises(UnsupportedError, match=f"schema {QUANTIZED_SCHEMA + 1}") as caught:
+    newer = edited(lambda raw: raw.update(schema=DENSE_SCHEMA + 1, something_new=1))
+    with pytest.raises(UnsupportedError, match=f"schema {DENSE_SCHEMA + 1}") as caught:
         Manifest.from_json(newer)
     assert "update moeinf" in (caught.value.hint or "")
 

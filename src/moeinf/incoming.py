@@ -58,6 +58,8 @@ class _State:
                 self.key = dict(key)
             case {"path": str(path), "size": int(size), "sha256": str(sha256)}:
                 self.files[path] = FileRecord(size, sha256)
+            case {"removed": str(path)}:
+                del self.files[path]
             case {"dense": str(path), "header": str(header), "size": int(size)}:
                 self.dense[path] = (header, size)
                 self.tensors[path] = set()
@@ -156,6 +158,12 @@ class Incoming:
         else:
             with source.open("rb") as stream:
                 self.write(path, iter(lambda: stream.read(_COPY_BYTES), b""))
+
+    def remove(self, path: str) -> None:
+        """Take a file that is done away again, once all others that are done are durable."""
+        self._note({"removed": path})
+        self.sync()
+        self.disk.remove(self._place(path))
 
     def dense(self, path: str, header: bytes, size: int) -> DenseWriter:
         """A writer of one file of `size` bytes that starts with `header`, whose tensors may come in any order.

@@ -15,8 +15,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Iterator, Mapping
-from ctypes import c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -37,9 +38,14 @@ from .panels import lossless_layout
 from .shared_library import NotNativeError, Signature, load_library
 from .tensorfile import TensorFile, encode_expert_header
 
-__all__ = ["LosslessPacker", "pack", "read_expert", "unpack"]
+__all__ = ["LosslessPacker", "expand", "pack", "read_expert", "unpack"]
 
-_FUNCTIONS: tuple[Signature, ...] = (("moe_pack_lossless", c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),)
+_FUNCTIONS: tuple[Signature, ...] = (
+    ("moe_pack_lossless", c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    ("moe_variant", c_char_p, (c_int,)),
+    ("moe_open", c_void_p, (c_int, c_int)),
+    ("moe_expand_lossless", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
+)
 _CHUNK_WEIGHTS = 1 << 22
 _TABLE_SIZE = 16
 _LOWER_BYTES = 128
@@ -157,6 +163,27 @@ def unpack(panels: torch.Tensor, uppers: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def expand(panels: torch.Tensor, uppers: torch.Tensor) -> torch.Tensor:
+    """The same in host memory, by the library where it is at hand."""
+    library = _library()
+    pool = _open_pool(library) if library else None
+    if library is None or pool is None:
+        return unpack(panels, uppers)
+    rows, width = len(panels) * PANEL_ROWS, panels.shape[1] * PANEL_INPUTS
+    weight = torch.empty(rows, width, dtype=torch.bfloat16)
+    packed = panels.data_ptr(), uppers.data_ptr(), rows, width
+    library.moe_expand_lossless(pool, *packed, 0, rows, weight.data_ptr())
+    return weight
+
+
+@cache
+def _open_pool(library: ctypes.CDLL) -> int | None:
+    """A pool without threads of its own, for as long as the process lasts."""
+    best = sum(1 for _ in takewhile(bool, map(library.moe_variant, count()))) - 1
+    pool: int | None = library.moe_open(1, best)
+    return pool
+
+
 def read_expert(path: Path, layout: ExpertLayout) -> dict[str, torch.Tensor]:
     """The tensors of `layout.unpacked`, of the expert whose file lies as `layout` says."""
     data = bytearray(layout.nbytes)
@@ -169,7 +196,7 @@ def read_expert(path: Path, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         stored[spec.name] = torch.frombuffer(data, dtype=dtype, count=count, offset=spec.offset).view(spec.shape)
     packed = layout.quantization.widths if layout.quantization and layout.quantization.is_lossless else {}
     for name in packed:
-        stored[name] = unpack(stored[name], stored.pop(uppers_name(name)))
+        stored[name] = expand(stored[name], stored.pop(uppers_name(name)))
     return stored
 
 

@@ -9,19 +9,22 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import IntegrityError, UnsupportedError
 
 __all__ = [
     "AS_RELEASED",
+    "DENSE_SCHEMA",
     "DTYPE_BYTES",
     "EXCEPTION_SHARE",
     "EXPERT_ALIGNMENT",
     "GROUPS",
     "LOSSLESS",
     "MANIFEST_NAME",
+    "MOST_INPUTS",
     "NUMBER_BITS",
     "PANEL_BYTES",
     "PANEL_INPUTS",
@@ -38,7 +41,10 @@ __all__ = [
     "Quantization",
     "Source",
     "TensorSpec",
+    "are_whole_panels",
     "expert_path",
+    "lossless_bytes",
+    "lossless_gain",
     "lossless_shapes",
     "scales_name",
     "uppers_name",
@@ -47,6 +53,8 @@ __all__ = [
 SCHEMA = 1
 QUANTIZED_SCHEMA = 2
 """Of a model with quantised experts, which a program that knows schema 1 alone would take for something else."""
+DENSE_SCHEMA = 3
+"""Of one whose dense weights are packed too."""
 MANIFEST_NAME = "moeinf.json"
 EXPERT_ALIGNMENT = 4096
 """The data of an expert file starts at a multiple of this, so that one direct read fills a slot."""
@@ -66,6 +74,8 @@ LOSSLESS = "lossless"
 PANEL_ROWS, PANEL_INPUTS = 16, 8
 """Of a lossless weight, so many rows and columns lie together, in PANEL_BYTES."""
 PANEL_BYTES = 192
+MOST_INPUTS = 1 << 15
+"""Columns of a lossless weight: the library unpacks four rows into a thread's stack."""
 TABLE_WORDS = 4
 EXCEPTION_SHARE = 256
 """A lossless weight has room for one exception, whose upper byte the table lacks, among so many weights."""
@@ -95,6 +105,21 @@ def lossless_shapes(rows: int, width: int) -> tuple[tuple[str, tuple[int, ...]],
     panels = rows // PANEL_ROWS
     words = TABLE_WORDS + panels + 1 + rows * width // EXCEPTION_SHARE
     return ("U8", (panels, width // PANEL_INPUTS, PANEL_BYTES)), ("U32", (words,))
+
+
+def lossless_bytes(rows: int, width: int) -> int:
+    """Bytes of a lossless weight [rows, width]."""
+    return sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in lossless_shapes(rows, width))
+
+
+def lossless_gain(sides: Iterable[tuple[int, int]]) -> int:
+    """Bytes that are saved when weights [rows, width] of these sides are lossless."""
+    return sum(rows * width * DTYPE_BYTES["BF16"] - lossless_bytes(rows, width) for rows, width in sides)
+
+
+def are_whole_panels(rows: int, width: int) -> bool:
+    """Whether a weight of these sides can be lossless."""
+    return rows % PANEL_ROWS == 0 and width % PANEL_INPUTS == 0 and rows > 0 and 0 < width <= MOST_INPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +312,8 @@ class Manifest:
     `dtype` is the dtype of the model's maths; `precision` says what the weights were released in ("bfloat16", "mxfp4
     expanded to bfloat16", …). `kv_token_bytes` and `kv_fixed_bytes` are what one token of context and what a
     conversation of any length add to the KV cache. `files` maps relative paths to sizes and hashes, all files but the
-    manifest.
+    manifest. `packed_dense` has the dense weights that are packed as those of lossless experts are, by their names in
+    the model, and their sides (rows, width).
     """
 
     source: Source
@@ -303,10 +329,19 @@ class Manifest:
     kv_fixed_bytes: int
     max_context: int
     files: dict[str, FileRecord]
+    packed_dense: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def schema(self) -> int:
+        if self.packed_dense:
+            return DENSE_SCHEMA
         return SCHEMA if self.layout.quantization is None else QUANTIZED_SCHEMA
+
+    @property
+    def unpacked(self) -> Manifest:
+        """What is held where dense weights are computed as torch has them: all of them plain."""
+        dense_bytes = self.dense_bytes + lossless_gain(self.packed_dense.values())
+        return dataclasses.replace(self, dense_bytes=dense_bytes, packed_dense={})
 
     @property
     def num_experts(self) -> int:
@@ -335,6 +370,8 @@ class Manifest:
         raw = {**dataclasses.asdict(self), "schema": self.schema}
         if self.layout.quantization is None:
             del raw["layout"]["quantization"]
+        if not self.packed_dense:
+            del raw["packed_dense"]
         return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -345,14 +382,15 @@ class Manifest:
         try:
             raw = json.loads(text)
             schema = raw.pop("schema")
-            if schema not in (SCHEMA, QUANTIZED_SCHEMA):
+            if schema not in (SCHEMA, QUANTIZED_SCHEMA, DENSE_SCHEMA):
                 raise UnsupportedError(
-                    f"the store was written in schema {schema}, this program reads schemas {SCHEMA} and"
-                    f" {QUANTIZED_SCHEMA}",
+                    f"the store was written in schema {schema}, this program reads schemas {SCHEMA} to {DENSE_SCHEMA}",
                     hint="update moeinf, or pull the model again",
                 )
-            if (schema == QUANTIZED_SCHEMA) != (raw["layout"].get("quantization") is not None):
+            if (schema == SCHEMA) != (raw["layout"].get("quantization") is None):
                 raise ValueError(f"schema {schema} does not fit its experts")
+            if (schema == DENSE_SCHEMA) != ("packed_dense" in raw):
+                raise ValueError(f"schema {schema} does not fit its dense part")
             return cls(
                 **{
                     **raw,
@@ -361,6 +399,7 @@ class Manifest:
                     "layout": _layout(raw["layout"]),
                     "dense_files": tuple(raw["dense_files"]),
                     "files": {path: FileRecord(**record) for path, record in raw["files"].items()},
+                    "packed_dense": _packed_dense(raw) if schema == DENSE_SCHEMA else {},
                 }
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -412,3 +451,15 @@ def _check_lossless(made: Quantization, name: str, specs: dict[str, TensorSpec])
     there = [(specs[tensor].dtype, specs[tensor].shape) for tensor in (name, uppers_name(name))]
     if made.dtype != "BF16" or tuple(there) != lossless_shapes(rows, made.widths[name]):
         raise ValueError(f"{name} is no lossless weight of {rows} x {made.widths[name]} in {made.dtype}")
+
+
+def _packed_dense(raw: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    packed = {name: (rows, width) for name, (rows, width) in raw["packed_dense"].items()}
+    if not packed or raw["layout"]["quantization"]["kind"] != LOSSLESS:
+        raise ValueError("dense weights are packed beside lossless experts alone")
+    for name, sides in packed.items():
+        if not name or not all(isinstance(side, int) for side in sides) or not are_whole_panels(*sides):
+            raise ValueError(f"{name!r} of {sides[0]} x {sides[1]} is no lossless weight")
+    if sum(lossless_bytes(*sides) for sides in packed.values()) > raw["dense_bytes"]:
+        raise ValueError("its packed dense weights take more bytes than its dense part")
+    return packed

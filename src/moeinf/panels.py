@@ -7,19 +7,18 @@ from .manifest import (
     DTYPE_BYTES,
     EXPERT_ALIGNMENT,
     LOSSLESS,
+    MOST_INPUTS,
     PANEL_INPUTS,
     PANEL_ROWS,
     ExpertLayout,
     Quantization,
     TensorSpec,
+    are_whole_panels,
     lossless_shapes,
     uppers_name,
 )
 
 __all__ = ["lossless_layout"]
-
-_MOST_INPUTS = 1 << 15
-"""Of a lossless weight: the library unpacks four rows into a thread's stack."""
 
 
 def lossless_layout(plain: ExpertLayout) -> ExpertLayout:
@@ -31,10 +30,10 @@ def lossless_layout(plain: ExpertLayout) -> ExpertLayout:
         raise UnsupportedError(f"experts in {' and '.join(sorted(dtypes)) or 'no matrices'} are not packed", hint=hint)
     for name, spec in matrices.items():
         rows, width = spec.shape
-        if rows % PANEL_ROWS or width % PANEL_INPUTS or width > _MOST_INPUTS:
+        if not are_whole_panels(rows, width):
             raise UnsupportedError(
                 f"{name} is {rows} x {width}: packing without loss takes multiples of {PANEL_ROWS} x {PANEL_INPUTS}, up"
-                f" to {_MOST_INPUTS:,} wide",
+                f" to {MOST_INPUTS:,} wide",
                 hint=hint,
             )
     shapes = {name: lossless_shapes(*spec.shape) for name, spec in matrices.items()}

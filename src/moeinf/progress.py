@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 __all__ = ["NO_PROGRESS", "Progress", "Task", "Unit"]
 
-Unit = Literal["bytes", "files", "experts", "prompts", "replays", "rates", "runs"]
+Unit = Literal["bytes", "files", "experts", "prompts", "replays", "rates", "runs", "matrices"]
 
 
 class Task(Protocol):
