@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeinf.errors import IntegrityError
 from moeinf.kernels import dense
-from moeinf.kernels.dense import speed_up
+from moeinf.kernels.dense import compute_packed, speed_up
 from moeinf.kernels.native import MOST_ROWS, LinearLayer, NativePool
+from moeinf.kernels.packed import LosslessLinear
+from moeinf.lossless import pack
 from test_native import LIBRARY, VARIANTS
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
@@ -195,3 +199,64 @@ def test_a_norm_that_is_given_more_is_torchs(pool: NativePool) -> None:
         expected = norm(x, gate)
         speed_up(norm, pool)
         assert torch.equal(norm(x, gate=gate), expected)
+
+
+def make_packed(inputs: int, outputs: int, has_bias: bool) -> tuple[nn.Linear, LosslessLinear]:
+    """A layer, and one with the same weight, packed, some of whose numbers no table has."""
+    torch.manual_seed(inputs + outputs)
+    layer = nn.Linear(inputs, outputs, bias=has_bias).bfloat16().requires_grad_(False)
+    layer.weight.view(-1)[torch.randint(layer.weight.numel(), (layer.weight.numel() // 600,))] *= 2.0**-30
+    packed = copy.deepcopy(layer)
+    LosslessLinear.pack_into(packed, *pack(layer.weight))
+    assert isinstance(packed, LosslessLinear)
+    return layer, packed
+
+
+PROMPTS = (1, 2, 7, MOST_ROWS, MOST_ROWS + 1, 150)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (64, 256), (520, 144), (1544, 48), (2048, 272)])
+@pytest.mark.parametrize("band_rows", [32, 1 << 20])
+def test_packed_layers_give_what_plain_ones_give(
+    inputs: int, outputs: int, has_bias: bool, band_rows: int, pool: NativePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any number of tokens, whether a weight is unpacked at once or in turn, and when the pool is closed."""
+    monkeypatch.setattr("moeinf.kernels.packed.BAND_BYTES", band_rows * inputs * 2)
+    layer, packed = make_packed(inputs, outputs, has_bias)
+    assert torch.equal(packed.weight, layer.weight)
+    compute_packed(packed, pool)
+    prompts = [torch.randn(1, tokens, inputs).bfloat16() for tokens in PROMPTS]
+    with torch.inference_mode():
+        assert all(torch.equal(packed(x), layer(x)) for x in prompts)
+        pool.close()
+        assert all(torch.equal(packed(x), layer(x)) for x in prompts)
+
+
+@pytest.mark.skipif("avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor")
+def test_few_tokens_are_computed_from_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, packed = make_packed(256, 96, False)
+    pool = NativePool(2, "avx512bf16", LIBRARY)
+    compute_packed(packed, pool)
+    with torch.inference_mode():
+        expected = [layer(x) for x in map(torch.Tensor.bfloat16, (torch.ones(tokens, 256) for tokens in PROMPTS))]
+        monkeypatch.setattr(NativePool, "unpack", lambda *_: pytest.fail("it was unpacked"))
+        for tokens, wanted in zip(PROMPTS, expected, strict=True):
+            if tokens <= MOST_ROWS:
+                assert torch.equal(packed(torch.ones(tokens, 256).bfloat16()), wanted)
+    pool.close()
+
+
+def test_packed_layers_that_come_out_otherwise_are_unpacked(pool: NativePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, packed = make_packed(64, 32, False)
+    monkeypatch.setattr(dense._Native, "gives_the_same", lambda *_: False)
+    monkeypatch.setattr(NativePool, "apply", lambda *_: pytest.fail("it was not to be taken"))
+    compute_packed(packed, pool)
+    x = torch.randn(1, 1, 64).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(packed(x), layer(x))
+
+
+def test_a_weight_of_another_layer_is_refused() -> None:
+    with pytest.raises(IntegrityError, match=r"a weight of 32 x 64 is stored as one of 32 x 72"):
+        LosslessLinear.pack_into(nn.Linear(64, 32), *pack(torch.ones(32, 72).bfloat16()))

@@ -26,13 +26,14 @@ from . import hooks, memory
 from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, CollectionFile
+from .densefile import DenseFiles, read_plain
 from .device import Device
 from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError
 from .generation import Session
 from .kernels import choose_device_maths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
-from .manifest import Manifest, expert_path
+from .manifest import Manifest, expert_path, uppers_name
 from .metamodel import model_shape
 from .misses import HostMisses, MissChoice
 from .placement import Placement, make_pool, place
@@ -287,7 +288,11 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
     placement = place(manifest, shape, options)
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
-    model = hooks.load_dense_model(config, _read_dense(folder, manifest, direct), placement.dtype)
+    is_as_stored = placement.manifest.packed_dense == manifest.packed_dense
+    tensors = _read_dense(folder, manifest, direct) if is_as_stored else read_plain(folder, manifest)
+    packed = _take_packed(tensors, placement.manifest)
+    model = hooks.load_dense_model(config, tensors, placement.dtype, packed)
+    del tensors, packed
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     if placement.device is not None:
         on_host = copy.deepcopy(list(modules.values())) if options.computes_on_host else []
@@ -335,7 +340,9 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         runtime,
         device=placement.device,
         collection_file=collection_file,
-        run_log=RunLog(traces, manifest, shape, plan, options, device=placement.device, reads_files=reads_files),
+        run_log=RunLog(
+            traces, placement.manifest, shape, plan, options, device=placement.device, reads_files=reads_files
+        ),
         quality=quality,
         notes=(*placement.notes, *notes, *more_notes),
         libraries_bytes=libraries_bytes,
@@ -429,8 +436,18 @@ def _load_part(auto: Any, folder: Path, what: str) -> Any:
         ) from error
 
 
+def _take_packed(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Take the packed weights out of `tensors`: panels and uppers, by the names of their layers."""
+    return {
+        name.removesuffix(".weight"): (tensors.pop(name), tensors.pop(uppers_name(name)))
+        for name in manifest.packed_dense
+    }
+
+
 def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, torch.Tensor]:
-    """The dense tensors by name: views of one buffer per file, filled at the disk's speed."""
+    """The dense tensors by name, as they lie: views of one buffer per file, filled at the disk's speed."""
+    with DenseFiles(folder, manifest):
+        pass  # it has looked at the headers
     reader = Reader(threads=READERS, direct=direct)
     try:
         tensors: dict[str, torch.Tensor] = {}

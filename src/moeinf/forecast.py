@@ -279,6 +279,7 @@ class _ProcessorCosts:
         self.expert_bytes = manifest.layout.nbytes
         self.token_bytes = manifest.token_experts * self.expert_bytes
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
+        self._plain_dense_bytes = max(0, manifest.unpacked.dense_bytes - shape.lookup_bytes)
         self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
         self._kernels = situation.kernels
         self._best_fetch_rate = disk_rate(machine, self.expert_bytes)
@@ -340,7 +341,7 @@ class _ProcessorCosts:
         held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
         asked_of = [asked_experts(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
         fresh = 0.0 if before else min(1.0, self._plan.slots / sum(asked_of))
-        dense_s = self.dense_bytes / min(self._dense_rate, SUSTAINED * _step_rate(self._machine, self._kind, tokens))
+        dense_s = self._dense_s(tokens)
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
         attention_s = 4 * scores / _operations_rate(self._machine, self._kind)
         total = dense_s + attention_s + self.layers_s + len(self._manifest.layers) * TRIM_S
@@ -349,6 +350,16 @@ class _ProcessorCosts:
             touching_s = asked * fresh * self.expert_bytes / self._machine.memory.fresh_bytes_per_s
             read_s = asked * (1 - held) * self.expert_bytes / self._disk_rate
             total += max(maths_s + touching_s, read_s)
+        return total
+
+    def _dense_s(self, tokens: int) -> float:
+        """The dense part for many tokens at once; what is packed is unpacked for more than a few."""
+        computing_s = self._plain_dense_bytes / _step_rate(self._machine, self._kind, tokens) / SUSTAINED
+        total = max(self.dense_bytes / self._dense_rate, computing_s)
+        if tokens > FEW_TOKENS:
+            packed_bytes = sum(2 * rows * width for rows, width in self._manifest.packed_dense.values())
+            rate = _rate(self._machine, self._kind, 1, "torch")
+            total += EXPANDING_NATIVELY["lossless"] * packed_bytes / rate / SUSTAINED
         return total
 
 

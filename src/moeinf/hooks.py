@@ -1,19 +1,20 @@
 """The places where moeinf enters transformers: it loads models without their experts, and computes experts itself.
 
-Loading: a "quantizer" that empties every experts module before the weights are loaded, so that `from_pretrained`
-builds the dense part, for any family, and experts never occupy memory outside the slots. Compute: an experts
-implementation that transformers calls in place of its own. Attention: of a single token, where that is native, in front
-of transformers' own function. All are public extension points (transformers/quantizers/auto.py,
-transformers/integrations/moe.py, AttentionInterface), registered when this module is imported. The rotary embedding has
-no such point: in a loaded model the name that attention calls it by means another function. A family
-is supported when its experts module is made by `use_experts_implementation`; no family is named here.
+Loading: a "quantizer" that empties every experts module, and linear layers whose weights stay packed, before the
+weights are loaded, so that `from_pretrained` builds the dense part, for any family, and experts never occupy memory
+outside the slots. Compute: an experts implementation that transformers calls in place of its own. Attention: of a
+single token, where that is native, in front of transformers' own function. All are public extension points
+(transformers/quantizers/auto.py, transformers/integrations/moe.py, AttentionInterface), registered when this module is
+imported. The rotary embedding has no such point: in a loaded model the name that attention calls it by means another
+function. A family is supported when its experts module is made by `use_experts_implementation`; no family is named
+here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -27,7 +28,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .kernels import NativeAttention
+from .errors import IntegrityError
+from .kernels import LosslessLinear, NativeAttention
 from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
@@ -41,13 +43,16 @@ _ROTATION = "apply_rotary_pos_emb"
 
 @register_quantization_config(_NAME)
 class _StoreConfig(QuantizationConfigMixin):
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, packed: Iterable[str] = (), **_: Any) -> None:
         self.quant_method = _NAME  # type: ignore[assignment]  # typed as transformers' own enum
+        self.packed = list(packed)
 
 
 @register_quantizer(_NAME)
 class _StoreQuantizer(HfQuantizer):
-    """Takes the experts out of a model before it is loaded. What it loads carries its final names: no conversions."""
+    """Takes the experts and packed weights out of a model before it is loaded. What it loads carries its final names:
+    no conversions.
+    """
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for module in model.modules():
@@ -55,6 +60,11 @@ class _StoreQuantizer(HfQuantizer):
                 for name, _parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, None)
                 module._is_hf_initialized = True  # type: ignore[assignment]  # a plain attribute
+        about: Any = self.quantization_config
+        for name in about.packed:
+            layer = _find_linear(model, name)
+            layer.weight = None  # type: ignore[assignment]  # a module may lack a parameter
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # a plain attribute
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Take off every mark of a quantized model: some families compute differently when they see one (jamba)."""
@@ -75,14 +85,30 @@ class _StoreQuantizer(HfQuantizer):
         return False
 
 
+def _find_linear(model: nn.Module, name: str) -> nn.Linear:
+    layer = dict(model.named_modules()).get(name)
+    if type(layer) is not nn.Linear:
+        raise IntegrityError(f"the model has no linear layer {name}, whose weight is stored", hint="pull it again")
+    return layer
+
+
 def load_dense_model(
-    config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    config: PreTrainedConfig,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    packed: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> PreTrainedModel:
-    """The model of `config` with the dense weights in `tensors`, which it uses in place, and no experts."""
+    """The model of `config` with the dense weights in `tensors`, which it uses in place, and no experts. `packed` has
+    the weights that stay packed, which are those of linear layers, by the names of these: panels and uppers. Raises
+    IntegrityError if the model has no such layers.
+    """
+    packed = packed or {}
     with quiet():
         model: PreTrainedModel = causal_lm_class(config).from_pretrained(
-            None, config=config, state_dict=dict(tensors), dtype=dtype, quantization_config=_StoreConfig()
+            None, config=config, state_dict=dict(tensors), dtype=dtype, quantization_config=_StoreConfig(packed)
         )
+    for name, parts in packed.items():
+        LosslessLinear.pack_into(_find_linear(model, name), *parts)
     model.train(False)
     return model
 

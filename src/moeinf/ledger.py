@@ -17,6 +17,7 @@ from .manifest import ExpertLayout, Manifest
 from .units import MIB, align_up, format_bytes, parse_size
 
 __all__ = [
+    "BAND_BYTES",
     "SPARE_WINDOW",
     "HostPlan",
     "MemoryPlan",
@@ -40,6 +41,8 @@ SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
 _WORKSPACE_SHARE = 8
 """A GPU has a workspace for the longest pieces of a prompt that take this part of its budget at most."""
+BAND_BYTES = 64 * MIB
+"""Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
 _STEP_TOKENS = 64
@@ -353,8 +356,10 @@ def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
     """Bytes that any step takes: programs of matrix products, one layer's KV cache repeated for heads that share it,
-    the spare room of sliding windows, logits, and a weight of a quantised expert, expanded.
+    the spare room of sliding windows, logits, and a weight of a packed expert, or as much of a dense one, expanded.
     """
     repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
-    return _WORKSPACE_BYTES + repeated + spare + shape.vocabulary * 4 * 6 + manifest.layout.expanded_bytes
+    dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
+    expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES))
+    return _WORKSPACE_BYTES + repeated + spare + shape.vocabulary * 4 * 6 + expanded

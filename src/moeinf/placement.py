@@ -13,6 +13,7 @@ import torch
 from . import memory
 from .device import Device, find_device
 from .errors import CapacityError, UnsupportedError, UsageError
+from .kernels import keeps_packed
 from .ledger import MemoryPlan, ModelShape
 from .manifest import Manifest
 from .settings import EngineOptions
@@ -27,11 +28,13 @@ _WIDE = torch.float32
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The device, None being the processor; what goes where; what the dense part is computed in; and what people should
-    know, in sentences.
+    """The device, None being the processor; what is held, which is what is stored, with dense weights unpacked unless
+    they are computed as they lie; what goes where; what the dense part is computed in; and what people should know, in
+    sentences.
     """
 
     device: Device | None
+    manifest: Manifest
     plan: MemoryPlan
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
@@ -60,8 +63,9 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Plac
         )
     if options.kernels == "triton":
         raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
-    plan = memory.plan_memory(manifest, shape, options)
-    return Placement(None, plan, getattr(torch, manifest.dtype), notes)
+    dtype = getattr(torch, manifest.dtype)
+    held = manifest if dtype == torch.bfloat16 and keeps_packed(options.kernels) else manifest.unpacked
+    return Placement(None, held, memory.plan_memory(held, shape, options), dtype, notes)
 
 
 def _place_on(device: Device, manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Placement:
@@ -78,8 +82,9 @@ def _place_on(device: Device, manifest: Manifest, shape: ModelShape, options: En
         dtype, widening = _WIDE, _WIDE.itemsize // dtype.itemsize
     if device.others:
         notes.append(f"{device.name} alone is used, and {device.others} more of this machine's GPUs are not")
-    plan = memory.plan_device_memory(manifest, shape, options, device.memory()[0], widening)
-    return Placement(device, plan, dtype, tuple(notes))
+    held = manifest.unpacked
+    plan = memory.plan_device_memory(held, shape, options, device.memory()[0], widening)
+    return Placement(device, held, plan, dtype, tuple(notes))
 
 
 def make_pool(manifest: Manifest, placement: Placement) -> tuple[DevicePool, Placement]:

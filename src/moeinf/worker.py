@@ -200,7 +200,7 @@ def _token_bytes(model: nn.Module) -> int:
     untyped: Any = model
     table, head = untyped.get_input_embeddings(), untyped.get_output_embeddings()
     total = sum(parameter.nbytes for parameter in model.parameters())
-    is_tied = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
+    is_tied = head is not None and any(each.data_ptr() == table.weight.data_ptr() for each in head.parameters())
     return total if is_tied else total - int(table.weight.nbytes)
 
 

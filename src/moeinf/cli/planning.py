@@ -51,7 +51,7 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
     plan, available = placement.plan, memory.available_bytes()
     situation = Situation(
         machine,
-        subject.manifest,
+        placement.manifest,
         subject.shape,
         find_curve(subject, options.policy, output),
         kernels=options.kernels,

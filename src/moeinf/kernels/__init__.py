@@ -2,7 +2,8 @@
 
 `torch_maths` is transformers' own maths and the reference, on any device; `native` gives decoding to a library in C
 (csrc/) that reads weights as fast as memory gives them and rounds where torch rounds; `dense` and `attention` give it
-what lies between them, too. `triton_maths` has kernels for a GPU. Knows nothing of caches.
+what lies between them, too, `packed` linear layers among it. `triton_maths` has kernels for a GPU. Knows nothing of
+caches.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from moeinf.quantized import fill_randomly
 from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
-from .dense import speed_up
-from .native import ExpandingMaths, NativeMaths, NativePool
+from .dense import compute_packed, speed_up
+from .native import ExpandingMaths, NativeMaths, NativePool, can_add_as_torch_does
+from .packed import LosslessLinear
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
 
 __all__ = [
     "DeviceSlots",
     "ExpertMaths",
+    "LosslessLinear",
     "NativeAttention",
     "PromptMaths",
     "Tensors",
     "TokenMaths",
     "choose_device_maths",
     "choose_maths",
+    "keeps_packed",
     "speed_up_dense",
 ]
 
@@ -57,7 +61,8 @@ def choose_maths(
     try:
         pool = NativePool(torch.get_num_threads())
     except NotNativeError as error:
-        return [_fall_back(module, layout, error, kernels) for module in modules]
+        _refuse(error, kernels)
+        return [ExpertMaths(module, layout.quantization, str(error)) for module in modules]
     on_close.callback(pool.close)
     maths = [_native_maths(module, layout, pool, kernels) for module in modules]
     if not layout.is_exact:
@@ -90,12 +95,24 @@ def choose_device_maths(
     return [TritonMaths(module, slots) for module in modules]
 
 
-def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:
-    """Where any of `maths` is native, have the same threads compute what else of `model` they can with torch's results
-    to the last bit: linear layers and norms, from now on, and attention, by what is returned.
+def keeps_packed(kernels: str) -> bool:
+    """Whether dense weights that are packed without loss stay so with these `kernels`, the engine's option: where the
+    library multiplies by them as torch multiplies by plain ones.
     """
-    pool = next((each.pool for each in maths if isinstance(each, NativeMaths)), None)
-    if pool is None:
+    return kernels != "torch" and can_add_as_torch_does()
+
+
+def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:
+    """Have the threads of `maths` compute linear layers of `model` whose weights are packed; and where any of `maths`
+    is native, what else they can, with torch's results to the last bit: linear layers and norms, from now on, and
+    attention, by what is returned.
+    """
+    expanding = [each for each in maths if isinstance(each, ExpandingMaths)]
+    if not expanding:
+        return None
+    pool = expanding[0].pool
+    compute_packed(model, pool)
+    if not any(isinstance(each, NativeMaths) for each in expanding):
         return None
     speed_up(model, pool)
     return NativeAttention(pool)
@@ -105,13 +122,14 @@ def _native_maths(module: nn.Module, layout: ExpertLayout, pool: NativePool, ker
     try:
         return NativeMaths(module, layout, pool)
     except NotNativeError as error:
-        return _fall_back(module, layout, error, kernels)
+        _refuse(error, kernels)
+        return ExpandingMaths(module, layout, pool, str(error))
 
 
-def _fall_back(module: nn.Module, layout: ExpertLayout, error: NotNativeError, kernels: str) -> ExpertMaths:
+def _refuse(error: NotNativeError, kernels: str) -> None:
+    """Raise UnsupportedError if `kernels` asks for what cannot be had."""
     if kernels == "native":
         raise UnsupportedError(f"--kernels native: {error}", hint="leave --kernels out, or give --kernels torch")
-    return ExpertMaths(module, layout.quantization, str(error))
 
 
 def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scratch: Tensors) -> bool:

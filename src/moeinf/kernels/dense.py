@@ -20,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .native import MOST_ROWS, LinearLayer, NativePool
+from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
-__all__ = ["speed_up"]
+from .native import MOST_ROWS, LinearLayer, NativePool
+from .packed import LosslessLinear
+
+__all__ = ["compute_packed", "speed_up"]
 
 _TRIALS = 4
 _TRIAL_ROWS = (2, 40)
@@ -49,6 +52,21 @@ def speed_up(model: nn.Module, pool: NativePool) -> int:
         elif not isinstance(module, nn.Linear | nn.Embedding):
             replaced += _wrap_matrices(module, pool, most_rows)
     return replaced
+
+
+def compute_packed(model: nn.Module, pool: NativePool) -> None:
+    """Let `pool` unpack the weights of the linear layers of `model` that are packed, and compute products of few rows
+    from what is packed, if it gives torch's results to the last bit.
+    """
+    most_rows: dict[tuple[int, ...], int] = {}
+    for module in model.modules():
+        if not isinstance(module, LosslessLinear):
+            continue
+        module.pool = pool
+        if pool.adds_as_torch_does and (module.bias is None or _is_plain(module.bias)):
+            linear = _NativeLinear(module.forward, pool, module.panels, module.bias, module.uppers)
+            if linear.is_exact(most_rows):
+                module.forward = linear  # type: ignore[method-assign]  # of this one alone
 
 
 def _wrap_matrices(module: nn.Module, pool: NativePool, most_rows: dict[tuple[int, ...], int]) -> int:
@@ -118,12 +136,15 @@ class _NativeLinear(_Native):
         pool: NativePool,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        uppers: torch.Tensor | None = None,
     ) -> None:
         super().__init__(forward, pool)
-        self._outputs, self._inputs = weight.shape
+        self._outputs, self._inputs = weight.shape[:2]
+        if uppers is not None:
+            self._outputs, self._inputs = self._outputs * PANEL_ROWS, self._inputs * PANEL_INPUTS
         self._has_bias = bias is not None
-        addresses = weight.data_ptr(), None if bias is None else bias.data_ptr()
-        self._layer = LinearLayer(self._inputs, self._outputs, *addresses)
+        also = (None if tensor is None else tensor.data_ptr() for tensor in (bias, uppers))
+        self._layer = LinearLayer(self._inputs, self._outputs, weight.data_ptr(), *also)
         self._most_rows = 1
 
     def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "NativeLayer",
     "NativeMaths",
     "NativePool",
+    "can_add_as_torch_does",
     "variants",
 ]
 
@@ -46,6 +47,9 @@ MOST_ROWS = 64
 
 _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
+
+_TORCH_S_ORDER = "avx512bf16"
+"""The variant whose products of bfloat16 are added up as torch adds them on such a processor."""
 
 _PROBE = 1024
 """Values that an activation is tried on."""
@@ -122,6 +126,14 @@ def variants(path: Path | None = None) -> list[str]:
     return [name.decode() for name in takewhile(bool, map(library.moe_variant, count()))]
 
 
+def can_add_as_torch_does() -> bool:
+    """Whether a pool of the best variant would: `NativePool.adds_as_torch_does`."""
+    try:
+        return variants()[-1] == _TORCH_S_ORDER
+    except NotNativeError:
+        return False
+
+
 class NativePool:
     """The library and its threads, one of which is the caller's. Raises NotNativeError when they cannot be had.
 
@@ -145,7 +157,7 @@ class NativePool:
         """Whether products of bfloat16 are added in the order in which torch adds them on such a processor. Where they
         are not, so few results differ that a trial can miss it.
         """
-        return self.variant == "avx512bf16"
+        return self.variant == _TORCH_S_ORDER
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
