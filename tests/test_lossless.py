@@ -18,8 +18,8 @@ from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import MOST_ROWS, ExpandingMaths, NativeMaths, NativePool
 from moeinf.lossless import LosslessPacker, pack, read_expert, unpack
 from moeinf.manifest import (
+    DENSE_SCHEMA,
     EXCEPTION_SHARE,
-    QUANTIZED_SCHEMA,
     TABLE_WORDS,
     ExpertLayout,
     Manifest,
@@ -163,7 +163,7 @@ def both(checkpoint: Path, store: Store) -> tuple[StoredModel, StoredModel]:
 def test_every_expert_is_what_it_was_and_so_is_the_output(checkpoint: Path, store: Store, tmp_path: Path) -> None:
     plain, packed = both(checkpoint, store)
     there = packed.manifest
-    assert (there.precision, there.schema) == (f"{plain.manifest.precision}, packed without loss", QUANTIZED_SCHEMA)
+    assert (there.precision, there.schema) == (f"{plain.manifest.precision}, packed without loss", DENSE_SCHEMA)
     assert Manifest.from_json(there.to_json()) == there
     assert store.verify("packed") == []
     for layer, described in enumerate(there.layers):

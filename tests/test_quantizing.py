@@ -235,7 +235,7 @@ def test_what_cannot_be_quantised(plain: StoredModel, store: Store, monkeypatch:
         with pytest.raises(UsageError, match=complaint):
             ExpertForm.read(experts, group)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500))
-    with pytest.raises(CapacityError, match=r"the experts need .* more disk, and 500 B are free"):
+    with pytest.raises(CapacityError, match=r"needs .* more disk, and 500 B are free"):
         quantize_model(plain, "other", INT4, store=store)
 
 

@@ -174,6 +174,12 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.dense)
 
     @property
+    def packable(self) -> dict[str, tuple[int, int]]:
+        """The dense weights that can be packed without loss if their numbers let them, and their sides."""
+        there = {tensor.name for tensor in self.dense}
+        return {name: sides for name, sides in self._meta.packable.items() if name in there}
+
+    @property
     def is_transposed(self) -> bool:
         """Whether the weights of experts are [in, out]."""
         return self._meta.is_transposed(self.layers[0].module)

@@ -1,7 +1,8 @@
 """A stored model as a checkpoint that transformers loads as it lies: the experts of a layer fused into one tensor.
 
 Programs that moeinf is measured against read this form best: they can map it into memory and convert nothing. The dense
-part and all small files are links into the store. Holds one expert in memory at a time.
+part and all small files are links into the store, but for a dense part that is packed. Holds one expert in memory at a
+time, or one matrix.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def write_fused(stored: StoredModel, folder: Path, progress: Progress = NO_PROGR
         space = os.statvfs(folder)
         free = space.f_bavail * space.f_frsize
         needed = manifest.num_experts * manifest.layout.unpacked.nbytes
+        if manifest.packed_dense:
+            needed += manifest.unpacked.dense_bytes
         if free < needed:
             raise CapacityError(
-                f"the experts take {format_bytes(needed)} once more, for the programs to compare with,"
+                f"the weights take {format_bytes(needed)} once more, for the programs to compare with,"
                 f" and {folder} has {format_bytes(free)} left",
                 hint="free some space, or leave out --against",
             )
@@ -69,14 +72,23 @@ def write_fused(stored: StoredModel, folder: Path, progress: Progress = NO_PROGR
 
 
 def _link_others(stored: StoredModel, folder: Path) -> dict[str, str]:
-    """Link everything but experts; returns the file of each dense tensor."""
+    """Link everything but experts, and write a dense part that is packed. Returns the file of each dense tensor."""
+    from .densefile import DenseFiles, plain_chunks
+    from .sharding import DENSE_NAME
+
+    manifest = stored.manifest
     weight_map: dict[str, str] = {}
-    for name in stored.manifest.files:
-        if "/" not in name:
+    for name in manifest.files:
+        if "/" not in name and not (manifest.packed_dense and name in manifest.dense_files):
             (folder / name).symlink_to(stored.path / name)
-    for name in stored.manifest.dense_files:
-        with TensorFile.open(stored.path / name) as file:
-            weight_map |= dict.fromkeys(file.entries, name)
+    with DenseFiles(stored.path, manifest) as files:
+        if manifest.packed_dense:
+            with (folder / DENSE_NAME).open("wb") as file:
+                file.writelines(plain_chunks(files))
+            return dict.fromkeys((name for name, _, _ in files.tensors), DENSE_NAME)
+    for name in manifest.dense_files:
+        with TensorFile.open(stored.path / name) as dense:
+            weight_map |= dict.fromkeys(dense.entries, name)
     return weight_map
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoint import CONFIG_NAME
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .ledger import ModelShape
-from .manifest import Manifest
+from .manifest import Manifest, are_whole_panels
 
 __all__ = [
     "MATHS_DTYPES",
@@ -216,6 +217,23 @@ class MetaModel:
     def probe(self) -> Probe:
         """Run the model on tokens without memory, at two lengths; where it looks at values, ask its configuration."""
         return self._run_probe() or self._guess_probe()
+
+    @property
+    def packable(self) -> dict[str, tuple[int, int]]:
+        """The parameters that can be packed without loss if their numbers let them, and their sides (rows, width): in
+        bfloat16, of whole panels, the weight of a linear layer and of nothing else.
+        """
+        tied = self.model.all_tied_weights_keys
+        uses = Counter(map(id, self.model.state_dict(keep_vars=True).values()))
+        found = {}
+        for layer, module in self.model.named_modules():
+            if type(module) is not nn.Linear or uses[id(module.weight)] > 1:
+                continue
+            name, (rows, width) = f"{layer}.weight", module.weight.shape
+            is_shared = name in tied or name in tied.values()
+            if not is_shared and self.dtypes[name] == torch.bfloat16 and are_whole_panels(rows, width):
+                found[name] = (rows, width)
+        return found
 
     def is_transposed(self, experts: str) -> bool:
         """Whether the weights of this experts module are [in, out]."""

@@ -23,7 +23,7 @@ from .errors import CapacityError, IntegrityError, ModelNotFoundError, Unpackabl
 from .files import Bytes, explained
 from .forms import ExpertForm, name_precision
 from .incoming import DenseWriter, Incoming
-from .manifest import SCHEMA, ExpertLayout, Manifest, Source, expert_path
+from .manifest import SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossless_gain
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
 from .reference import MAX_NAME, Reference, read_reference
@@ -133,7 +133,7 @@ def pull(
             notify(f"experts are stored as they are: {error}")
             stored = _unpack(incoming, stored)
             _shard(incoming, origin, checkpoint, stored, require_room, progress)
-        incoming.publish(_manifest(origin.source, stored))
+        incoming.publish(_pack_dense(incoming, _manifest(origin.source, stored), plan, progress))
     return store.open(request.name)
 
 
@@ -166,14 +166,14 @@ def plan_pull(
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
     guess = sum(sizes) if request.form is None else sum(sizes) * request.form.bits // 15
-    store_bytes = guess if stored is None else stored.nbytes
+    in_flight_bytes = _in_flight_bytes(sizes)
     return PullPlan(
         name=request.name,
         source=origin.source,
         is_stored=False,
         files=files,
-        store_bytes=store_bytes,
-        needed_bytes=store_bytes + _in_flight_bytes(sizes),
+        store_bytes=stored.nbytes if stored else guess,
+        needed_bytes=stored.height_bytes(in_flight_bytes) if stored else guess + in_flight_bytes,
         free_bytes=_free_bytes(store.home),
         is_estimate=stored is None,
         architecture=stored.plan.architecture if stored else None,
@@ -382,9 +382,25 @@ class _Stored:
         return name_precision(self.plan.precision, self.layout)
 
     @property
+    def packed_dense(self) -> dict[str, tuple[int, int]]:
+        """The dense weights that are packed, if their numbers let them, and their sides."""
+        made = self.layout.quantization
+        return self.plan.packable if made is not None and made.is_lossless else {}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all experts and of the dense part."""
+        return self.sharded_bytes - lossless_gain(self.packed_dense.values())
+
+    @property
+    def sharded_bytes(self) -> int:
+        """The same while the dense part is plain."""
         return sum(layer.num_experts for layer in self.plan.layers) * self.layout.file_bytes + self.plan.dense_bytes
+
+    def height_bytes(self, in_flight_bytes: int) -> int:
+        """Disk that is taken at most, with so many bytes of downloads, which are gone when the dense part is packed."""
+        packed = self.plan.dense_bytes - lossless_gain(self.packed_dense.values()) if self.packed_dense else 0
+        return self.sharded_bytes + max(in_flight_bytes, packed)
 
     def done_bytes(self, incoming: Incoming) -> int:
         """Bytes of these that are written."""
@@ -392,7 +408,7 @@ class _Stored:
 
         plan = self.plan
         experts = sum(map(incoming.is_done, self.expert_paths))
-        if incoming.is_done(DENSE_NAME):
+        if _is_done(incoming, DENSE_NAME):
             dense_bytes = plan.dense_bytes
         else:
             dense_bytes = sum(tensor.nbytes for tensor in plan.dense if incoming.has_tensor(DENSE_NAME, tensor.name))
@@ -472,7 +488,7 @@ def _shard(
     """Fetch what is still needed, file by file, and write what becomes of it."""
     from .sharding import Sharder
 
-    total_bytes, done_bytes = stored.nbytes, stored.done_bytes(incoming)
+    total_bytes, done_bytes = stored.sharded_bytes, stored.done_bytes(incoming)
     with (
         progress.task("shard", total_bytes, "bytes", done=done_bytes) as task,
         Sharder(stored.plan, _ReportingSink(incoming, task), stored.encoder) as sharder,
@@ -481,7 +497,8 @@ def _shard(
         origin.forget(finished, incoming.source)
         names = [file for file in checkpoint.weight_files if file not in finished]
         in_flight_bytes = _in_flight_bytes(file.size for file in origin.downloads(names))
-        require_room(total_bytes - done_bytes + max(0, in_flight_bytes - _bytes_in(incoming.source)))
+        left_bytes = max(0, in_flight_bytes - _bytes_in(incoming.source))
+        require_room(stored.height_bytes(left_bytes) - done_bytes)
         with closing(origin.fetch(names, incoming.source, progress)) as paths:
             for path in paths:
                 sharder.add_file(path)
@@ -503,6 +520,28 @@ def _unpack(incoming: Incoming, stored: _Stored) -> _Stored:
             chunks: list[Bytes] = [encode_expert_header(plain), *(bytes_of(tensors[spec.name]) for spec in plain)]
             incoming.write(path, chunks)
     return _Stored(stored.plan, None)
+
+
+def _pack_dense(incoming: Incoming, manifest: Manifest, plan: Plan, progress: Progress) -> Manifest:
+    """Where experts are packed without loss, pack what else can be, and return what the manifest is then."""
+    from .densefile import pack_dense
+    from .sharding import DENSE_NAME
+
+    made = manifest.layout.quantization
+    if made is None or not made.is_lossless:
+        return manifest
+    packed = pack_dense(incoming, incoming.model, manifest, plan.packable, progress)
+    if packed.packed_dense and incoming.is_done(DENSE_NAME):
+        incoming.remove(DENSE_NAME)
+    return packed
+
+
+def _is_done(incoming: Incoming, path: str) -> bool:
+    """Whether a file is written, or what was made of it."""
+    from .densefile import PACKED_NAME
+    from .sharding import DENSE_NAME
+
+    return incoming.is_done(path) or (path == DENSE_NAME and incoming.is_done(PACKED_NAME))
 
 
 def _manifest(source: Source, stored: _Stored) -> Manifest:
@@ -534,7 +573,7 @@ class _ReportingSink:
         self._task = task
 
     def is_done(self, path: str) -> bool:
-        return self._incoming.is_done(path)
+        return _is_done(self._incoming, path)
 
     def write(self, path: str, chunks: Iterable[Bytes]) -> None:
         self._incoming.write(path, map(self._report, chunks))
