@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,20 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import moeinf
 from moeinf.engine import Engine
-from moeinf.errors import CapacityError, IntegrityError, UsageError
+from moeinf.errors import CapacityError, IntegrityError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
+from moeinf.manifest import Quantization
+from moeinf.metamodel import is_experts_module
 from moeinf.prompts import Prompt
 from moeinf.quality import compare
 from moeinf.qualityfile import QUALITY_FILE, Quality, read_quality, write_quality
+from moeinf.quantized import dequantize, quantize
 from moeinf.quantizing import quantize_model
 from moeinf.store import TRACES_FOLDER, Store, StoredModel
 
 TEXTS = ["Once upon a time there was a model.", "x", "It had eight experts in every layer, and asked two of them."]
 PROMPTS = [Prompt("", text) for text in TEXTS]
-QUALITY = Quality("whole", "default-held-out", 2, 100, 9.5, 9.25, 0.0125, 0.75, 0.975)
+QUALITY = Quality("whole", "default-held-out", 2, 100, 9.5, 9.25, 0.0125, 0.75, 0.975, "float32")
 
 
 @pytest.fixture
@@ -71,6 +76,46 @@ def test_a_model_beside_itself_costs_nothing(models: tuple[StoredModel, StoredMo
     found = compare(whole, whole, PROMPTS, "three", load, store=store)
     assert (found.agreement, found.mean_kl, found.worst_kl) == (1, 0, 0)
     assert found.perplexity == found.against_perplexity
+
+
+def test_in_float32_nothing_is_rounded_but_the_numbers(models: tuple[StoredModel, StoredModel, Store]) -> None:
+    """Both models compute as transformers does in float32, one of them with what its numbers stand for."""
+    small, whole, store = models
+
+    def load_wide(name: str) -> AbstractContextManager[Engine]:
+        return load(name, dtype="float32")
+
+    found = compare(small, whole, PROMPTS, "three", load_wide, store=store, max_tokens=20)
+    assert found.dtype == "float32"
+    assert "in float32" in found.text
+    auto: Any = AutoModelForCausalLM  # untyped
+    reference = auto.from_pretrained(store.home.parent / "checkpoint", dtype=torch.float32).eval()
+    kl = []
+    with torch.inference_mode():
+        texts = logits_of("tiny", 20)[1]
+        of_whole = [reference(torch.tensor([ids])).logits[0, :-1] for ids in texts]
+        with load_wide("tiny") as engine:
+            for ids, wanted in zip(texts, of_whole, strict=True):
+                assert (engine.model.dtype, engine.learns) == (torch.float32, False)
+                assert torch.equal(engine.model(torch.tensor([ids])).logits[0, :-1], wanted)
+        for module in filter(is_experts_module, reference.modules()):
+            for parameter in module.parameters(recurse=False):
+                for weight in parameter.data:
+                    about = Quantization("int4", 32, "F32", {})
+                    weight.copy_(dequantize(*quantize(weight, 4, 32), about, weight.shape[1], torch.float32))
+        for ids, wanted in zip(texts, of_whole, strict=True):
+            logits = reference(torch.tensor([ids])).logits[0, :-1]
+            p, q = (both.double().log_softmax(-1) for both in (wanted, logits))
+            kl += (p.exp() * (p - q)).sum(-1).tolist()
+    assert found.mean_kl == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert found.worst_kl == pytest.approx(max(kl), rel=1e-3)
+
+
+def test_other_dtypes_are_refused(tiny: str) -> None:
+    with pytest.raises(UsageError, match="--dtype float16 is not known"):
+        load(tiny, dtype="float16")
+    with pytest.raises(UnsupportedError, match="--kernels native compute in the model's own dtype"):
+        moeinf.load(tiny, kernels="native", dtype="float32")
 
 
 def test_models_of_two_vocabularies_are_not_compared(models: tuple[StoredModel, StoredModel, Store]) -> None:
@@ -143,6 +188,11 @@ def test_an_engine_knows_what_was_measured(models: tuple[StoredModel, StoredMode
     write_quality(QUALITY, path, small.manifest)
     with load("small") as engine:
         assert engine.stats().to_dict()["quality"] == dataclasses.asdict(QUALITY)
+    old = json.loads(path.read_bytes())
+    del old["dtype"]
+    path.write_text(json.dumps(old))
+    measured = read_quality(path, small.manifest)
+    assert measured == dataclasses.replace(QUALITY, dtype=small.manifest.dtype), "there was no other"
     path.unlink()
     with load("tiny") as engine:
         assert (engine.stats().quantization, engine.stats().quality) == ("", None)

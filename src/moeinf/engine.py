@@ -29,7 +29,7 @@ from .collectionfile import COLLECTION_FILE, CollectionFile
 from .densefile import DenseFiles, read_plain
 from .device import Device
 from .dtypes import TORCH_DTYPES
-from .errors import CapacityError, IntegrityError, MoeinfError
+from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
 from .kernels import choose_device_maths, choose_maths, speed_up_dense
 from .ledger import MemoryPlan, can_cache_files
@@ -256,8 +256,11 @@ def load(
     miss: str = "fetch",
     kernels: str = "auto",
     threads: int | None = None,
+    dtype: str = "auto",
 ) -> Engine:
     """Load a stored model, or `demo`. The options are those of the command line (docs/cli.md), under the same names.
+    `dtype` is what to compute in: the model's own (`auto`), or `float32`, where torch computes the experts and nothing
+    is learned of requests.
 
     Raises ModelNotFoundError, IntegrityError, CapacityError (with the budget that would do), UsageError,
     UnsupportedError.
@@ -269,15 +272,19 @@ def load(
         store = Store()
         stored = resolve(str(model), store)
         stack.enter_context(store.hold(stored.name))
-        engine = _load(stored, options, stack)
+        engine = _load(stored, options, dtype, stack)
         engine._on_close = stack.pop_all()
+        engine.learns = not _is_wide(dtype, stored.manifest)
         return engine
 
 
-def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engine:
+def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitStack) -> Engine:
     begin = time.perf_counter()
     tune_libraries()
     manifest, folder = stored.manifest, stored.path
+    is_wide = _is_wide(dtype, manifest)
+    if is_wide:
+        options = dataclasses.replace(options, kernels=_wide_kernels(options.kernels))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with hooks.quiet():
@@ -285,7 +292,7 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
         tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
     libraries_bytes = memory.rss_bytes()
-    placement = place(manifest, shape, options)
+    placement = place(manifest, shape, options, is_wide=is_wide)
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     is_as_stored = placement.manifest.packed_dense == manifest.packed_dense
@@ -349,6 +356,22 @@ def _load(stored: StoredModel, options: EngineOptions, stack: ExitStack) -> Engi
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+def _is_wide(dtype: str, manifest: Manifest) -> bool:
+    """Whether the model is to compute in a dtype that is not its own."""
+    if dtype not in ("auto", "float32"):
+        raise UsageError(f"--dtype {dtype} is not known", hint="choose one of: auto, float32")
+    return dtype not in ("auto", manifest.dtype)
+
+
+def _wide_kernels(kernels: str) -> str:
+    if kernels not in ("auto", "torch"):
+        raise UnsupportedError(
+            f"--kernels {kernels} compute in the model's own dtype, and --dtype float32 asks for another",
+            hint="leave --kernels out",
+        )
+    return "torch"
 
 
 def _make_tiers(

@@ -170,9 +170,10 @@ def make_plan(
     host_memory: str | None = None,
     experts: str | None = None,
     context: int | None = None,
+    widening: int = 1,
 ) -> MemoryPlan:
     """Divide the memory. `available_bytes`: what this process may take; sizes as typed by the user, None meaning
-    "choose".
+    "choose". Weights take `widening` times their bytes when they are computed with.
 
     Raises CapacityError when the model cannot run within the budget, with the budget that would do; UsageError for bad
     options.
@@ -182,9 +183,9 @@ def make_plan(
     token_workspace = _token_workspace(manifest, shape, tokens)
     empty = MemoryPlan(
         budget=budget,
-        dense=manifest.dense_bytes,
-        kv_cache=manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes,
-        workspace=_base_workspace(manifest, shape, tokens) + _STEP_TOKENS * token_workspace,
+        dense=widening * manifest.dense_bytes,
+        kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
+        workspace=_base_workspace(manifest, shape, tokens, widening) + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
         slots=0,
         slot_bytes=slot_bytes(manifest.layout),
@@ -218,8 +219,7 @@ def make_device_plan(
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
     tokens = _context(manifest, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
-    wide = widening * max(tensor.nbytes for tensor in manifest.layout.unpacked.tensors) if widening > 1 else 0
-    base = _base_workspace(manifest, shape, tokens) + wide
+    base = _base_workspace(manifest, shape, tokens, widening)
     room = budget // _WORKSPACE_SHARE - base
     step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
     empty = MemoryPlan(
@@ -237,7 +237,8 @@ def make_device_plan(
     )
     slots = _slots(manifest, empty, experts, "--device-memory")
     most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
-    workspace = _WORKSPACE_BYTES + (manifest.layout.expanded_bytes + wide if computes_on_host else 0)
+    expanded = manifest.layout.expanded_bytes + _wide_bytes(manifest, widening)
+    workspace = _WORKSPACE_BYTES + (expanded if computes_on_host else 0)
     return dataclasses.replace(empty, slots=slots, host=_plan_host(manifest, host_memory, host_bytes, most, workspace))
 
 
@@ -354,12 +355,20 @@ def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int
     return rows + (shape.score_heads + 1) * context * 8
 
 
-def _base_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:
+def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int) -> int:
     """Bytes that any step takes: programs of matrix products, one layer's KV cache repeated for heads that share it,
-    the spare room of sliding windows, logits, and a weight of a packed expert, or as much of a dense one, expanded.
+    the spare room of sliding windows, logits, and a weight of a packed expert, or as much of a dense one, expanded, or
+    of any, widened.
     """
     repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
     dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
-    expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES))
+    expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES)) + _wide_bytes(manifest, widening)
     return _WORKSPACE_BYTES + repeated + spare + shape.vocabulary * 4 * 6 + expanded
+
+
+def _wide_bytes(manifest: Manifest, widening: int) -> int:
+    """Bytes of the largest weight of an expert in a dtype that takes `widening` times as many as its own."""
+    layout = manifest.layout
+    largest = max(layout.expanded_bytes, *(tensor.nbytes for tensor in layout.unpacked.tensors))
+    return widening * largest if widening > 1 else 0

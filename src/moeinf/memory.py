@@ -63,7 +63,7 @@ def swap_bytes() -> tuple[int, int]:
     return int(swap.total), int(swap.free)
 
 
-def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> MemoryPlan:
+def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions, widening: int = 1) -> MemoryPlan:
     """The plan for this machine as it is now; the engine keeps to it, and `profile` shows it. Raises as `make_plan`."""
     return make_plan(
         manifest,
@@ -72,6 +72,7 @@ def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions) -
         host_memory=options.host_memory,
         experts=options.experts,
         context=options.context,
+        widening=widening,
     )
 
 

@@ -23,7 +23,9 @@ from .units import format_bytes
 __all__ = ["Placement", "make_pool", "place"]
 
 _WIDE = torch.float32
-"""What weights are computed in where a device does not have their own dtype: nothing that they held is lost in it."""
+"""What weights are computed in where a device does not have their own dtype, or where that is asked for: nothing that
+they held is lost in it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,9 @@ class Placement:
     notes: tuple[str, ...] = ()
 
 
-def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Placement:
-    """Choose, as `options` say. With `auto`, a GPU that is too small for the model is left alone, and that is said.
+def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_wide: bool = False) -> Placement:
+    """Choose, as `options` say; if `is_wide`, the model computes in float32, by torch. With `auto`, a GPU that is too
+    small for the model is left alone, and that is said.
 
     Raises what `find_device` and the plans raise, and UsageError or UnsupportedError for options that do not go with
     the device.
@@ -50,7 +53,7 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Plac
     notes: tuple[str, ...] = ()
     if device is not None:
         try:
-            return _place_on(device, manifest, shape, options)
+            return _place_on(device, manifest, shape, options, is_wide)
         except CapacityError as error:
             if options.device != "auto" or options.device_memory is not None:
                 raise
@@ -63,23 +66,30 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Plac
         )
     if options.kernels == "triton":
         raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
-    dtype = getattr(torch, manifest.dtype)
+    dtype, widening = _widen(manifest, is_wide)
     held = manifest if dtype == torch.bfloat16 and keeps_packed(options.kernels) else manifest.unpacked
-    return Placement(None, held, memory.plan_memory(held, shape, options), dtype, notes)
+    return Placement(None, held, memory.plan_memory(held, shape, options, widening), dtype, notes)
 
 
-def _place_on(device: Device, manifest: Manifest, shape: ModelShape, options: EngineOptions) -> Placement:
+def _widen(manifest: Manifest, is_wide: bool) -> tuple[torch.dtype, int]:
+    """What to compute in, and how many times the bytes of the model's own dtype that takes."""
+    dtype: torch.dtype = getattr(torch, manifest.dtype)
+    return (_WIDE, _WIDE.itemsize // dtype.itemsize) if is_wide else (dtype, 1)
+
+
+def _place_on(
+    device: Device, manifest: Manifest, shape: ModelShape, options: EngineOptions, is_wide: bool
+) -> Placement:
     if options.kernels == "native":
         raise UnsupportedError(
             f"--kernels native compute on the processor, and the model on {device.name}",
             hint="leave --kernels out, or give --device cpu",
         )
     notes = []
-    dtype = getattr(torch, manifest.dtype)
-    widening = 1
+    dtype, widening = _widen(manifest, is_wide)
     if not device.computes(dtype):
         notes.append(f"{device.name} does not compute in {manifest.dtype}: in float32, which takes twice the memory")
-        dtype, widening = _WIDE, _WIDE.itemsize // dtype.itemsize
+        dtype, widening = _widen(manifest, True)
     if device.others:
         notes.append(f"{device.name} alone is used, and {device.others} more of this machine's GPUs are not")
     held = manifest.unpacked

@@ -1,8 +1,8 @@
 """What a model costs in quality beside the one that it was made of: both read the same texts, and their next-token
 distributions are compared.
 
-One model at a time is in memory; the logits of the first wait on disk, in its own dtype. Knows nothing of how either
-came about.
+One model at a time is in memory; the logits of the first wait on disk, in the dtype of its maths. Knows nothing of how
+either came about.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ def compare(
                     hint="compare a model with the one that it was made of",
                 )
             sums = _Sums()
+            dtype = str(engine.model.dtype).removeprefix("torch.")
             for ids in texts:
                 logits = _logits(engine, ids)
                 sums.add(_read_logits(file, logits), logits, ids)
                 task.advance(1)
-    return sums.quality(against.name, dataset, len(texts))
+    return sums.quality(against.name, dataset, len(texts), dtype)
 
 
 def _tokenize(engine: Engine, prompts: Sequence[Prompt], max_tokens: int) -> list[list[int]]:
@@ -138,7 +139,7 @@ class _Sums:
             self._kl += float(kl.sum())
             self._worst_kl = max(self._worst_kl, float(kl.max()))
 
-    def quality(self, against: str, dataset: str, prompts: int) -> Quality:
+    def quality(self, against: str, dataset: str, prompts: int, dtype: str) -> Quality:
         loss, against_loss = (torch.tensor(total / self._tokens).double() for total in (self._loss, self._against_loss))
         return Quality(
             against=against,
@@ -150,4 +151,5 @@ class _Sums:
             mean_kl=self._kl / self._tokens,
             worst_kl=self._worst_kl,
             agreement=self._agreed / self._tokens,
+            dtype=dtype,
         )

@@ -26,7 +26,8 @@ _MAX_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A model beside the one that it was made of, `against`, over `tokens` tokens of `prompts` texts of `dataset`.
+    """A model beside the one that it was made of, `against`, over `tokens` tokens of `prompts` texts of `dataset`, both
+    computing in `dtype`.
 
     `agreement` is the share of tokens after which both find the same next one likeliest. `mean_kl` and `worst_kl` are
     Kullback-Leibler divergences of the next-token distribution from that of `against`, in nats.
@@ -41,6 +42,7 @@ class Quality:
     mean_kl: float
     worst_kl: float
     agreement: float
+    dtype: str
 
     @property
     def text(self) -> str:
@@ -48,7 +50,7 @@ class Quality:
         return (
             f"{self.agreement:.1%} of likeliest tokens are those of {self.against} · KL {self.mean_kl:.4f} on average,"
             f" {self.worst_kl:.2f} at worst · perplexity {self.perplexity:.2f} against {self.against_perplexity:.2f}"
-            f" · {self.tokens:,} tokens of {self.dataset}"
+            f" · {self.tokens:,} tokens of {self.dataset} in {self.dtype}"
         )
 
 
@@ -68,6 +70,7 @@ def read_quality(path: Path, manifest: Manifest) -> Quality | None:
         raw = json.loads(data)
         if (raw.pop("schema"), raw.pop("model")) != (_SCHEMA, manifest.digest):
             return None
+        raw.setdefault("dtype", manifest.dtype)  # files had none while no other was to be had
         return _checked(Quality(**raw))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", hint="remove the file, or measure again") from error

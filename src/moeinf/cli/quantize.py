@@ -74,12 +74,19 @@ def quality(
     ] = "default-held-out",
     max_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Take only the first so many texts.")] = 54,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of a text, at most.")] = 128,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32",
+            help="What both compute in: their own, or float32, where nothing is rounded but the experts' numbers.",
+        ),
+    ] = "auto",
     engine_flags: EngineFlags = EngineFlags(),
     output_flags: OutputFlags = OutputFlags(),
 ) -> None:
     """\b
     moeinf quality mixtral-int4 --against mixtral-instruct
-    moeinf quality demo-int8 --against demo --max-prompts 20
+    moeinf quality demo-int8 --against demo --dtype float32
 
     Let both models read texts, and compare what they expect to come next: the likeliest token, the whole distribution,
     and the perplexity. One is loaded after the other. The figures are kept beside MODEL, and `moeinf show` shows them.
@@ -98,7 +105,7 @@ def quality(
     @contextmanager
     def load(name: str) -> Iterator[Engine]:
         with output.busy(f"loading {name}"):
-            engine = moeinf.load(name, **asdict(options))
+            engine = moeinf.load(name, dtype=dtype, **asdict(options))
             engine.learns = False  # these are no requests of a person
         with engine:
             yield engine
@@ -113,7 +120,7 @@ def quality(
         ("same likeliest token", f"{found.agreement:.2%}", ""),
         ("KL, mean", f"{found.mean_kl:.5f}", ""),
         ("KL, worst", f"{found.worst_kl:.3f}", ""),
-        ("tokens", f"{found.tokens:,} of {found.prompts:,} texts", ""),
+        ("tokens", f"{found.tokens:,} of {found.prompts:,} texts, in {found.dtype}", ""),
     ]
     data = {"model": stored.name, "precision": stored.manifest.precision, **asdict(found)}
     output.result(data, lines=columns(rows), names=[f"{found.agreement:.4f}"])
