@@ -308,6 +308,29 @@ def test_quality_is_kept_and_shown(cli: CommandLine, checkpoint: Path) -> None:
     assert ran.splitlines()[-1].startswith(line)
 
 
+def test_a_calibrated_model_says_so(cli: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
+    cli.run("pull", str(checkpoint))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Once upon a time.\n\nThere was a model.\n\nIt had experts.\n")
+    for most, tokens in ((None, 50), (2, 35)):
+        options = ["--calibrate", str(texts), *(["--max-prompts", f"{most}"] if most else [])]
+        stdout, stderr, code = cli.run("quantize", "mix", "--experts", "int4", "--name", f"small-{tokens}", *options)
+        assert code == 0, stderr
+        assert f"calibrated on {tokens} tokens of texts-" in stdout
+        assert f"calibrating on {tokens} tokens of texts-" in stderr
+        assert f"read: {most or 3} prompts" in stderr
+    assert ", from bfloat16, calibrated on 50 tokens of texts-" in cli.run("show", "small-50")[0]
+    found = cli.run("quality", "small-50", "--against", "mix", "--dtype", "float32", "--max-prompts", "2")[0]
+    assert ", calibrated on 50 tokens of texts-" in found
+    assert " of 2 texts, in float32\n" in found
+    assert " tokens of default-held-out in float32\n" in cli.run("show", "small-50")[0]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    stdout, stderr, code = cli.run("quantize", "mix", "--experts", "int4", "--name", "none", "--calibrate", str(empty))
+    assert (stdout, code) == ("", 4)
+    assert "empty.txt holds no prompts" in stderr
+
+
 def test_what_quantize_and_quality_refuse(cli: CommandLine, checkpoint: Path) -> None:
     cli.run("pull", str(checkpoint))
     cli.check("""
@@ -320,6 +343,18 @@ def test_what_quantize_and_quality_refuse(cli: CommandLine, checkpoint: Path) ->
         $ moeinf quantize mix --experts int4 --name mix
         ! error: mix is the model itself
         ! hint: choose another --name, like mix-int4
+        = 2
+    """)
+    cli.check("""
+        $ moeinf quantize mix --experts int4 --name small --max-prompts 3
+        ! error: --max-prompts says how many texts to calibrate with
+        ! hint: add --calibrate, or leave it out
+        = 2
+    """)
+    cli.check("""
+        $ moeinf quantize mix --experts lossless --name small --calibrate default --max-prompts 3
+        ! error: lossless experts lose nothing that a calibration could save
+        ! hint: leave --calibrate out
         = 2
     """)
     cli.check("""

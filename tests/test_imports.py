@@ -28,6 +28,7 @@ LAYERS = [
         "files",
         "forms",
         "fused",
+        "gptq",
         "hub",
         "incoming",
         "locks",
@@ -83,6 +84,7 @@ LAYERS = [
     {
         "analysis",
         "bench",
+        "calibrated",
         "calibration",
         "chat",
         "figures",
@@ -104,10 +106,12 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {
     "torch": {
+        "calibrated",
         "conversion",
         "densefile",
         "dtypes",
         "fused",
+        "gptq",
         "lossless",
         "metamodel",
         "quality",

@@ -54,7 +54,7 @@ from .trace import ModelIdentity
 from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up, format_bytes
 
-__all__ = ["Engine", "load"]
+__all__ = ["Engine", "load", "load_tokenizer"]
 
 _NOT_PINNED = (
     "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
@@ -290,7 +290,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     with hooks.quiet():
         config = _load_part(AutoConfig, folder, "configuration")
         shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
-        tokenizer = _load_part(AutoTokenizer, folder, "tokenizer")
+        tokenizer = load_tokenizer(stored)
     libraries_bytes = memory.rss_bytes()
     placement = place(manifest, shape, options, is_wide=is_wide)
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
@@ -356,6 +356,12 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+def load_tokenizer(model: StoredModel) -> Any:
+    """The model's tokenizer alone. Raises IntegrityError if its files are damaged."""
+    with hooks.quiet():
+        return _load_part(AutoTokenizer, model.path, "tokenizer")
 
 
 def _is_wide(dtype: str, manifest: Manifest) -> bool:

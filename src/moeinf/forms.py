@@ -14,10 +14,11 @@ from .manifest import GROUPS, LOSSLESS, PANEL_ROWS, ExpertLayout, Quantization
 if TYPE_CHECKING:
     from .quantized import Encoder
 
-__all__ = ["ExpertForm", "name_precision"]
+__all__ = ["ExpertForm", "name_calibration", "name_precision"]
 
 _DEFAULT_GROUPS = {LOSSLESS: PANEL_ROWS, "int8": 64, "int4": 32}
 """Smaller groups are worth their factors for 4 bits (docs/quantization.md)."""
+_CALIBRATED = ", calibrated on "
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,19 @@ class ExpertForm:
         return Quantizer(layout, is_transposed, self.kind, self.group)
 
 
-def name_precision(before: str, layout: ExpertLayout) -> str:
-    """What a manifest calls the precision of weights that had `before` as theirs and are stored in this layout."""
+def name_precision(before: str, layout: ExpertLayout, calibration: str = "") -> str:
+    """What a manifest calls the precision of weights that had `before` as theirs and are stored in this layout, their
+    numbers chosen with this `calibration`.
+    """
     if layout.quantization is None:
         return before
     if layout.quantization.is_lossless:
         return f"{before}, packed without loss"
-    return layout.quantization.text if layout.is_exact else f"{layout.quantization.text}, from {before}"
+    if layout.is_exact:
+        return layout.quantization.text
+    return f"{layout.quantization.text}, from {before}" + (f"{_CALIBRATED}{calibration}" if calibration else "")
+
+
+def name_calibration(precision: str) -> str:
+    """The calibration of weights whose precision has this name, or ""."""
+    return precision.partition(_CALIBRATED)[2]

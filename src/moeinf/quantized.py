@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from .dtypes import TORCH_DTYPES, bytes_of
 from .errors import IntegrityError, UnsupportedError
 from .files import Bytes
+from .gptq import Choice, Feedback
 from .lossless import pack, unpack
 from .manifest import DTYPE_BYTES, RELEASED_GROUPS, ExpertLayout, Quantization, TensorSpec, scales_name
 from .tensorfile import encode_expert_header
@@ -25,6 +26,8 @@ from .tensorfile import encode_expert_header
 __all__ = ["Encoder", "Packer", "Quantizer", "dequantize", "fill_randomly", "quantize"]
 
 _CHUNK_WEIGHTS = 1 << 18
+_FEEDBACK_WEIGHTS = 1 << 22
+"""Rows together, for choosing input by input takes a few operations per input of each part."""
 _LARGEST_FLOAT16 = 65504.0
 _LARGEST_INT8 = 127
 _EXTREMES = tuple(8.0 - 0.25 * step for step in range(-3, 13))
@@ -63,19 +66,24 @@ class Quantizer:
         self._is_transposed = is_transposed
         self.layout, self.quantization = _lay_out(plain, is_transposed, kind, group)
 
-    def encode(self, tensors: Mapping[str, torch.Tensor], expert: str) -> Iterator[Bytes]:
+    def encode(
+        self, tensors: Mapping[str, torch.Tensor], expert: str, moments: Mapping[str, torch.Tensor] | None = None
+    ) -> Iterator[Bytes]:
         """The data of an expert's file, from its tensors in the plain layout. `expert` is what messages call it.
+        Numbers are chosen by the `moments` of what each matrix is multiplied with, where these are given (`gptq`).
 
         Raises IntegrityError for weights that are not finite, or too large for a factor in float16.
         """
-        made = dict(tensors)
-        for name in self.quantization.widths:
+        made, about = dict(tensors), self.quantization
+        for name in about.widths:
             weight = tensors[name].t() if self._is_transposed else tensors[name]
-            made |= zip((name, scales_name(name)), self._quantize(weight, f"{name} of {expert}"), strict=True)
+            self._check(weight, f"{name} of {expert}")
+            numbers = quantize(weight, about.bits, about.group, moments[name] if moments else None)
+            made |= zip((name, scales_name(name)), numbers, strict=True)
         for spec in self.layout.tensors:
             yield bytes_of(made[spec.name])
 
-    def _quantize(self, weight: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _check(self, weight: torch.Tensor, what: str) -> None:
         if not weight.isfinite().all():
             raise IntegrityError(
                 f"{what} holds NaN or infinity, which no whole number stands for",
@@ -84,7 +92,6 @@ class Quantizer:
         largest = float(weight.abs().max())
         if largest > _LARGEST_FLOAT16:
             raise IntegrityError(f"{what} holds {largest:.1e}, and its factors would be more than float16 has")
-        return quantize(weight, self.quantization.bits, self.quantization.group)
 
 
 class Packer:
@@ -145,16 +152,23 @@ class Packer:
             yield bytes_of(ready[spec.name])
 
 
-def quantize(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor, bits: int, group: int, moments: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`weight` [out, in] as (numbers uint8 [out, bytes], factors float16 [out, groups]).
 
     Of 8 bits, the largest weight of a group becomes 127 or -127. Of 4 bits it becomes -8, or a little less or more: of
     several factors the one with the least squared error is taken, each fitted to the numbers that it gives; it may be
     below 0. Numbers are two's complement; of 4 bits there are two in a byte, the first one in its lower half. A row's
     last group may be shorter.
+
+    With the second `moments` of the inputs [in, in], positive definite, errors count as they do in the outputs, and
+    `gptq` goes on from there.
     """
-    rows = max(1, _CHUNK_WEIGHTS // max(1, weight.shape[1]))
-    numbers, factors = zip(*(_quantize_rows(part, bits, group) for part in torch.split(weight, rows)), strict=True)
+    feedback = None if moments is None else Feedback(moments, bits, group)
+    chunk = _CHUNK_WEIGHTS if feedback is None else _FEEDBACK_WEIGHTS
+    parts = torch.split(weight, max(1, chunk // max(1, weight.shape[1])))
+    numbers, factors = zip(*(_quantize_rows(part, bits, group, feedback) for part in parts), strict=True)
     return torch.cat(numbers), torch.cat(factors)
 
 
@@ -270,20 +284,26 @@ def _dequantize_rows(
             into[:, begin:end] = values.flatten(1)
 
 
-def _quantize_rows(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rows(
+    weight: torch.Tensor, bits: int, group: int, feedback: Feedback | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, width = weight.shape
     groups = -(-width // group)
     padded = F.pad(weight.float(), (0, groups * group - width)).view(out, groups, group)
     factors = _find_factors(padded, bits)
-    numbers = _numbers(padded, factors.float(), bits).view(out, -1)[:, : width + width % (8 // bits)]
-    flat = numbers.to(torch.int8).view(torch.uint8)
+    numbers = _numbers(padded, factors.float(), bits).view(out, -1)
+    chosen = Choice(numbers[:, :width], factors.squeeze(-1))
+    if feedback is not None:
+        shares = F.pad(feedback.shares, (0, groups * group - width)).view(groups, group)
+        chosen = feedback.choose(weight, _find_factors(padded, bits, shares).squeeze(-1), chosen)
+    flat = F.pad(chosen.numbers, (0, width % (8 // bits))).to(torch.int8).view(torch.uint8)
     if bits == 4:
         flat = (flat[:, ::2] & 15) | (flat[:, 1::2] << 4)
-    return flat.contiguous(), factors.squeeze(-1)
+    return flat.contiguous(), chosen.factors
 
 
-def _find_factors(weights: torch.Tensor, bits: int) -> torch.Tensor:
-    """For groups [..., group], the factors [..., 1] in float16 that lose least.
+def _find_factors(weights: torch.Tensor, bits: int, shares: torch.Tensor | None = None) -> torch.Tensor:
+    """For groups [..., group], the factors [..., 1] in float16 that lose least; squared errors count by `shares`.
 
     With numbers n, weights w lose |w|² - (w·n)² / |n|² at the best factor, w·n / |n|².
     """
@@ -294,8 +314,9 @@ def _find_factors(weights: torch.Tensor, bits: int) -> torch.Tensor:
     best, most = torch.zeros_like(largest), torch.zeros_like(largest)
     for extreme in _EXTREMES:
         numbers = (weights * (inverse * extreme)).round_().clamp_(-8, 7)
-        product = torch.linalg.vecdot(weights, numbers)[..., None]
-        square = torch.linalg.vecdot(numbers, numbers)[..., None]
+        counted = numbers if shares is None else numbers * shares
+        product = torch.linalg.vecdot(weights, counted)[..., None]
+        square = torch.linalg.vecdot(numbers, counted)[..., None]
         kept = product * product / square
         is_better = kept > most
         best, most = torch.where(is_better, product / square, best), torch.where(is_better, kept, most)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import CapacityError, ModelNotFoundError, UnsupportedError, UsageError
 from .files import Bytes
-from .forms import ExpertForm, name_precision
+from .forms import ExpertForm, name_calibration, name_precision
 from .incoming import Incoming
 from .manifest import DENSE_SCHEMA, LOSSLESS, QUANTIZED_SCHEMA, Manifest, expert_path, lossless_gain
 from .progress import NO_PROGRESS, Progress
@@ -24,10 +26,36 @@ from .tensorfile import encode_expert_header
 from .units import format_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from .metamodel import MetaModel
     from .quantized import Encoder
 
-__all__ = ["quantize_model"]
+__all__ = ["Calibration", "MomentsOf", "quantize_model"]
+
+MomentsOf = Callable[[int, int, "Mapping[str, torch.Tensor]"], "Mapping[str, torch.Tensor]"]
+"""For a layer, one of its experts, and its weights as the module has them, the second moments [in, in] of what each
+matrix is multiplied with, by name."""
+
+
+class Calibration(Protocol):
+    """Texts by which numbers are chosen (`calibrated`): `text` is what people call them, and other ones have another
+    `digest`.
+    """
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def scratch_bytes(self, model: StoredModel, meta: MetaModel, layers: Sequence[int]) -> int:
+        """What `moments` takes of the disk for a while."""
+
+    def moments(
+        self, model: StoredModel, meta: MetaModel, folder: Path, layers: Sequence[int], progress: Progress
+    ) -> AbstractContextManager[MomentsOf]:
+        """What the experts of `layers` are given when `model` reads the texts; a file in `folder` has it meanwhile."""
 
 
 def quantize_model(
@@ -36,18 +64,21 @@ def quantize_model(
     form: ExpertForm,
     *,
     store: Store,
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
     notify: Callable[[str], None] = lambda _: None,
 ) -> StoredModel:
-    """Write `model` to the store once more as `name`, its experts in `form`, and return it.
+    """Write `model` to the store once more as `name`, its experts in `form`, and return it. With a `calibration` their
+    numbers are chosen by what they are multiplied with.
 
     One expert at a time is in memory, or one dense matrix: these are packed beside lossless experts, and plain beside
     others. What stays as it is is linked where the disk can, and copied elsewhere. What is here already is returned as
     it is, unless `force` asks for it anew; a run that did not finish is continued.
 
-    Raises UsageError when the name is taken by another model, UnsupportedError for a model that is quantised already,
-    CapacityError when the disk is too small, IntegrityError for weights that are not finite, or for damaged files.
+    Raises UsageError when the name is taken by another model, or what loses nothing is to be calibrated,
+    UnsupportedError for a model that is quantised already, CapacityError when the disk is too small, IntegrityError for
+    weights that are not finite, or for damaged files.
     """
     there = model.manifest.layout.quantization
     if there is not None and (not there.is_lossless or form.kind == there.kind):
@@ -58,12 +89,16 @@ def quantize_model(
         )
     if name == model.name:
         raise UsageError(f"{name} is the model itself", hint=f"choose another --name, like {name}-{form.kind}")
-    if not force and (existing := _existing(model, name, form, store)):
+    if calibration is not None and form.kind == LOSSLESS:
+        raise UsageError("lossless experts lose nothing that a calibration could save", hint="leave --calibrate out")
+    if not force and (existing := _existing(model, name, form, calibration, store)):
         notify(f"{name} is here already, made of {model.manifest.source.repo}")
         return existing
     with model.use(), store.incoming(name, "quantizing") as incoming:
         schema = DENSE_SCHEMA if form.kind == LOSSLESS else QUANTIZED_SCHEMA
         key = {"schema": schema, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
+        if calibration is not None:
+            key["calibration"] = calibration.digest
         if incoming.begin(key):
             notify(f"going on with {name}: {format_bytes(incoming.written_bytes)} are written")
         meta = _meta_model(model)
@@ -72,24 +107,39 @@ def quantize_model(
         manifest = dataclasses.replace(
             model.manifest,
             layout=encoder.layout,
-            precision=name_precision(model.manifest.precision, encoder.layout),
+            precision=name_precision(model.manifest.precision, encoder.layout, calibration.text if calibration else ""),
         )
-        _require_room(store, name, _needed_bytes(manifest, meta, incoming))
+        left = [expert for expert in _experts(manifest) if not incoming.is_done(expert_path(*expert))]
+        layers = sorted({layer for layer, _ in left})
+        scratch_bytes = 0
+        if calibration is not None and layers:
+            scratch_bytes = calibration.scratch_bytes(model, meta, layers)
+            notify(f"calibrating on {calibration.text}, which takes {format_bytes(scratch_bytes)} of disk for a while")
+        stored_bytes = len(left) * manifest.layout.file_bytes + _dense_bytes(manifest, meta, incoming)
+        _require_room(store, name, stored_bytes, scratch_bytes)
         _take_over_files(model, incoming, _other_files(model.manifest).keys() - set(manifest.dense_files))
         manifest = _write_dense(model, manifest, meta, incoming, progress)
-        _write_experts(model, encoder, incoming, progress)
+        with ExitStack() as stack:
+            moments_of = None
+            if calibration is not None and layers:
+                moments_of = stack.enter_context(calibration.moments(model, meta, store.home, layers, progress))
+            _write_experts(model, encoder, left, moments_of, incoming, progress)
         incoming.publish(manifest)
     return store.open(name)
 
 
-def _existing(model: StoredModel, name: str, form: ExpertForm, store: Store) -> StoredModel | None:
+def _existing(
+    model: StoredModel, name: str, form: ExpertForm, calibration: Calibration | None, store: Store
+) -> StoredModel | None:
     """The model that is asked for, if it is here. Raises UsageError if its name is taken by another one."""
     try:
         existing = store.open(name)
     except ModelNotFoundError:
         return None
     there = existing.manifest
-    if ExpertForm.of(there.layout.quantization) == form and _has_same_others(existing, model):
+    wanted = form, calibration.text if calibration else ""
+    is_wanted = (ExpertForm.of(there.layout.quantization), name_calibration(there.precision)) == wanted
+    if is_wanted and _has_same_others(existing, model):
         return existing
     raise UsageError(
         f"{name} is here already, and is {there.source.repo} in {there.precision}",
@@ -120,19 +170,16 @@ def _meta_model(model: StoredModel) -> MetaModel:
     return MetaModel(loaded, choose_dtype(model.manifest.dtype, loaded.dtype))
 
 
-def _needed_bytes(manifest: Manifest, meta: MetaModel, incoming: Incoming) -> int:
-    """Disk for the experts that are not written yet, and for a dense part that is not taken over."""
+def _dense_bytes(manifest: Manifest, meta: MetaModel, incoming: Incoming) -> int:
+    """Disk for a dense part that is not taken over, and not written yet."""
     from .densefile import PACKED_NAME
     from .sharding import DENSE_NAME
 
-    left = sum(not incoming.is_done(expert_path(*expert)) for expert in _experts(manifest))
-    dense_bytes = 0
-    if not incoming.is_done(PACKED_NAME) and not incoming.is_done(DENSE_NAME):
-        if _is_lossless(manifest) and (packable := meta.packable):
-            dense_bytes = manifest.dense_bytes - lossless_gain(packable.values())
-        elif manifest.packed_dense:
-            dense_bytes = manifest.unpacked.dense_bytes
-    return left * manifest.layout.file_bytes + dense_bytes
+    if incoming.is_done(PACKED_NAME) or incoming.is_done(DENSE_NAME):
+        return 0
+    if _is_lossless(manifest) and (packable := meta.packable):
+        return manifest.dense_bytes - lossless_gain(packable.values())
+    return manifest.unpacked.dense_bytes if manifest.packed_dense else 0
 
 
 def _is_lossless(manifest: Manifest) -> bool:
@@ -140,13 +187,16 @@ def _is_lossless(manifest: Manifest) -> bool:
     return made is not None and made.is_lossless
 
 
-def _require_room(store: Store, name: str, needed_bytes: int) -> None:
+def _require_room(store: Store, name: str, stored_bytes: int, scratch_bytes: int) -> None:
+    needed_bytes = stored_bytes + scratch_bytes
     free_bytes = shutil.disk_usage(store.home).free
     if needed_bytes > free_bytes:
+        for_a_while = f", {format_bytes(scratch_bytes)} of it for a while" if scratch_bytes else ""
         raise CapacityError(
-            f"{name} needs {format_bytes(needed_bytes)} more disk, and {format_bytes(free_bytes)} are free at"
-            f" {store.home}",
-            hint=f"free {format_bytes(needed_bytes - free_bytes)}",
+            f"{name} needs {format_bytes(needed_bytes)} more disk{for_a_while}, and {format_bytes(free_bytes)} are free"
+            f" at {store.home}",
+            hint=f"free {format_bytes(needed_bytes - free_bytes)}"
+            + (", or give fewer --max-prompts" if scratch_bytes else ""),
         )
 
 
@@ -187,20 +237,34 @@ def _write_dense(
     return manifest
 
 
-def _write_experts(model: StoredModel, encoder: Encoder, incoming: Incoming, progress: Progress) -> None:
-    manifest = model.manifest
-    paths = {expert_path(layer, expert): (layer, expert) for layer, expert in _experts(manifest)}
-    left = [path for path in paths if not incoming.is_done(path)]
-    with progress.task("quantize", len(paths), "experts", done=len(paths) - len(left)) as task:
-        for path in left:
-            layer, expert = paths[path]
-            what = f"expert {expert} of {manifest.layers[layer].module}"
-            incoming.write(path, _expert_chunks(model, path, encoder, what))
+def _write_experts(
+    model: StoredModel,
+    encoder: Encoder,
+    left: Sequence[tuple[int, int]],
+    moments_of: MomentsOf | None,
+    incoming: Incoming,
+    progress: Progress,
+) -> None:
+    total = model.manifest.num_experts
+    with progress.task("quantize", total, "experts", done=total - len(left)) as task:
+        for layer, expert in left:
+            incoming.write(expert_path(layer, expert), _expert_chunks(model, layer, expert, encoder, moments_of))
+            if moments_of is not None:
+                incoming.sync()  # choosing took longer than this does, and an interrupted run keeps it
             task.advance(1)
 
 
-def _expert_chunks(model: StoredModel, path: str, encoder: Encoder, what: str) -> Iterator[Bytes]:
+def _expert_chunks(
+    model: StoredModel, layer: int, expert: int, encoder: Encoder, moments_of: MomentsOf | None
+) -> Iterator[Bytes]:
     from .lossless import read_expert
+    from .quantized import Quantizer
 
+    what = f"expert {expert} of {model.manifest.layers[layer].module}"
+    weights = read_expert(model.path / expert_path(layer, expert), model.manifest.layout)
     yield encode_expert_header(encoder.layout.tensors)
-    yield from encoder.encode(read_expert(model.path / path, model.manifest.layout), what)
+    if moments_of is None:
+        yield from encoder.encode(weights, what)
+    else:
+        assert isinstance(encoder, Quantizer), "no other form has numbers to choose"
+        yield from encoder.encode(weights, what, moments_of(layer, expert, weights))

@@ -42,6 +42,9 @@ MANY_TOKENS = 32
 
 _ALL_FETCHED = nullcontext()
 
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Is told what each call of `ExpertRuntime.forward` is given."""
+
 
 class StepStopped(Exception):  # noqa: N818  # not an error: somebody asked for it
     """A forward pass was given up between two layers, as `should_stop` asked; the KV cache is then half written."""
@@ -88,6 +91,7 @@ class ExpertRuntime:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.should_stop: Callable[[], bool] | None = None
         self.recorder: Recorder | None = None
+        self.observer: Observer | None = None
         self.counter = counter
         self._requests = 0
         self._lent: list[int] = []
@@ -198,6 +202,8 @@ class ExpertRuntime:
 
         Raises what an expert's fetch raised (the path is in the message), or StepStopped.
         """
+        if self.observer is not None:
+            self.observer(layer, hidden, top_k_index, top_k_weights)
         if self.recorder is not None:
             self.recorder.record(layer, top_k_index, top_k_weights, is_prefill=len(hidden) > 1)
         if hidden.shape[0] == 1:

@@ -329,7 +329,7 @@ class NativeMaths(ExpandingMaths):
     def _check(self, module: nn.Module, specs: Mapping[str, TensorSpec]) -> torch.dtype:
         """The dtype of the maths, if the library has it and knows experts that have these tensors."""
         flags: Any = module
-        weights = [self._up, "down_proj"]
+        weights = [self.up, "down_proj"]
         expected = {*weights, *(f"{name}_bias" for name in weights if flags.has_bias)}
         quantization = self._quantization
         if quantization is None:
@@ -373,19 +373,19 @@ class NativeMaths(ExpandingMaths):
             alpha=_attribute(module, "alpha", "swiglu_alpha"),
             hidden=hidden,
             inner=inner,
-            up=offsets[self._up],
-            up_scales=partners[self._up].offset if partners else -1,
-            up_bias=offsets.get(f"{self._up}_bias", -1),
+            up=offsets[self.up],
+            up_scales=partners[self.up].offset if partners else -1,
+            up_bias=offsets.get(f"{self.up}_bias", -1),
             down=offsets["down_proj"],
             down_scales=partners["down_proj"].offset if partners else -1,
             down_bias=offsets.get("down_proj_bias", -1),
-            up_block=blocks.get(self._up, 0),
+            up_block=blocks.get(self.up, 0),
             down_block=blocks.get("down_proj", 0),
         )
 
     def _recognise_activation(self, module: nn.Module) -> None:
         """Find what the module does between the projections among what the library can, by doing it."""
-        has_gate = self._up == "gate_up_proj"
+        has_gate = self.up == "gate_up_proj"
         noise = torch.randn(1, _PROBE * (2 if has_gate else 1), generator=torch.Generator().manual_seed(0))
         values = noise * max(4.0, self.layer.limit)
         wanted = self._activate(values), self._activate(values.to(self.dtype))

@@ -64,7 +64,8 @@ class PromptMaths(Protocol):
 class ExpertMaths:
     """The experts of one MoE layer, as functions. `module` is their experts module in the transformers model, without
     its weights; `quantization` says how these lie in slots. `computed_by` says what does the maths, and why if that is
-    not what it could be. Of a prompt's experts, as many as `most_at_once` are worth computing together.
+    not what it could be; `up` is what the first matrix is called. Of a prompt's experts, as many as `most_at_once` are
+    worth computing together.
     """
 
     most_at_once: ClassVar[int] = 1
@@ -73,7 +74,7 @@ class ExpertMaths:
         flags: Any = module
         self.computed_by = f"torch: {reason}" if reason else "torch"
         self._quantization = quantization
-        self._up = "gate_up_proj" if flags.has_gate else "up_proj"
+        self.up = "gate_up_proj" if flags.has_gate else "up_proj"
         self._is_transposed: bool = flags.is_transposed and (quantization is None or quantization.is_exact)
         self._activate = flags._apply_gate if flags.has_gate else flags.act_fn
         self._norm = flags.post_expert_norm if flags.has_post_expert_norm else None
@@ -101,6 +102,11 @@ class ExpertMaths:
         """The rows of experts [n, H], not yet weighted, for one token's `hidden` [1, H]."""
         return torch.cat([self._row(hidden, tensors) for tensors in experts])
 
+    def inner(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+        """What an expert's second matrix is multiplied with, [n, inner], for `hidden` [n, H]."""
+        inner: torch.Tensor = self._activate(self._project(hidden, tensors, self.up))
+        return inner
+
     def zeros(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the rows are added to, shaped like `hidden`, in the dtype that this family adds up in."""
         return torch.zeros_like(hidden, dtype=self.sum_dtype(hidden.dtype, weights.dtype))
@@ -116,8 +122,7 @@ class ExpertMaths:
         return weights if self._kind in _SUMS_IN_WEIGHTS_DTYPE else hidden
 
     def _row(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-        inner = self._activate(self._project(hidden, tensors, self._up))
-        outer = self._project(inner, tensors, "down_proj")
+        outer = self._project(self.inner(hidden, tensors), tensors, "down_proj")
         return outer if self._norm is None else self._norm(outer)
 
     def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:

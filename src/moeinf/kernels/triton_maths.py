@@ -228,7 +228,7 @@ class TritonMaths(ExpertMaths):
 
     def rows(self, hidden: torch.Tensor, experts: Sequence[Tensors]) -> torch.Tensor:
         slots = torch.tensor(self.slots_of(experts), dtype=torch.int32).to(hidden.device, non_blocking=True)
-        outer = self._linear(self._activate(self._linear(hidden, self._up, slots)), "down_proj", slots)
+        outer = self._linear(self._activate(self._linear(hidden, self.up, slots)), "down_proj", slots)
         return outer if self._norm is None else self._norm(outer)
 
     def grouped_rows(
@@ -236,7 +236,7 @@ class TritonMaths(ExpertMaths):
     ) -> torch.Tensor:
         """The rows [n, H], not yet weighted, of `tokens` [n] of `hidden` [tokens, H], by the experts of `blocks`."""
         each = torch.arange(len(tokens), device=tokens.device)
-        inner = self._activate(self._grouped(hidden, self._up, tokens, blocks, block_rows))
+        inner = self._activate(self._grouped(hidden, self.up, tokens, blocks, block_rows))
         outer = self._grouped(inner, "down_proj", each, blocks, block_rows)
         return outer if self._norm is None else self._norm(outer)
 
