@@ -206,7 +206,7 @@ def test_what_is_refused(plain: StoredModel, store: Store, monkeypatch: pytest.M
         quantize_model(plain, "small", ExpertForm.read("lossless", None), store=store, calibration=calibration)
     needed = 16 * 8192 + calibration.scratch_bytes(plain, meta_model(plain), [0, 1])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed // 2))
-    with pytest.raises(CapacityError, match=r"the experts need .* more disk, .* of it for a while") as caught:
+    with pytest.raises(CapacityError, match=r"small needs .* more disk, .* of it for a while") as caught:
         quantize_model(plain, "small", INT4, store=store, calibration=calibration)
     assert "fewer --max-prompts" in (caught.value.hint or "")
 
