@@ -41,7 +41,7 @@ SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
 _WORKSPACE_SHARE = 8
 """A GPU has a workspace for the longest pieces of a prompt that take this part of its budget at most."""
-BAND_BYTES = 64 * MIB
+BAND_BYTES = 16 * MIB
 """Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
