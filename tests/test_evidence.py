@@ -22,7 +22,7 @@ from moeinf.evidence import (
 from moeinf.forecast import HitCurve
 from test_forecast import run
 
-CURVE = HitCurve(((0.1, 0.3), (0.5, 0.8)), "somewhere")
+CURVE = HitCurve(((0.1, 0.3), (0.5, 0.8)), "somewhere", 0.7)
 TRACES = [("a.safetensors", 10, 123)]
 
 

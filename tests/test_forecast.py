@@ -223,6 +223,18 @@ def test_the_curve_never_falls() -> None:
     assert curve.at(0.05) == pytest.approx(0.15)
 
 
+def test_what_routers_were_seen_to_foresee_counts() -> None:
+    situation, plan = small("25%")
+
+    def token_s(prefetch: str, foreseen: float | None) -> float:
+        curve = dataclasses.replace(situation.curve, foreseen=foreseen)
+        return foretell(dataclasses.replace(situation, curve=curve, prefetch=prefetch), plan).tpot_s
+
+    assert token_s("gate", 0.8) == token_s("gate", None) < token_s("gate", 0.4)
+    assert token_s("off", 0.8) == token_s("off", None) == token_s("auto", 0.0)
+    assert token_s("eam", 0.8) == token_s("eam", None)
+
+
 # Past runs
 
 

@@ -30,7 +30,7 @@ from moeinf.planning import Subject, find_curve, find_subject
 from moeinf.pull import pull
 from moeinf.simulate import events, replay
 from moeinf.store import TRACES_FOLDER, Store
-from moeinf.trace import ModelIdentity
+from moeinf.trace import NO_EXPERT, ModelIdentity
 from moeinf.tracefile import write_trace
 from standin import StandIn, use_device
 from test_forecast import run
@@ -142,6 +142,16 @@ def test_traces_are_replayed_and_their_curve_is_kept(subject: Subject, monkeypat
     assert (subject.traces / CURVE_FILE).exists()
     monkeypatch.setattr(planning, "_replayed", None)
     assert find_curve(subject, "lru") == curve
+
+
+def test_what_routers_foresaw_is_kept_with_the_curve(subject: Subject) -> None:
+    assert subject.traces is not None
+    trace = make_trace(ModelIdentity.of("tiny", subject.manifest), 200)
+    half = trace.experts.copy()
+    half[:, :, 1:] = NO_EXPERT
+    write_trace(dataclasses.replace(trace, foreseen=half), subject.traces / "one.safetensors")
+    for _ in range(2):  # made, and read again
+        assert find_curve(subject, "lru").foreseen == pytest.approx(1 / max(trace.identity.top_k))
 
 
 def test_the_curve_is_that_of_a_cache_that_has_been_filled(subject: Subject) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "compare_domains",
     "describe",
     "distance",
+    "foreseen_share",
     "predictability",
     "reuse",
     "shares",
@@ -178,11 +179,13 @@ def predictability(requests: Sequence[Trace]) -> Predictability | None:
             chance += int(chosen.sum()) * k / size
     if not asked:
         return None
-    return Predictability(own / asked, previous / asked, chance / asked, tokens, _foreseen_share(requests))
+    return Predictability(own / asked, previous / asked, chance / asked, tokens, foreseen_share(requests))
 
 
-def _foreseen_share(requests: Sequence[Trace]) -> float | None:
-    """Of the experts of which something was foreseen, the share that was."""
+def foreseen_share(requests: Sequence[Trace]) -> float | None:
+    """Of the experts that layers chose whose routers were asked a layer early, the share that was named; None if none
+    was asked.
+    """
     right = asked = 0
     for request in requests:
         if request.foreseen is None:

@@ -54,7 +54,9 @@ def read_curve(folder: Path, policy: str, traces: Sequence[Sequence[Any]] | None
         kept = json.loads((folder / CURVE_FILE).read_text(encoding="utf-8"))
         if kept["policy"] != policy or (traces is not None and kept["traces"] != [list(trace) for trace in traces]):
             return None
-        return HitCurve(tuple((float(share), float(rate)) for share, rate in kept["points"]), str(kept["source"]))
+        foreseen = None if kept["foreseen"] is None else float(kept["foreseen"])
+        points = tuple((float(share), float(rate)) for share, rate in kept["points"])
+        return HitCurve(points, str(kept["source"]), foreseen)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

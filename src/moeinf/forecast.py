@@ -79,11 +79,13 @@ class HitCurve:
     """Which share of the experts asked for is found in memory that holds a share of all experts.
 
     `points` are (share, hit rate) with ascending shares, on straight lines between and to (0, 0) and (1, 1); more
-    memory never finds less. `source` says where it is from.
+    memory never finds less. `source` says where it is from. `foreseen` is the share of a layer's choice that its router
+    names one layer early, if that was recorded.
     """
 
     points: tuple[tuple[float, float], ...]
     source: str
+    foreseen: float | None = None
 
     def at(self, share: float) -> float:
         """The hit rate when memory holds `share` of all experts."""
@@ -120,6 +122,12 @@ class Situation:
     def device(self) -> str:
         """The name of the GPU that computes, "" where the processor does."""
         return ""
+
+    @property
+    def foreseen(self) -> float:
+        """Of a layer's choice, the share that is named while the layer before is computed."""
+        of_router = self.curve.foreseen if self.prefetch in ("gate", "auto") else None
+        return _FORESEEN[self.prefetch] if of_router is None else of_router
 
     def costs(self, plan: MemoryPlan) -> Costs:
         """What the parts of a token take with `plan`."""
@@ -280,7 +288,8 @@ class _ProcessorCosts:
         self.token_bytes = manifest.token_experts * self.expert_bytes
         self.dense_bytes = max(0, manifest.dense_bytes - shape.lookup_bytes)
         self._plain_dense_bytes = max(0, manifest.unpacked.dense_bytes - shape.lookup_bytes)
-        self._prefetch, self._reads_files = situation.prefetch, situation.reads_files
+        self._prefetch, self._foreseen = situation.prefetch, situation.foreseen
+        self._reads_files = situation.reads_files
         self._kernels = situation.kernels
         self._best_fetch_rate = disk_rate(machine, self.expert_bytes)
         self._disk_rate = self._fetch_rate = SUSTAINED * self._best_fetch_rate
@@ -309,7 +318,8 @@ class _ProcessorCosts:
         layers = len(self._manifest.layers)
         missing = (1 - hits) * self._manifest.token_experts / layers
         return waiting_s(
-            self._prefetch,
+            self._foreseen,
+            self._prefetch == "auto",
             layers,
             read_s=self.read_s(hits) / layers,
             experts_s=self.experts_s / layers,
@@ -363,12 +373,15 @@ class _ProcessorCosts:
         return total
 
 
-def waiting_s(prefetch: str, layers: int, *, read_s: float, experts_s: float, last_s: float, other_s: float) -> float:
+def waiting_s(
+    foreseen: float, is_optional: bool, layers: int, *, read_s: float, experts_s: float, last_s: float, other_s: float
+) -> float:
     """What a token waits in all of its MoE `layers`, when one of them takes `read_s` to read its misses, `experts_s` to
-    compute all of its experts, `last_s` for the one that arrives last, and `other_s` for the rest of its work.
+    compute all of its experts, `last_s` for the one that arrives last, and `other_s` for the rest of its work. This
+    share of a layer's choice is `foreseen`, unless that is optional and not worth it.
     """
-    foreseeing = _waiting_s(_FORESEEN[prefetch], layers, read_s, experts_s, last_s, other_s)
-    if prefetch != "auto":
+    foreseeing = _waiting_s(foreseen, layers, read_s, experts_s, last_s, other_s)
+    if not is_optional:
         return foreseeing
     return min(_waiting_s(0.0, layers, read_s, experts_s, last_s, other_s), foreseeing)
 

@@ -63,7 +63,8 @@ class _GpuCosts:
         assert plan.host is not None, "a plan without a GPU"
         machine, manifest, shape = situation.machine, situation.manifest, situation.shape
         self._gpu, self._manifest, self._shape, self._plan = situation.gpu, manifest, shape, plan
-        self._prefetch, self._is_grouped = situation.prefetch, situation.kernels == "triton"
+        self._prefetch, self._foreseen = situation.prefetch, situation.foreseen
+        self._is_grouped = situation.kernels == "triton"
         self._widening = plan.dense // manifest.dense_bytes if manifest.dense_bytes else 1
         self._expert_bytes = manifest.layout.nbytes
         self.token_bytes = manifest.token_experts * self._expert_bytes
@@ -89,7 +90,8 @@ class _GpuCosts:
         copying_s = self._expert_bytes / self._link_rate / SUSTAINED
         last_s = min(1.0, missing) * self._experts_s(1, 1) + min(1.0, missing * self._read_share) * copying_s
         return waiting_s(
-            self._prefetch,
+            self._foreseen,
+            self._prefetch == "auto",
             layers,
             read_s=self.read_s(hits) / layers,
             experts_s=self.experts_s / layers,

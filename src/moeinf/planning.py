@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from . import evidence
+from .analysis import foreseen_share
 from .checkpoint import CONFIG_NAME
 from .collectionfile import COLLECTION_FILE
 from .errors import ModelNotFoundError, MoeinfError
@@ -109,7 +110,8 @@ def _replayed(traces: Sequence[Trace], policy: str, progress: Progress) -> HitCu
             points.append((slots / sum(sizes), _steady_rate(history, sizes, policy, slots)))
             task.advance(1)
     decoded = int(np.count_nonzero(~part.is_prefill))
-    return HitCurve(tuple(points), f"traces of this model: {decoded:,} decoded tokens replayed with {policy}")
+    source = f"traces of this model: {decoded:,} decoded tokens replayed with {policy}"
+    return HitCurve(tuple(points), source, foreseen_share([part]))
 
 
 def _steady_rate(history: list[Event], sizes: tuple[int, ...], policy: str, slots: int) -> float:
