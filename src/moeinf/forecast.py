@@ -319,8 +319,8 @@ class _ProcessorCosts:
         missing = (1 - hits) * self._manifest.token_experts / layers
         return waiting_s(
             self._foreseen,
-            self._prefetch == "auto",
             layers,
+            is_optional=self._prefetch == "auto",
             read_s=self.read_s(hits) / layers,
             experts_s=self.experts_s / layers,
             last_s=self.experts_s / self._manifest.token_experts * min(1.0, missing),
@@ -374,7 +374,7 @@ class _ProcessorCosts:
 
 
 def waiting_s(
-    foreseen: float, is_optional: bool, layers: int, *, read_s: float, experts_s: float, last_s: float, other_s: float
+    foreseen: float, layers: int, *, is_optional: bool, read_s: float, experts_s: float, last_s: float, other_s: float
 ) -> float:
     """What a token waits in all of its MoE `layers`, when one of them takes `read_s` to read its misses, `experts_s` to
     compute all of its experts, `last_s` for the one that arrives last, and `other_s` for the rest of its work. This

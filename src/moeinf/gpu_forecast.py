@@ -91,8 +91,8 @@ class _GpuCosts:
         last_s = min(1.0, missing) * self._experts_s(1, 1) + min(1.0, missing * self._read_share) * copying_s
         return waiting_s(
             self._foreseen,
-            self._prefetch == "auto",
             layers,
+            is_optional=self._prefetch == "auto",
             read_s=self.read_s(hits) / layers,
             experts_s=self.experts_s / layers,
             last_s=last_s,

@@ -86,10 +86,11 @@ class _StoreQuantizer(HfQuantizer):
 
 
 def _find_linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = dict(model.named_modules()).get(name)
-    if type(layer) is not nn.Linear:
-        raise IntegrityError(f"the model has no linear layer {name}, whose weight is stored", hint="pull it again")
-    return layer
+    with contextlib.suppress(AttributeError):
+        layer = model.get_submodule(name)
+        if type(layer) is nn.Linear:
+            return layer
+    raise IntegrityError(f"the model has no linear layer {name}, whose weight is stored", hint="pull it again")
 
 
 def load_dense_model(
