@@ -265,6 +265,7 @@ def test_quantize_run_and_show(cli: CommandLine, checkpoint: Path) -> None:
     cli.check("""
         $ moeinf quantize mix --experts int4 --name small
         | small: int4 experts (groups of 32), from bfloat16, 1.28 KiB each instead of 4.50 KiB
+        ! look at dense weights: 9 matrices
         ! quantize: 16 experts
         ! what that costs in quality: moeinf quality small --against mix
         = 0

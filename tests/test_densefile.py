@@ -1,11 +1,12 @@
-"""The dense part beside lossless experts: packed where it can be, and the same weights and answers whatever it is."""
+"""The dense part beside packed experts: packed where it can be, and the same weights and answers whatever it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from moeinf.pull import plan_pull, pull
 from moeinf.quantizing import quantize_model
 from moeinf.store import Store, StoredModel
 from outputs import outputs
-from packing import edit
+from packing import edit, pack_float8, pack_mxfp4
 from standin import use_device
 
-LOSSLESS = ExpertForm.read("lossless", None)
+LOSSLESS, INT4 = ExpertForm.read("lossless", None), ExpertForm.read("int4", None)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+RELEASES: dict[str, Callable[[Path], object]] = {"mxfp4": pack_mxfp4, "fp8": pack_float8}
 
 
 @pytest.fixture
@@ -45,6 +47,14 @@ def make(family: str, folder: Path, store: Store) -> tuple[StoredModel, StoredMo
     make_checkpoint(family, folder, "bfloat16")
     plain = pull(str(folder), store=store, name="plain")
     return plain, pull(str(folder), store=store, name="packed", experts="lossless")
+
+
+@contextmanager
+def without_packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stores made here are as they were when no dense part was packed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(densefile, "_packable", lambda *_: {})
+        yield
 
 
 @pytest.fixture
@@ -74,6 +84,47 @@ def test_every_family_answers_from_packed_weights_as_from_plain_ones(family: str
         (logits, tokens), found = (outputs(name, experts="50%", kernels=kernels) for name in ("plain", "packed"))
         assert torch.equal(found[0], logits), kernels
         assert found[1] == tokens, kernels
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "sizes"),
+    [
+        ("deepseek_v3", "int8", {}),
+        ("gpt_oss", "int8", {}),  # biases, and experts that lossless ones cannot be
+        ("mixtral", "int4", {}),
+        ("qwen3_moe", "int4", {}),
+        ("gpt_oss", "mxfp4", {"hidden_size": 64, "intermediate_size": 96}),
+        ("deepseek_v3", "fp8", {"hidden_size": 256, "moe_intermediate_size": 384}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_beside_experts_of_any_form(
+    family: str, form: str, sizes: dict[str, Any], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(family, tmp_path, "bfloat16", **sizes)
+    asked = None if form in RELEASES else form
+    if asked is None:
+        RELEASES[form](tmp_path)
+    with without_packing(monkeypatch):
+        plain = pull(str(tmp_path), store=store, name="plain", experts=asked)
+    packed = pull(str(tmp_path), store=store, name="packed", experts=asked)
+    assert (plain.manifest.schema, packed.manifest.schema) == (QUANTIZED_SCHEMA, DENSE_SCHEMA)
+    assert packed.manifest.layout == plain.manifest.layout
+    assert packed.manifest.layout.quantization is not None
+    assert packed.manifest.layout.quantization.kind == form
+    assert_same(read_plain(packed.path, packed.manifest), load_file(plain.path / "dense.safetensors"))
+    assert store.verify("packed") == []
+    for kernels in ("torch", "auto"):
+        (logits, tokens), found = (outputs(name, experts="50%", kernels=kernels) for name in ("plain", "packed"))
+        assert torch.equal(found[0], logits), kernels
+        assert found[1] == tokens, kernels
+        with moeinf.load("packed", kernels=kernels) as engine:
+            layers = [each for each in engine.model.modules() if isinstance(each, LosslessLinear)]
+            assert len(layers) == (len(packed.manifest.packed_dense) if keeps_packed(kernels) else 0)
+    with use_device(monkeypatch):
+        (logits, tokens), found = (outputs(name, experts="50%") for name in ("plain", "packed"))
+        assert torch.equal(found[0], logits)
+        assert found[1] == tokens
 
 
 def test_what_is_packed(models: tuple[StoredModel, StoredModel], store: Store, tmp_path: Path) -> None:
@@ -144,8 +195,7 @@ def test_where_no_matrix_can_be_packed_the_dense_part_is_plain(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in stores that were made when none was packed, which are read as ever."""
-    with monkeypatch.context() as patch:
-        patch.setattr(densefile, "_packable", lambda *_: {})
+    with without_packing(monkeypatch):
         plain, old = make("mixtral", tmp_path, store)
         again = quantize_model(plain, "again", LOSSLESS, store=store)
     assert (old.manifest.schema, old.manifest.packed_dense) == (QUANTIZED_SCHEMA, {})
@@ -165,12 +215,34 @@ def test_a_pull_and_quantize_make_the_same(models: tuple[StoredModel, StoredMode
     made = quantize_model(plain, "made", LOSSLESS, store=store)
     assert made.manifest == packed.manifest
     assert quantize_model(plain, "made", LOSSLESS, store=store) == made
-    int4 = ExpertForm.read("int4", None)
-    back = quantize_model(packed, "back", int4, store=store).manifest
-    assert back.files["dense.safetensors"] == plain.manifest.files["dense.safetensors"]
-    assert (back.dense_bytes, back.packed_dense) == (plain.manifest.dense_bytes, {})
-    assert quantize_model(packed, "back", int4, store=store).manifest == back
-    assert quantize_model(plain, "back", int4, store=store).manifest == back
+    small = quantize_model(plain, "small", INT4, store=store)
+    assert small.manifest == pull(str(plain.manifest.source.repo), store=store, name="pulled", experts="int4").manifest
+
+
+def test_what_is_packed_already_is_linked(models: tuple[StoredModel, StoredModel], store: Store) -> None:
+    plain, packed = models
+    small = quantize_model(packed, "small", INT4, store=store)
+    assert os.path.samefile(small.path / PACKED_NAME, packed.path / PACKED_NAME)
+    assert small.manifest.packed_dense == packed.manifest.packed_dense
+    assert small.manifest.files == quantize_model(plain, "other", INT4, store=store).manifest.files
+    store.remove("packed")
+    assert store.verify("small") == []
+
+
+def test_a_store_whose_dense_part_is_plain_is_here_already(
+    models: tuple[StoredModel, StoredModel], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with without_packing(monkeypatch):
+        old = quantize_model(models[0], "small", INT4, store=store)
+    assert old.manifest.schema == QUANTIZED_SCHEMA
+    for model in models:
+        assert quantize_model(model, "small", INT4, store=store).manifest == old.manifest
+    source = models[0].manifest.source.repo
+    assert pull(source, store=store, name="small", experts="int4").manifest == old.manifest
+    new = quantize_model(models[0], "small", INT4, store=store, force=True)
+    assert new.manifest.schema == DENSE_SCHEMA
+    for model in models:
+        assert quantize_model(model, "small", INT4, store=store).manifest == new.manifest
 
 
 def test_other_weights_are_not_taken_for_these(models: tuple[StoredModel, StoredModel], store: Store) -> None:
@@ -195,10 +267,12 @@ def test_programs_to_compare_with_get_plain_weights(models: tuple[StoredModel, S
     assert_same(*found)
 
 
-def test_what_a_pull_takes_is_known_before(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", ["lossless", "int8"])
+def test_what_a_pull_takes_is_known_before(experts: str, store: Store, tmp_path: Path) -> None:
     make_checkpoint("qwen3_moe", tmp_path, "bfloat16")
-    plan = plan_pull(str(tmp_path), store=store, experts="lossless")
-    there = pull(str(tmp_path), store=store, experts="lossless").manifest
+    plan = plan_pull(str(tmp_path), store=store, experts=experts)
+    there = pull(str(tmp_path), store=store, experts=experts).manifest
+    assert len(there.packed_dense) > 0
     experts_bytes = there.num_experts * there.layout.file_bytes
     assert plan.store_bytes == experts_bytes + there.dense_bytes
     assert plan.needed_bytes == experts_bytes + there.unpacked.dense_bytes + max(plan.download_bytes, there.dense_bytes)

@@ -18,7 +18,7 @@ from families import make_checkpoint
 from moeinf.checkpoint import Checkpoint
 from moeinf.conversion import plan_conversion
 from moeinf.errors import IntegrityError, MoeinfError, UnsupportedError
-from moeinf.manifest import QUANTIZED_SCHEMA, ExpertLayout, Manifest, TensorSpec, expert_path, scales_name
+from moeinf.manifest import DENSE_SCHEMA, ExpertLayout, Manifest, TensorSpec, expert_path, scales_name
 from moeinf.pull import plan_pull, preview, pull
 from moeinf.quantized import Packer, dequantize
 from moeinf.store import Store, StoredModel
@@ -97,7 +97,7 @@ def test_what_is_stored_is_what_was_released(store: Store, tmp_path: Path) -> No
     tensors = make("deepseek_v3", tmp_path)
     model = pull(str(tmp_path), store=store, name="model")
     there = model.manifest
-    assert (there.precision, there.dtype, there.schema) == (RELEASED, "bfloat16", QUANTIZED_SCHEMA)
+    assert (there.precision, there.dtype, there.schema) == (RELEASED, "bfloat16", DENSE_SCHEMA)
     weights = 3 * 256 * 384
     assert there.layout.nbytes == weights + 4 * weights // 128**2
     assert there.layout.plain_bytes == 2 * weights

@@ -22,6 +22,7 @@ from families import make_checkpoint
 from faults import FailingDisk
 from moeinf import kernels, shared_library
 from moeinf import pull as pull_module
+from moeinf.densefile import PACKED_NAME
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
 from moeinf.manifest import Quantization, expert_path
@@ -151,9 +152,11 @@ def test_a_stored_model_gives_what_a_pull_gives(plain: StoredModel, checkpoint: 
 
 def test_files_without_experts_are_shared(plain: StoredModel, store: Store) -> None:
     made = quantize_model(plain, "small", INT8, store=store)
-    for path in plain.manifest.files:
-        is_shared = os.path.samefile(plain.path / path, made.path / path)
-        assert is_shared != path.startswith("experts/")
+    own = {path for path in made.manifest.files if path.startswith("experts/")} | {PACKED_NAME}
+    assert set(made.manifest.files) - own == set(plain.manifest.files) - own - {"dense.safetensors"}
+    for path in made.manifest.files:
+        is_shared = path in plain.manifest.files and os.path.samefile(plain.path / path, made.path / path)
+        assert is_shared == (path not in own)
     store.remove(plain.name)
     assert store.verify("small") == []
 
@@ -164,7 +167,7 @@ def test_where_a_disk_cannot_link_files_are_copied(
     monkeypatch.setattr(store.disk, "link", lambda *_: False)
     made = quantize_model(plain, "small", INT8, store=store)
     assert store.verify("small") == []
-    assert not any(os.path.samefile(plain.path / path, made.path / path) for path in plain.manifest.files)
+    assert all((made.path / path).stat().st_nlink == 1 for path in made.manifest.files)
 
 
 def test_whatever_the_disk_does_both_models_are_whole_or_absent(plain: StoredModel, store: Store) -> None:
@@ -237,6 +240,22 @@ def test_what_cannot_be_quantised(plain: StoredModel, store: Store, monkeypatch:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500))
     with pytest.raises(CapacityError, match=r"needs .* more disk, and 500 B are free"):
         quantize_model(plain, "other", INT4, store=store)
+
+
+@pytest.mark.parametrize("of", ["plain", "lossless"])
+def test_room_is_asked_for_what_is_written(
+    of: str, plain: StoredModel, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts and a dense part that is packed now; one that was packed before is linked."""
+    model = plain if of == "plain" else quantize_model(plain, of, ExpertForm.read(of, None), store=store)
+    there = quantize_model(model, "small", INT4, store=store).manifest
+    store.remove("small")
+    needed = there.num_experts * there.layout.file_bytes + (there.dense_bytes if of == "plain" else 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(CapacityError, match=r"small needs .* more disk"):
+        quantize_model(model, "small", INT4, store=store)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert quantize_model(model, "small", INT4, store=store).manifest == there
 
 
 def test_weights_that_are_not_finite_are_named(plain: StoredModel, checkpoint: Path, store: Store) -> None:

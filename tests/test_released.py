@@ -18,7 +18,7 @@ from moeinf.checkpoint import Checkpoint
 from moeinf.conversion import plan_conversion
 from moeinf.errors import IntegrityError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
-from moeinf.manifest import QUANTIZED_SCHEMA, ExpertLayout, Manifest, TensorSpec, expert_path
+from moeinf.manifest import DENSE_SCHEMA, ExpertLayout, Manifest, TensorSpec, expert_path
 from moeinf.pull import plan_pull, preview, pull
 from moeinf.quantized import Packer, dequantize
 from moeinf.quantizing import quantize_model
@@ -75,7 +75,7 @@ def test_logits_and_tokens_are_those_of_transformers(dtype: str, checkpoint: Pat
 def test_what_is_stored_is_what_was_released(checkpoint: Path, store: Store) -> None:
     model = pull(str(checkpoint), store=store)
     there = model.manifest
-    assert (there.precision, there.dtype, there.schema) == ("mxfp4 experts (as released)", "bfloat16", QUANTIZED_SCHEMA)
+    assert (there.precision, there.dtype, there.schema) == ("mxfp4 experts (as released)", "bfloat16", DENSE_SCHEMA)
     weights = HIDDEN * INNER * 3
     assert there.layout.nbytes == weights * 17 // 32 + 2 * (2 * INNER + HIDDEN)
     assert there.layout.plain_bytes == 2 * weights

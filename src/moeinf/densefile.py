@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +20,20 @@ from .errors import IntegrityError, UnpackableError
 from .files import Bytes
 from .incoming import Incoming
 from .lossless import expand, pack
-from .manifest import DTYPE_BYTES, EXPERT_ALIGNMENT, PANEL_INPUTS, PANEL_ROWS, Manifest, lossless_shapes, uppers_name
+from .manifest import (
+    DTYPE_BYTES,
+    EXPERT_ALIGNMENT,
+    PANEL_INPUTS,
+    PANEL_ROWS,
+    Manifest,
+    lossless_gain,
+    lossless_shapes,
+    uppers_name,
+)
 from .progress import NO_PROGRESS, Progress
 from .tensorfile import TensorEntry, TensorFile, encode_header
 
-__all__ = ["PACKED_NAME", "DenseFiles", "pack_dense", "plain_chunks", "read_plain"]
+__all__ = ["PACKED_NAME", "DenseFiles", "as_packed", "pack_dense", "plain_chunks", "read_plain"]
 
 PACKED_NAME = "dense-lossless.safetensors"
 
@@ -102,11 +111,13 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pack_dense(
-    incoming: Incoming, folder: Path, manifest: Manifest, candidates: Iterable[str], progress: Progress = NO_PROGRESS
+    incoming: Incoming, folder: Path, manifest: Manifest, candidates: Collection[str], progress: Progress = NO_PROGRESS
 ) -> Manifest:
     """Write the dense part in `folder`, which lies as `manifest` says, with those of `candidates` packed that can be,
     and return the manifest of what is written. Where none can be, nothing is.
     """
+    if not candidates:
+        return manifest
     if not incoming.is_done(PACKED_NAME):
         with DenseFiles(folder, manifest) as files:
             packable = _packable(files, sorted(candidates), progress)
@@ -115,19 +126,23 @@ def pack_dense(
             incoming.write(PACKED_NAME, _packed_chunks(files, packable))
     with TensorFile.open(incoming.model / PACKED_NAME) as file:
         entries = file.entries
-        sides = {
-            name: (entry.shape[0] * PANEL_ROWS, entry.shape[1] * PANEL_INPUTS)
-            for name, entry in entries.items()
-            if uppers_name(name) in entries
-        }
-        dense_bytes = sum(entry.nbytes for entry in entries.values())
+    sides = {
+        name: (entry.shape[0] * PANEL_ROWS, entry.shape[1] * PANEL_INPUTS)
+        for name, entry in entries.items()
+        if uppers_name(name) in entries
+    }
+    return as_packed(manifest, sides)
+
+
+def as_packed(manifest: Manifest, sides: dict[str, tuple[int, int]]) -> Manifest:
+    """What the manifest of a plain dense part becomes when these weights are packed, and all lie in one file."""
+    dense_bytes = manifest.dense_bytes - lossless_gain(sides.values())
     return dataclasses.replace(manifest, dense_files=(PACKED_NAME,), dense_bytes=dense_bytes, packed_dense=sides)
 
 
-def plain_chunks(files: DenseFiles, order: Iterable[str] = ()) -> Iterator[Bytes]:
-    """The file that has all of these tensors plain, the widest dtype first, and of one dtype in `order`."""
-    places = {name: place for place, name in enumerate(order)}
-    tensors = sorted(files.tensors, key=lambda each: (-DTYPE_BYTES[each[1]], places.get(each[0], len(places))))
+def plain_chunks(files: DenseFiles) -> Iterator[Bytes]:
+    """The file that has all of these tensors plain, the widest dtype first."""
+    tensors = sorted(files.tensors, key=lambda each: -DTYPE_BYTES[each[1]])
     yield encode_header(tensors, {"format": "pt"}, EXPERT_ALIGNMENT)
     yield from (bytes_of(files.read(name)) for name, _, _ in tensors)
 

@@ -312,8 +312,8 @@ class Manifest:
     `dtype` is the dtype of the model's maths; `precision` says what the weights were released in ("bfloat16", "mxfp4
     expanded to bfloat16", …). `kv_token_bytes` and `kv_fixed_bytes` are what one token of context and what a
     conversation of any length add to the KV cache. `files` maps relative paths to sizes and hashes, all files but the
-    manifest. `packed_dense` has the dense weights that are packed as those of lossless experts are, by their names in
-    the model, and their sides (rows, width).
+    manifest. `packed_dense` has the dense weights that are packed as those of lossless experts are, whatever form the
+    experts are packed in: by their names in the model, and their sides (rows, width).
     """
 
     source: Source
@@ -455,8 +455,8 @@ def _check_lossless(made: Quantization, name: str, specs: dict[str, TensorSpec])
 
 def _packed_dense(raw: dict[str, Any]) -> dict[str, tuple[int, int]]:
     packed = {name: (rows, width) for name, (rows, width) in raw["packed_dense"].items()}
-    if not packed or raw["layout"]["quantization"]["kind"] != LOSSLESS:
-        raise ValueError("dense weights are packed beside lossless experts alone")
+    if not packed:
+        raise ValueError(f"schema {DENSE_SCHEMA} has packed dense weights, and there are none")
     for name, sides in packed.items():
         if not name or not all(isinstance(side, int) for side in sides) or not are_whole_panels(*sides):
             raise ValueError(f"{name!r} of {sides[0]} x {sides[1]} is no lossless weight")

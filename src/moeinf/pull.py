@@ -98,8 +98,8 @@ def pull(
     here already from the same source is returned as it is, unless `force` asks for it anew. A pull that did not finish
     is continued if its source is still the same. `experts` "lossless" writes them packed, if they are bfloat16
     (docs/lossless.md); "int8" or "int4" quantised, in groups of `group` (docs/quantization.md); "bf16" expanded, where
-    they are released packed, in a model that is bfloat16. `notify` gets
-    a sentence about what a person might not expect.
+    they are released packed, in a model that is bfloat16. Beside packed experts, dense weights are packed without loss.
+    `notify` gets a sentence about what a person might not expect.
 
     Raises UsageError when the name is taken by another model, CapacityError when the disk is too small (before any
     weights are downloaded, where that can be known), MoeinfError while another process pulls or uses the model, and
@@ -133,7 +133,7 @@ def pull(
             notify(f"experts are stored as they are: {error}")
             stored = _unpack(incoming, stored)
             _shard(incoming, origin, checkpoint, stored, require_room, progress)
-        incoming.publish(_pack_dense(incoming, _manifest(origin.source, stored), plan, progress))
+        incoming.publish(_pack_dense(incoming, _manifest(origin.source, stored), stored, progress))
     return store.open(request.name)
 
 
@@ -183,10 +183,13 @@ def plan_pull(
 
 
 def preview(source: str, *, store: Store) -> Preview:
-    """What `pull` would write, known without weights: from the hub, configuration and index are fetched, no more.
+    """What `pull` would write, known without weights, as if all dense weights could be packed that are to be: from the
+    hub, configuration and index are fetched, no more.
 
     Raises UnsupportedError for a repo whose tensors only its weights tell, and what `plan_pull` raises.
     """
+    from .densefile import as_packed
+
     request = _read_request(source, store, None, None, "auto", None, None)
     origin = find_origin(request.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
@@ -197,7 +200,11 @@ def preview(source: str, *, store: Store) -> Preview:
                 hint=f"moeinf pull {source}",
             )
         plan = _plan(checkpoint, request.dtype)
-    return Preview(request.name, _manifest(origin.source, _Stored.of(plan, request)), plan.config)
+    stored = _Stored.of(plan, request)
+    manifest = _manifest(origin.source, stored)
+    if stored.packed_dense:
+        manifest = as_packed(manifest, stored.packed_dense)
+    return Preview(request.name, manifest, plan.config)
 
 
 def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> StoredModel:
@@ -383,9 +390,10 @@ class _Stored:
 
     @property
     def packed_dense(self) -> dict[str, tuple[int, int]]:
-        """The dense weights that are packed, if their numbers let them, and their sides."""
-        made = self.layout.quantization
-        return self.plan.packable if made is not None and made.is_lossless else {}
+        """The dense weights that are packed, if their numbers let them, and their sides: where experts are packed, in
+        whatever form.
+        """
+        return {} if self.layout.quantization is None else self.plan.packable
 
     @property
     def nbytes(self) -> int:
@@ -522,15 +530,12 @@ def _unpack(incoming: Incoming, stored: _Stored) -> _Stored:
     return _Stored(stored.plan, None)
 
 
-def _pack_dense(incoming: Incoming, manifest: Manifest, plan: Plan, progress: Progress) -> Manifest:
-    """Where experts are packed without loss, pack what else can be, and return what the manifest is then."""
+def _pack_dense(incoming: Incoming, manifest: Manifest, stored: _Stored, progress: Progress) -> Manifest:
+    """Pack what is to be packed of the dense part, and return what the manifest is then."""
     from .densefile import pack_dense
     from .sharding import DENSE_NAME
 
-    made = manifest.layout.quantization
-    if made is None or not made.is_lossless:
-        return manifest
-    packed = pack_dense(incoming, incoming.model, manifest, plan.packable, progress)
+    packed = pack_dense(incoming, incoming.model, manifest, stored.packed_dense, progress)
     if packed.packed_dense and incoming.is_done(DENSE_NAME):
         incoming.remove(DENSE_NAME)
     return packed

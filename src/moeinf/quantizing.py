@@ -19,7 +19,7 @@ from .errors import CapacityError, ModelNotFoundError, UnsupportedError, UsageEr
 from .files import Bytes
 from .forms import ExpertForm, name_calibration, name_precision
 from .incoming import Incoming
-from .manifest import DENSE_SCHEMA, LOSSLESS, QUANTIZED_SCHEMA, Manifest, expert_path, lossless_gain
+from .manifest import DENSE_SCHEMA, LOSSLESS, Manifest, expert_path, lossless_gain
 from .progress import NO_PROGRESS, Progress
 from .store import Store, StoredModel
 from .tensorfile import encode_expert_header
@@ -72,9 +72,9 @@ def quantize_model(
     """Write `model` to the store once more as `name`, its experts in `form`, and return it. With a `calibration` their
     numbers are chosen by what they are multiplied with.
 
-    One expert at a time is in memory, or one dense matrix: these are packed beside lossless experts, and plain beside
-    others. What stays as it is is linked where the disk can, and copied elsewhere. What is here already is returned as
-    it is, unless `force` asks for it anew; a run that did not finish is continued.
+    One expert at a time is in memory, or one dense matrix: these are packed without loss, whatever `form` is. What
+    stays as it is is linked where the disk can, and copied elsewhere. What is here already is returned as it is, unless
+    `force` asks for it anew; a run that did not finish is continued.
 
     Raises UsageError when the name is taken by another model, or what loses nothing is to be calibrated,
     UnsupportedError for a model that is quantised already, CapacityError when the disk is too small, IntegrityError for
@@ -95,8 +95,7 @@ def quantize_model(
         notify(f"{name} is here already, made of {model.manifest.source.repo}")
         return existing
     with model.use(), store.incoming(name, "quantizing") as incoming:
-        schema = DENSE_SCHEMA if form.kind == LOSSLESS else QUANTIZED_SCHEMA
-        key = {"schema": schema, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
+        key = {"schema": DENSE_SCHEMA, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
         if calibration is not None:
             key["calibration"] = calibration.digest
         if incoming.begin(key):
@@ -173,18 +172,11 @@ def _meta_model(model: StoredModel) -> MetaModel:
 def _dense_bytes(manifest: Manifest, meta: MetaModel, incoming: Incoming) -> int:
     """Disk for a dense part that is not taken over, and not written yet."""
     from .densefile import PACKED_NAME
-    from .sharding import DENSE_NAME
 
-    if incoming.is_done(PACKED_NAME) or incoming.is_done(DENSE_NAME):
+    if manifest.packed_dense or incoming.is_done(PACKED_NAME):
         return 0
-    if _is_lossless(manifest) and (packable := meta.packable):
-        return manifest.dense_bytes - lossless_gain(packable.values())
-    return manifest.unpacked.dense_bytes if manifest.packed_dense else 0
-
-
-def _is_lossless(manifest: Manifest) -> bool:
-    made = manifest.layout.quantization
-    return made is not None and made.is_lossless
+    packable = meta.packable
+    return manifest.dense_bytes - lossless_gain(packable.values()) if packable else 0
 
 
 def _require_room(store: Store, name: str, stored_bytes: int, scratch_bytes: int) -> None:
@@ -220,19 +212,13 @@ def _take_over_files(model: StoredModel, incoming: Incoming, paths: Iterable[str
 def _write_dense(
     model: StoredModel, manifest: Manifest, meta: MetaModel, incoming: Incoming, progress: Progress
 ) -> Manifest:
-    """Pack dense weights beside lossless experts, unpack them beside others, or take them over; returns the manifest
-    of what is there then.
+    """Pack the dense part, or take over one that is packed, or that cannot be; returns the manifest of what is there
+    then.
     """
-    from .densefile import DenseFiles, pack_dense, plain_chunks
-    from .sharding import DENSE_NAME
+    from .densefile import pack_dense
 
-    if _is_lossless(manifest):
+    if not manifest.packed_dense:
         manifest = pack_dense(incoming, model.path, manifest, meta.packable, progress)
-    elif manifest.packed_dense:
-        if not incoming.is_done(DENSE_NAME):
-            with DenseFiles(model.path, manifest) as files:
-                incoming.write(DENSE_NAME, plain_chunks(files, meta.shapes))
-        manifest = dataclasses.replace(manifest.unpacked, dense_files=(DENSE_NAME,))
     _take_over_files(model, incoming, set(manifest.dense_files) & model.manifest.files.keys())
     return manifest
 

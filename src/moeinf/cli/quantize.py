@@ -54,8 +54,9 @@ def quantize(
 
     Make a model of MODEL whose experts take three quarters of the bytes (lossless), a half (int8) or a quarter (int4).
     Lossless ones answer as MODEL does, to the last bit. The answers of the others are no longer MODEL's: `moeinf
-    quality` says how far they are from them, and --calibrate brings them nearer. MODEL stays as it is. A run that was
-    interrupted goes on where it stopped when the same command is run again.
+    quality` says how far they are from them, and --calibrate brings them nearer. Attention and other linear
+    layers are packed without loss beside any of them. MODEL stays as it is. A run that was interrupted goes on where it
+    stopped when the same command is run again.
     """
     output = output_flags.output()
     store = Store()
