@@ -273,6 +273,8 @@ def test_quantize_run_and_show(cli: CommandLine, checkpoint: Path) -> None:
     shown = cli.run("show", "small")[0]
     assert "\nprecision      int4 experts (groups of 32), from bfloat16, computed in bfloat16\n" in shown
     assert "\nquality        not measured: moeinf quality small --against MODEL\n" in shown
+    assert ["dense" in line for line in shown.splitlines() if line.endswith(", packed without loss")] == [True]
+    assert "packed without loss" not in cli.run("show", "mix")[0]
     stderr = cli.run("run", "small", "Hi", "--stats", "--max-tokens", "4")[1]
     assert "small has int4 experts (groups of 32): it does not answer exactly as released\n" in stderr
     assert "\nint4 experts (groups of 32), computed by " in stderr

@@ -237,6 +237,7 @@ def _details(stored: StoredModel, quality: Quality | None) -> dict[str, object]:
         "path": str(stored.path),
         "files": len(manifest.files),
         "dense_bytes": manifest.dense_bytes,
+        "dense_is_packed": bool(manifest.packed_dense),
         "experts_bytes": manifest.experts_bytes,
         "expert_bytes": manifest.layout.nbytes,
         "kv_token_bytes": manifest.kv_token_bytes,
@@ -270,6 +271,7 @@ def _show_lines(stored: StoredModel, quality: Quality | None) -> list[str]:
     kv_cache = f"{format_bytes(1000 * manifest.kv_token_bytes)} per 1,000 tokens"
     if manifest.kv_fixed_bytes:
         kv_cache += f", and {format_bytes(manifest.kv_fixed_bytes)} in any case"
+    dense = format_bytes(manifest.dense_bytes) + (", packed without loss" if manifest.packed_dense else "")
     token_bytes = format_bytes(manifest.token_experts * manifest.layout.nbytes)
     share = f"{manifest.token_experts / manifest.num_experts:.0%}"
     about = [("about", demo.NOTE)] if manifest.source.repo == demo.NAME else []
@@ -283,7 +285,7 @@ def _show_lines(stored: StoredModel, quality: Quality | None) -> list[str]:
         ("experts", f"{manifest.num_experts:,} ({_experts(manifest)})"),
         ("context", f"up to {manifest.max_context:,} tokens"),
         ("on disk", f"{format_bytes(manifest.stored_bytes)} in {len(manifest.files):,} files at {stored.path}"),
-        ("  dense", format_bytes(manifest.dense_bytes)),
+        ("  dense", dense),
         ("  experts", f"{experts}, {expert} each"),
         ("KV cache", kv_cache),
         ("a token reads", f"{manifest.token_experts:,} experts, {token_bytes}, {share} of them all"),
