@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -203,6 +205,19 @@ def test_what_the_processor_expands_for_a_gpu_is_counted() -> None:
         assert without is not None
         assert with_it is not None
         assert with_it.workspace - without.workspace == more
+
+
+def test_libraries_take_less_beside_a_narrow_model_but_for_their_programs() -> None:
+    def fixed(make: Callable[..., MemoryPlan], hidden: int) -> int:
+        shape = dataclasses.replace(SHAPE, hidden=hidden, widest=2 * hidden, vocabulary=0)
+        made = make(make_manifest(), shape, experts="8", context=512)
+        return made.workspace - made.step_tokens * made.token_workspace
+
+    on_host = partial(fixed, partial(make_plan, available_bytes=8 * GIB))
+    on_device = partial(fixed, partial(make_device_plan, device_bytes=8 * GIB, host_bytes=8 * GIB))
+    assert 76 * MIB < on_host(32) < on_host(256) < on_host(512) < on_host(1024) == on_host(4096)
+    assert on_host(256) < on_host(1024) - 30 * MIB
+    assert on_device(32) == on_device(1024) == on_host(1024)
 
 
 def test_weights_that_are_widened_are_counted_so() -> None:

@@ -35,7 +35,14 @@ Regime = Literal["resident", "host-cached", "streaming"]
 _PAGE = 4096
 _MOST_RESERVE_BYTES = 1024 * MIB
 """Left free for everybody else when no budget is given: this, or a twentieth of what is available if that is less."""
-_WORKSPACE_BYTES = 128 * MIB
+_LIBRARY_BYTES = 128 * MIB
+"""What libraries take at most beside all that is counted one by one, and what they take of a GPU, where it was not
+measured."""
+_NARROW_LIBRARY_BYTES = 76 * MIB
+"""What they take of it for a model whose activations are small, most of it for programs of matrix products, which are
+as large for small matrices as for large ones (docs/experiments.md)."""
+_HOLES_TOKENS = 256
+"""Beyond that, the activations of so many tokens, for the holes that they leave in the heap."""
 _DEFAULT_CONTEXT = 4096
 SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
@@ -185,7 +192,9 @@ def make_plan(
         budget=budget,
         dense=widening * manifest.dense_bytes,
         kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
-        workspace=_base_workspace(manifest, shape, tokens, widening) + _STEP_TOKENS * token_workspace,
+        workspace=_library_bytes(manifest, shape)
+        + _base_workspace(manifest, shape, tokens, widening)
+        + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
         slots=0,
         slot_bytes=slot_bytes(manifest.layout),
@@ -219,7 +228,7 @@ def make_device_plan(
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
     tokens = _context(manifest, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
-    base = _base_workspace(manifest, shape, tokens, widening)
+    base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening)
     room = budget // _WORKSPACE_SHARE - base
     step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
     empty = MemoryPlan(
@@ -238,7 +247,7 @@ def make_device_plan(
     slots = _slots(manifest, empty, experts, "--device-memory")
     most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
     expanded = manifest.layout.expanded_bytes + _wide_bytes(manifest, widening)
-    workspace = _WORKSPACE_BYTES + (expanded if computes_on_host else 0)
+    workspace = _LIBRARY_BYTES + (expanded if computes_on_host else 0)
     return dataclasses.replace(empty, slots=slots, host=_plan_host(manifest, host_memory, host_bytes, most, workspace))
 
 
@@ -350,21 +359,32 @@ def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int
     the experts until they are added up, its row of the mask, attention scores where they are held whole. The factors
     were measured (docs/experiments.md).
     """
+    return _row_bytes(manifest, shape) + (shape.score_heads + 1) * context * 8
+
+
+def _row_bytes(manifest: Manifest, shape: ModelShape) -> int:
+    """Bytes of activations per token of a step, but for what depends on the context."""
     top_k = max(layer.top_k for layer in manifest.layers)
-    rows = (2 * top_k * shape.hidden + 20 * shape.hidden + 10 * shape.widest) * 4
-    return rows + (shape.score_heads + 1) * context * 8
+    return (2 * top_k * shape.hidden + 20 * shape.hidden + 10 * shape.widest) * 4
+
+
+def _library_bytes(manifest: Manifest, shape: ModelShape) -> int:
+    """Bytes of host memory that libraries take in any step: programs of matrix products, their code, and holes in the
+    heap.
+    """
+    return min(_LIBRARY_BYTES, _NARROW_LIBRARY_BYTES + _HOLES_TOKENS * _row_bytes(manifest, shape))
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int) -> int:
-    """Bytes that any step takes: programs of matrix products, one layer's KV cache repeated for heads that share it,
-    the spare room of sliding windows, logits, and a weight of a packed expert, or as much of a dense one, expanded, or
-    of any, widened.
+    """Bytes that any step takes beside what libraries do: one layer's KV cache repeated for heads that share it, the
+    spare room of sliding windows, logits, and a weight of a packed expert, or as much of a dense one, expanded, or of
+    any, widened.
     """
     repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
     dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
     expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES)) + _wide_bytes(manifest, widening)
-    return _WORKSPACE_BYTES + repeated + spare + shape.vocabulary * 4 * 6 + expanded
+    return repeated + spare + shape.vocabulary * 4 * 6 + expanded
 
 
 def _wide_bytes(manifest: Manifest, widening: int) -> int:
