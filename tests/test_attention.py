@@ -105,7 +105,7 @@ def test_transformers_asks_it_for_plain_attention_only(attention: NativeAttentio
             return super().compute(*args)
 
     module, other = nn.Identity(), nn.Identity()
-    hooks.attend(module, Watching(attention._pool))
+    hooks.attend(module, Watching(attention.pool))
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     wanted, _ = sdpa(other, query, key, value, None, scaling=0.3)
     assert not asked

@@ -39,7 +39,7 @@ def test_results_are_torchs_but_for_the_last_bit(inputs: int, outputs: int, has_
     x = torch.randn(1, 1, inputs).bfloat16()
     with torch.inference_mode():
         expected = layer(x)
-        result = dense._NativeLinear(layer.forward, pool, layer.weight, layer.bias)(x)
+        result = dense.NativeLinear(layer.forward, pool, layer.weight, layer.bias)(x)
     assert result.shape == expected.shape
     torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-8)
 
@@ -55,13 +55,39 @@ def test_only_what_is_exact_is_taken(pool: NativePool, monkeypatch: pytest.Monke
         assert all(torch.equal(layers(x), wanted) for x, wanted in zip(prompts, expected, strict=True))
         assert taken == (3 if pool.adds_as_torch_does else 0)
         monkeypatch.setattr(dense._Native, "gives_the_same", lambda *_: False)
-        assert speed_up(nn.Sequential(nn.Linear(64, 64).bfloat16()), pool) == 0
+        assert speed_up(nn.Sequential(nn.Linear(64, 96).bfloat16()), pool) == 0
+
+
+@pytest.mark.skipif("avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (24, 64), (512, 8), (2048, 2), (4096, 1), (8192, 1)])
+def test_what_torch_adds_in_another_order_is_left_to_it(inputs: int, outputs: int) -> None:
+    """Of some thousand outputs one is another, which a trial does not see."""
+    pool = NativePool(2, "avx512bf16", LIBRARY)
+    layer = nn.Linear(inputs, outputs, bias=False).bfloat16()
+    assert speed_up(layer, pool) == 0
+    assert speed_up(nn.Linear(inputs, outputs + 4096 // inputs + 1, bias=False).bfloat16(), pool) == 1
+    pool.close()
+
+
+@pytest.mark.skipif("avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 65), (512, 9), (2048, 3), (5000, 2)])
+def test_small_layers_are_torchs_for_every_token(inputs: int, outputs: int) -> None:
+    pool = NativePool(2, "avx512bf16", LIBRARY)
+    layer = nn.Linear(inputs, outputs, bias=False).bfloat16()
+    native = copy.deepcopy(layer)
+    assert speed_up(native, pool) == 1
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(2000):
+            x = torch.randn(1, 1, inputs, generator=generator).bfloat16()
+            assert torch.equal(native(x), layer(x))
+    pool.close()
 
 
 @pytest.mark.skipif("avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor")
 def test_one_token_and_some_are_tried_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose rows come out otherwise when there are some of them is native for one."""
-    pool, layer = NativePool(1, "avx512bf16", LIBRARY), nn.Linear(64, 32).bfloat16()
+    pool, layer = NativePool(1, "avx512bf16", LIBRARY), nn.Linear(64, 96).bfloat16()
     apply, calls = NativePool.apply, list[int]()
 
     def spoil(pool: NativePool, linear: LinearLayer, rows: torch.Tensor, result: torch.Tensor) -> None:
@@ -85,8 +111,8 @@ def test_what_is_not_a_few_tokens_of_bfloat16_is_torchs(pool: NativePool, monkey
     monkeypatch.setattr(dense._Native, "gives_the_same", lambda *_: True)
     monkeypatch.setattr(NativePool, "adds_as_torch_does", True)
     torch.manual_seed(2)
-    plain, wide, strided = nn.Linear(64, 32).bfloat16(), nn.Linear(64, 32), nn.Linear(64, 32, bias=False).bfloat16()
-    strided.weight = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16).T)
+    plain, wide, strided = nn.Linear(64, 96).bfloat16(), nn.Linear(64, 96), nn.Linear(64, 96, bias=False).bfloat16()
+    strided.weight = nn.Parameter(torch.randn(64, 96, dtype=torch.bfloat16).T)
     assert speed_up(nn.ModuleList([plain, wide, strided]), pool) == 1
     many = torch.randn(1, MOST_ROWS + 1, 64).bfloat16()
     with torch.inference_mode():
@@ -124,16 +150,16 @@ def test_what_a_router_multiplies_is_torchs(has_bias: bool, pool: NativePool, mo
     weight = router.weight
     one, many = torch.randn(1, 256).bfloat16(), torch.randn(3, 256).bfloat16()
     computed: list[torch.Tensor] = []
-    compute = dense._NativeLinear.compute
+    compute = dense.NativeLinear.compute
 
-    def count(linear: dense._NativeLinear, x: torch.Tensor) -> torch.Tensor:
+    def count(linear: dense.NativeLinear, x: torch.Tensor) -> torch.Tensor:
         computed.append(x)
         return compute(linear, x)
 
     with torch.inference_mode():
         expected = [*router(one), *router(many)]
         taken = speed_up(router, pool)
-        monkeypatch.setattr(dense._NativeLinear, "compute", count)
+        monkeypatch.setattr(dense.NativeLinear, "compute", count)
         results = [*router(one), *router(many)]
     assert all(map(torch.equal, results, expected))
     assert {type(result) for result in results} == {torch.Tensor}

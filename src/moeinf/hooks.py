@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import IntegrityError
-from .kernels import LosslessLinear, NativeAttention
+from .kernels import LosslessLinear, NativeAttention, SelfAttentions
 from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
@@ -159,6 +159,7 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
     if attention is None:
         return
     forwards: dict[Any, FunctionType] = {}
+    wholes = SelfAttentions(attention)
     for module in model.modules():
         module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
         forward: Any = type(module).forward
@@ -166,6 +167,8 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
             if forward not in forwards:
                 forwards[forward] = _with_rotation(forward, attention)
             module.forward = MethodType(forwards[forward], module)
+            if (whole := wholes.find(module)) is not None:
+                module.forward = whole
 
 
 def _calls_rotation(forward: Any) -> bool:

@@ -53,24 +53,29 @@ class _Room:
         keys, values = (memory[:, :, :0] for memory in self._memory)
         return keys, values
 
-    def fits(self, held: States, new: States) -> bool:
-        """Whether there is room for both."""
-        return held[0].shape[2] + new[0].shape[2] <= self._capacity
+    def fits(self, held: States, count: int) -> bool:
+        """Whether there is room for `count` tokens more."""
+        return held[0].shape[2] + count <= self._capacity
 
     def put(self, held: States, new: States) -> States:
-        """`held` and `new`, one behind the other. `held` is copied only if it is not a part of what was put here last,
-        or has no room behind it.
+        """`held` and `new`, one behind the other."""
+        everything = self.extend(held, new[0].shape[2])
+        for states, added in zip(everything, new, strict=True):
+            states[:, :, states.shape[2] - added.shape[2] :].copy_(added)
+        return everything
+
+    def extend(self, held: States, count: int) -> States:
+        """`held`, and behind it room for `count` tokens that nobody has written. `held` is copied only if it is not a
+        part of what was put here last, or has no room behind it.
         """
-        keys, values = map(self._put, self._memory, held, new)
+        keys, values = (self._extend(memory, each, count) for memory, each in zip(self._memory, held, strict=True))
         return keys, values
 
-    def _put(self, memory: torch.Tensor, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        begin, middle = self._position(memory, held), held.shape[2]
-        end = middle + new.shape[2]
+    def _extend(self, memory: torch.Tensor, held: torch.Tensor, count: int) -> torch.Tensor:
+        begin, end = self._position(memory, held), held.shape[2] + count
         if begin is None or begin + end > self._capacity:
             begin = 0
-            memory[:, :, :middle] = held.clone()
-        memory.narrow(2, begin + middle, end - middle).copy_(new)
+            memory[:, :, : held.shape[2]] = held.clone()
         return memory.narrow(2, begin, end)
 
     def _position(self, memory: torch.Tensor, held: torch.Tensor) -> int | None:
@@ -94,8 +99,14 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> States:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        everything = self._room.put(_held(self), (key_states, value_states))
-        self.keys, self.values = everything
+        self.keys, self.values = everything = self._room.put(_held(self), (key_states, value_states))
+        return everything
+
+    def grow(self) -> States | None:
+        """What is held and room for one token, which whoever asks writes; None where `update` has to be asked."""
+        if not self.is_initialized or not self._room.fits(_held(self), 1):
+            return None
+        self.keys, self.values = everything = self._room.extend(_held(self), 1)
         return everything
 
 
@@ -115,13 +126,22 @@ class _MovingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = (key_states, value_states)
-        if self.record_past or not self._room.fits(_held(self), new):
+        if self.record_past or not self._room.fits(_held(self), key_states.shape[2]):
             everything = super().update(key_states, value_states, *more, **named)
             if not self.record_past:
                 self.keys, self.values = self._room.put(self._room.nothing(), _held(self))
             return everything
-        self.cumulative_length += key_states.shape[2]
-        everything = self._room.put(_held(self), new)
+        return self._take(self._room.put(_held(self), new), key_states.shape[2])
+
+    def grow(self) -> States | None:
+        """As that of layers that keep all tokens."""
+        if not self.is_initialized or self.record_past or not self._room.fits(_held(self), 1):
+            return None
+        return self._take(self._room.extend(_held(self), 1), 1)
+
+    def _take(self, everything: States, count: int) -> States:
+        """`count` tokens were added, and `everything` is there now: keep as much as the window has."""
+        self.cumulative_length += count
         self.keys, self.values = (states[:, :, -self.sliding_window + 1 :] for states in everything)
         return everything
 

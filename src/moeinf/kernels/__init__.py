@@ -23,6 +23,7 @@ from .attention import NativeAttention
 from .dense import compute_packed, speed_up
 from .native import ExpandingMaths, NativeMaths, NativePool, can_add_as_torch_does
 from .packed import LosslessLinear
+from .self_attention import SelfAttentions
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LosslessLinear",
     "NativeAttention",
     "PromptMaths",
+    "SelfAttentions",
     "Tensors",
     "TokenMaths",
     "choose_device_maths",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .native import NativePool
 
-__all__ = ["NativeAttention", "NativeRotation"]
+__all__ = ["AttentionCall", "NativeAttention", "NativeRotation"]
 
 _LANES = 16
 _MOST_SIZE = 256
@@ -26,7 +26,7 @@ _TRIALS = (1, 7, 40, 100, 530)
 """Tokens in the caches that are tried: a few, whole vectors, more than a block."""
 
 
-class _Attention(ctypes.Structure):
+class AttentionCall(ctypes.Structure):
     """`moe_attention` of moe.h."""
 
     _fields_ = (
@@ -36,6 +36,12 @@ class _Attention(ctypes.Structure):
         ("scale", c_float),
     )
 
+    def point_to(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Attend to these, both [1, KV heads, tokens, size]."""
+        self.tokens, self.keys, self.values = keys.shape[2], keys.data_ptr(), values.data_ptr()
+        _, self.key_head, self.key_token, _ = keys.stride()
+        _, self.value_head, self.value_token, _ = values.stride()
+
 
 class NativeAttention:
     """`scaled_dot_product_attention` for one query, without a mask, where the library gives its results to the last
@@ -43,22 +49,25 @@ class NativeAttention:
     """
 
     def __init__(self, pool: NativePool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._is_exact: dict[tuple[int, int, int], bool] = {}
 
     def rotation(self, function: Callable[..., Any]) -> NativeRotation:
         """What rotates queries and keys as `function` does."""
-        return NativeRotation(function, self._pool)
+        return NativeRotation(function, self.pool)
 
     def takes(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether `compute` can do it: query [1, heads, 1, size], key and value [1, KV heads, tokens, size]."""
         batch, heads, queries, size = query.shape
-        kv_heads = key.shape[1]
-        if batch * queries > 1 or self._pool.handle is None or size % _LANES or size > _MOST_SIZE or heads % kv_heads:
+        if batch * queries > 1 or self.pool.handle is None or key.shape != value.shape:
             return False
-        if key.shape != value.shape or {query.dtype, key.dtype, value.dtype} != {torch.bfloat16}:
+        if {query.dtype, key.dtype, value.dtype} != {torch.bfloat16} or key.stride(3) != 1 or value.stride(3) != 1:
             return False
-        if key.stride(3) != 1 or value.stride(3) != 1 or heads == 1:  # torch cuts a single head among its threads
+        return self.knows(heads, key.shape[1], size)
+
+    def knows(self, heads: int, kv_heads: int, size: int) -> bool:
+        """Whether it is torch's attention for so many heads of this size."""
+        if size % _LANES or size > _MOST_SIZE or heads % kv_heads or heads == 1:  # torch cuts one among its threads
             return False
         if (heads, kv_heads, size) not in self._is_exact:
             self._is_exact[heads, kv_heads, size] = self._try(heads, kv_heads, size)
@@ -69,17 +78,14 @@ class NativeAttention:
         heads, size = query.shape[1], query.shape[3]
         query = query.contiguous()
         output = query.new_empty(1, 1, heads, size)
-        what = _Attention(
-            heads, key.shape[1], size, key.shape[2],
-            key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), scale,
-        )  # fmt: skip
-        if self._pool.lib.moe_attend(self._pool.handle, ctypes.addressof(what), output.data_ptr()):
+        what = AttentionCall(heads, key.shape[1], size, query=query.data_ptr(), scale=scale)
+        what.point_to(key, value)
+        if self.pool.lib.moe_attend(self.pool.handle, ctypes.addressof(what), output.data_ptr()):
             raise MemoryError("no memory for the scores of attention")
         return output
 
     def _try(self, heads: int, kv_heads: int, size: int) -> bool:
-        if not self._pool.adds_as_torch_does:
+        if not self.pool.adds_as_torch_does:
             return False
         generator = torch.Generator().manual_seed(0)
         for tokens in _TRIALS:

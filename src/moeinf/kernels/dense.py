@@ -25,10 +25,12 @@ from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 from .native import MOST_ROWS, LinearLayer, NativePool
 from .packed import LosslessLinear
 
-__all__ = ["compute_packed", "speed_up"]
+__all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
 
 _TRIALS = 4
 _TRIAL_ROWS = (2, 40)
+_LEAST_PRODUCTS = 1 << 12
+"""So few of them, and those of a single output, torch adds up in another order, which a trial can miss."""
 _MOST_NUMBERS = 1 << 15
 """More than one token brings to a norm, heads and all; torch has threads for more."""
 
@@ -64,7 +66,7 @@ def compute_packed(model: nn.Module, pool: NativePool) -> None:
             continue
         module.pool = pool
         if pool.adds_as_torch_does and (module.bias is None or _is_plain(module.bias)):
-            linear = _NativeLinear(module.forward, pool, module.panels, module.bias, module.uppers)
+            linear = NativeLinear(module.forward, pool, module.panels, module.bias, module.uppers)
             if linear.is_exact(most_rows):
                 module.forward = linear  # type: ignore[method-assign]  # of this one alone
 
@@ -76,7 +78,7 @@ def _wrap_matrices(module: nn.Module, pool: NativePool, most_rows: dict[tuple[in
     for name, weight in own.items():
         bias = own.get("bias")
         if weight.dim() == 2 and all(each is None or _is_plain(each) for each in (weight, bias)):
-            linear = _NativeLinear(partial(F.linear, weight=weight, bias=bias), pool, weight, bias)
+            linear = NativeLinear(partial(F.linear, weight=weight, bias=bias), pool, weight, bias)
             if linear.is_exact(most_rows):
                 setattr(module, name, _NativeWeight.of(weight, bias, linear))
                 wrapped += 1
@@ -89,10 +91,10 @@ def _stand_in(module: nn.Module, pool: NativePool, most_rows: dict[tuple[int, ..
     if not weights or not all(map(_is_plain, weights)):
         return None
     if type(module) is nn.Linear:
-        linear = _NativeLinear(module.forward, pool, module.weight, module.bias)
+        linear = NativeLinear(module.forward, pool, module.weight, module.bias)
         return linear if linear.is_exact(most_rows) else None
     if len(weights) == 1 and weights[0].dim() == 1 and _epsilon(module) and not list(module.children()):
-        norms = (_NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
+        norms = (NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
         return next((norm for norm in norms if norm.is_exact()), None)
     return None
 
@@ -129,7 +131,7 @@ class _Native(ABC):
                 return False
 
 
-class _NativeLinear(_Native):
+class NativeLinear(_Native):
     def __init__(
         self,
         forward: Callable[..., torch.Tensor],
@@ -144,11 +146,13 @@ class _NativeLinear(_Native):
             self._outputs, self._inputs = self._outputs * PANEL_ROWS, self._inputs * PANEL_INPUTS
         self._has_bias = bias is not None
         also = (None if tensor is None else tensor.data_ptr() for tensor in (bias, uppers))
-        self._layer = LinearLayer(self._inputs, self._outputs, weight.data_ptr(), *also)
+        self.layer = LinearLayer(self._inputs, self._outputs, weight.data_ptr(), *also)
         self._most_rows = 1
 
     def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:
         """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
+        if self._outputs == 1 or self._inputs * self._outputs <= _LEAST_PRODUCTS:
+            return False
         shape = (self._inputs, self._outputs, self._has_bias)
         if shape not in known:
             known[shape] = int(self.gives_the_same(torch.randn(_TRIALS, 1, self._inputs, generator=_generator())))
@@ -165,7 +169,7 @@ class _NativeLinear(_Native):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         output = x.new_empty(*x.shape[:-1], self._outputs)
-        self._pool.apply(self._layer, x, output)
+        self._pool.apply(self.layer, x, output)
         return output
 
 
@@ -174,11 +178,11 @@ class _NativeWeight(nn.Parameter):
     can, and whatever else is done with the matrix is torch's.
     """
 
-    _linear: _NativeLinear
+    _linear: NativeLinear
     _bias: nn.Parameter | None
 
     @classmethod
-    def of(cls, weight: nn.Parameter, bias: nn.Parameter | None, linear: _NativeLinear) -> _NativeWeight:
+    def of(cls, weight: nn.Parameter, bias: nn.Parameter | None, linear: NativeLinear) -> _NativeWeight:
         """`weight`, and what computes products with it and that `bias`."""
         made: _NativeWeight = torch.Tensor._make_subclass(cls, weight.data, weight.requires_grad)
         made._linear, made._bias = linear, bias
@@ -202,14 +206,14 @@ class _NormLayer(ctypes.Structure):
     _fields_ = (("size", c_int64), ("epsilon", c_float), ("rounds_first", c_int32), ("weight", c_void_p))
 
 
-class _NativeNorm(_Native):
+class NativeNorm(_Native):
     """Families differ in whether they round before they multiply by the weight."""
 
     def __init__(self, module: nn.Module, pool: NativePool, weight: torch.Tensor, *, rounds_first: bool) -> None:
         super().__init__(module.forward, pool)
         self._size = weight.numel()
-        self._layer = _NormLayer(self._size, _epsilon(module), rounds_first, weight.data_ptr())
-        self._address = ctypes.addressof(self._layer)
+        self.layer = _NormLayer(self._size, _epsilon(module), rounds_first, weight.data_ptr())
+        self._address = ctypes.addressof(self.layer)
 
     def takes(self, x: torch.Tensor) -> bool:
         return x.numel() <= _MOST_NUMBERS and x.shape[-1] == self._size

@@ -115,6 +115,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_linear", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
+    ("moe_self_attend", c_int, (c_void_p,) * 8),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
 )

@@ -18,8 +18,10 @@ struct moe_pool {
 /* Makes the scratch memory at least that large; what was in it is lost. */
 bool reserve(moe_pool *pool, size_t bytes);
 
-/* moe_linear for one x. */
-int multiply_one(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output);
+/* moe_linear for one x, of `count` layers that it is the input of. */
+enum { MOST_TOGETHER = 3 };
+int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *layers, const void *x,
+                 void *const *outputs);
 
 static inline size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;

@@ -1,20 +1,24 @@
 #include "library.h"
 
-/* One x. A ticket is PAD outputs. */
+/* One x, which all parts are multiplied with. A ticket is PAD outputs of a part. */
 typedef struct {
     const kernels *kernels;
-    const moe_linear_layer *layer;
     const void *x; /* packed */
-    void *output;
+    size_t ends[MOST_TOGETHER]; /* of the parts' tickets */
+    const moe_linear_layer *const *layers;
+    void *const *outputs;
 } product;
 
 static void run_ticket(void *job, size_t ticket) {
     const product *product = job;
-    const moe_linear_layer *layer = product->layer;
-    size_t inputs = (size_t)layer->inputs, first = ticket * PAD;
+    size_t part = 0;
+    while (ticket >= product->ends[part])
+        part++;
+    const moe_linear_layer *layer = product->layers[part];
+    size_t inputs = (size_t)layer->inputs, first = (ticket - (part > 0 ? product->ends[part - 1] : 0)) * PAD;
     size_t count = smaller(PAD, (size_t)layer->outputs - first);
     const uint16_t *w = (const uint16_t *)layer->weight + first * inputs, *bias = layer->bias;
-    uint16_t *output = (uint16_t *)product->output + first;
+    uint16_t *output = (uint16_t *)product->outputs[part] + first;
     float sums[PAD];
     if (layer->uppers != NULL) {
         lossless packed = make_lossless(layer->weight, layer->uppers, (size_t)layer->outputs, inputs);
@@ -25,19 +29,22 @@ static void run_ticket(void *job, size_t ticket) {
         output[i] = to_bf16(bias == NULL ? sums[i] : sums[i] + from_bf16(bias[first + i]));
 }
 
-int multiply_one(moe_pool *pool, const moe_linear_layer *layer, const void *x, void *output) {
+int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *layers, const void *x,
+                 void *const *outputs) {
     const kernels *kernels = pool->kernels;
-    size_t inputs = (size_t)layer->inputs, packed = kernels->pairs.bytes;
+    size_t inputs = (size_t)layers[0]->inputs, packed = kernels->pairs.bytes, tickets = 0;
     if (!reserve(pool, padded(inputs) / PAD * packed))
         return -1;
     for (size_t i = 0; i < inputs; i += PAD) {
         float values[PAD];
-        size_t count = smaller(PAD, inputs - i);
-        for (size_t k = 0; k < count; k++)
+        size_t left = smaller(PAD, inputs - i);
+        for (size_t k = 0; k < left; k++)
             values[k] = from_bf16(((const uint16_t *)x)[i + k]);
-        kernels->pairs.pack(values, count, (char *)pool->scratch + i / PAD * packed);
+        kernels->pairs.pack(values, left, (char *)pool->scratch + i / PAD * packed);
     }
-    product product = {kernels, layer, pool->scratch, output};
-    pool_run(pool->threads, run_ticket, &product, ceil_div((size_t)layer->outputs, PAD));
+    product product = {.kernels = kernels, .x = pool->scratch, .layers = layers, .outputs = outputs};
+    for (size_t part = 0; part < count; part++)
+        product.ends[part] = tickets += ceil_div((size_t)layers[part]->outputs, PAD);
+    pool_run(pool->threads, run_ticket, &product, tickets);
     return 0;
 }

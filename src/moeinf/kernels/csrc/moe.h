@@ -50,7 +50,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 10 };
+enum { MOE_INTERFACE = 11 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -113,7 +113,7 @@ typedef struct {
     const void *weight;
 } moe_norm_layer;
 
-/* The norm of `count` rows of x, one after the other. 0, or -1 when memory is lacking. */
+/* The norm of `count` rows of x, one after the other; `output` may be x. 0, or -1 when memory is lacking. */
 MOE_API int moe_norm(moe_pool *pool, const moe_norm_layer *layer, int count, const void *x, void *output);
 
 /* Attention of one token in bfloat16: query and output are [heads, size], keys and values are `tokens` rows of `size`
@@ -130,8 +130,22 @@ typedef struct {
 MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
 
 /* Rotary embedding in bfloat16 of `count` heads of x, one after the other: the halves of a head, [size], are turned by
- * the angles whose cosines and sines are given, [size] too; products are rounded before they are added. */
+ * the angles whose cosines and sines are given, [size] too; products are rounded before they are added. `output` may be x. */
 MOE_API void moe_rotate(int count, int64_t size, const void *x, const void *cosines, const void *sines, void *output);
+
+/* All of a layer's attention for one token: queries, keys and values of x; norms of queries and keys, of a head or of all
+ * together, or none (NULL); of every head the first `turned` numbers turned; attention, the token itself included; and the
+ * output's projection. */
+typedef struct {
+    int64_t turned;
+    const moe_linear_layer *query, *key, *value, *output;
+    const moe_norm_layer *query_norm, *key_norm;
+} moe_self_attention;
+
+/* `what` has the cache and its shape; it gets the token's keys and values, as the last of `tokens`. `between` is memory for
+ * two queries, a key and a value of all heads. Returns what moe_attend returns. */
+MOE_API int moe_self_attend(moe_pool *pool, const moe_self_attention *layer, const moe_attention *what, const void *x,
+                            const void *cosines, const void *sines, void *between, void *output);
 
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */

@@ -50,7 +50,7 @@ static void run_ticket(void *job, size_t ticket) {
 int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output) {
     size_t inputs = (size_t)layer->inputs, outputs = (size_t)layer->outputs;
     if (count == 1)
-        return multiply_one(pool, layer, x, output);
+        return multiply_one(pool, 1, &layer, x, &output);
     if (pool->kernels->tiles.multiply == NULL)
         return -2;
     for (size_t done = 0, rows; done < (size_t)count; done += rows) {
