@@ -201,6 +201,25 @@ def test_modules_that_differ_in_a_setting_are_tried_apart(pool: NativePool, aske
     assert len(asked) == 5 * (layers - 1)
 
 
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.k_norm", "self_attn.o_proj"])
+def test_hooks_are_called(part: str, pool: NativePool, asked: list[int]) -> None:
+    """Those of attention's parts, too: what they do with an output is done."""
+    model = make_model("qwen3_moe", **SIZES)
+    native = speed_up_copy(model, pool)
+    calls = [0, 0]
+    for number, each in enumerate((model, native)):
+        layer: Any = each.model.layers[1]
+
+        def double(_module: Any, _args: Any, output: Any, number: int = number) -> Any:
+            calls[number] += 1
+            return output * 2 if isinstance(output, torch.Tensor) else (output[0] * 2, *output[1:])
+
+        layer.get_submodule(part).register_forward_hook(double)
+    hold_the_same(model, native, [5, *[1] * 3])
+    assert calls == [4, 4]
+    assert 6 in asked
+
+
 def test_a_layer_that_cannot_grow_says_so() -> None:
     config: Any = Qwen3MoeConfig(num_hidden_layers=1)
     cache: Any = make_cache(config, 4)

@@ -75,6 +75,7 @@ class NativeSelfAttention:
         norms = [getattr(module, name).forward.layer if hasattr(module, name) else None for name in _NORMS]
         query, key, *_ = projections
         self._hidden, self._size = query.inputs, module.head_dim
+        self._passed_over = list(module.children())
         self._parts = projections, norms  # which have these addresses
         self._layer = _SelfAttention(0, *(part and ctypes.addressof(part) for part in (*projections, *norms)))
         heads, kv_heads = (layer.outputs // self._size for layer in (query, key))
@@ -82,7 +83,7 @@ class NativeSelfAttention:
         self._between = shared.between(2 * (query.outputs + key.outputs))
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        output = None if args else self._compute(**named)
+        output = None if args or self._is_watched() else self._compute(**named)
         return self._forward(*args, **named) if output is None else (output, None)
 
     def _compute(
@@ -106,6 +107,10 @@ class NativeSelfAttention:
         grow: Callable[[], States | None] | None = getattr(layer, "grow", None)
         states = grow() if grow is not None else None
         return None if states is None else self._attend(hidden_states, cos, sin, *states)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody wants to be told when parts are called, which they are not here."""
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self._passed_over)
 
     def _turns(self, cos: torch.Tensor, sin: torch.Tensor) -> bool:
         """Whether these are the angles of a head, or of its first numbers, for one token, and come out the same."""
