@@ -110,6 +110,23 @@ def test_what_is_foreseen_counts_when_it_is_asked_for() -> None:
     cache.check_integrity()
 
 
+def test_residents_are_leased_at_once() -> None:
+    cache = make_cache(3)
+    fill(cache, 0)
+    assert cache.foresee(1) is not None
+    cache.arrived(1)
+    cache.acquire(2)  # on its way
+    assert cache.acquire_residents([3, 1, 0, 2]) == [1, 0]
+    assert (cache.counters.hits, cache.counters.prefetch_used) == (2, 1)
+    assert cache.acquire_residents([1]) == [1]
+    assert cache.counters.prefetch_used == 1
+    assert cache.acquire(4) is None  # all are leased
+    cache.release(1)
+    assert cache.acquire(4) is None
+    cache.release(1)
+    assert cache.acquire(4) is not None
+
+
 def test_what_is_held_stays_and_was_not_asked_for() -> None:
     cache = make_cache(1)
     fill(cache, 0)
@@ -136,7 +153,7 @@ def test_random_histories_keep_the_tables_true(seed: int) -> None:
     loading: set[int] = set()
     for _ in range(400):
         expert = chance.randrange(experts)
-        match chance.choice(["acquire", "acquire", "release", "arrive", "fail", "foresee", "hold"]):
+        match chance.choice(["acquire", "acquire", "residents", "release", "arrive", "fail", "foresee", "hold"]):
             case "acquire":
                 was_here, was_loading = cache.slot(expert) is not None, expert in loading
                 leased = cache.acquire(expert, keep=chance.random() < 0.7)
@@ -149,6 +166,14 @@ def test_random_histories_keep_the_tables_true(seed: int) -> None:
                 leases[expert] += 1
                 if leased[1] is Outcome.MISS:
                     loading.add(expert)
+            case "residents":
+                asked = chance.sample(range(experts), 4)
+                here = [each for each in asked if cache.is_resident(each)]
+                hits = cache.counters.hits
+                assert cache.acquire_residents(asked) == here
+                assert cache.counters.hits == hits + len(here)
+                for each in here:
+                    leases[each] += 1
             case "foresee" if cache.slot(expert) is None:
                 if cache.foresee(expert) is not None:
                     loading.add(expert)

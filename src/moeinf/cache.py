@@ -12,7 +12,7 @@ Leases count users of a slot; a leased expert is never evicted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -126,6 +126,20 @@ class ExpertCache:
         self._leases[taken] = 1
         self.counters.misses += 1
         return taken, Outcome.MISS
+
+    def acquire_residents(self, experts: Iterable[int]) -> list[int]:
+        """Lease those of `experts` that are resident, each of them a hit; returns them."""
+        slot_of, leases, use = self._slot_of, self._leases, self._policy.use
+        residents = [expert for expert in experts if slot_of[expert] >= 0 and expert not in self._loading]
+        for expert in residents:
+            leases[slot_of[expert]] += 1
+            use(expert)
+        if self._foreseen:
+            used = self._foreseen.intersection(residents)
+            self._foreseen -= used
+            self.counters.prefetch_used += len(used)
+        self.counters.hits += len(residents)
+        return residents
 
     def pass_by(self, expert: int) -> None:
         """The absent `expert` was asked for, and will be used where it is: a miss that gives it no slot."""

@@ -58,8 +58,9 @@ class Step:
 
         What is here comes first, so that it does not make room for the others.
         """
-        here = [key for key in keys if self._mover.cache.is_resident(key) and self._try(key, keep=True)]
-        for key in keys:
+        here = self._mover.cache.acquire_residents(keys)
+        self._leased.update(here)
+        for key in keys if len(here) < len(keys) else ():
             if key not in self._leased and self._try(key, keep=True) and key not in self._awaited:
                 here.append(key)  # it was on its way, and is here now
         assert len(here) + len(self._awaited) == len(self._leased) == len(keys)
