@@ -23,7 +23,7 @@ from moeinf.densefile import PACKED_NAME, DenseFiles, read_plain
 from moeinf.errors import IntegrityError, MoeinfError, UnsupportedError
 from moeinf.forms import ExpertForm
 from moeinf.fused import write_fused
-from moeinf.kernels import LosslessLinear, keeps_packed
+from moeinf.kernels import LosslessLinear, is_native_exactly
 from moeinf.manifest import DENSE_SCHEMA, MANIFEST_NAME, QUANTIZED_SCHEMA, Manifest, uppers_name
 from moeinf.pull import plan_pull, pull
 from moeinf.quantizing import quantize_model
@@ -155,7 +155,7 @@ def test_what_is_held_is_what_the_plan_counts(models: tuple[StoredModel, StoredM
     for kernels in ("torch", "auto"):
         with moeinf.load("packed", kernels=kernels) as engine, moeinf.load("plain", kernels=kernels) as plain:
             layers = [each for each in engine.model.modules() if isinstance(each, LosslessLinear)]
-            is_packed = keeps_packed(kernels)
+            is_packed = is_native_exactly(kernels)
             assert len(layers) == (len(manifest.packed_dense) if is_packed else 0)
             assert engine.plan.dense == (manifest.dense_bytes if is_packed else plain.plan.dense)
             ours, theirs = (worker._token_bytes(each.model) for each in (engine, plain))
@@ -296,7 +296,7 @@ def test_a_manifest_that_does_not_fit_the_file_is_damaged(change: Any, models: t
             moeinf.load("packed", kernels=kernels)
 
 
-@pytest.mark.skipif(not keeps_packed("auto"), reason="weights are unpacked on this processor")
+@pytest.mark.skipif(not is_native_exactly("auto"), reason="weights are unpacked on this processor")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("field", "value"), [("num_key_value_heads", 4), ("mlp_only_layers", [])])
 def test_a_configuration_of_another_model_is_damage(

@@ -32,6 +32,7 @@ from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .generation import Session
 from .kernels import choose_device_maths, choose_maths, speed_up_dense
+from .latents import keep_expanded
 from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path, uppers_name
 from .metamodel import model_shape
@@ -325,6 +326,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     else:
         maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
         hooks.attend(model, speed_up_dense(model, maths))
+        keep_expanded(model, plan.expanded)
     runtime = ExpertRuntime(
         manifest,
         maths,
@@ -348,7 +350,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         device=placement.device,
         collection_file=collection_file,
         run_log=RunLog(
-            traces, placement.manifest, shape, plan, options, device=placement.device, reads_files=reads_files
+            traces, placement.manifest, placement.shape, plan, options, device=placement.device, reads_files=reads_files
         ),
         quality=quality,
         notes=(*placement.notes, *notes, *more_notes),

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .ledger import SPARE_WINDOW
 
-__all__ = ["can_crop", "make_cache"]
+__all__ = ["GrowingLayer", "can_crop", "make_cache"]
 
 States = tuple[torch.Tensor, torch.Tensor]
 
@@ -30,13 +30,13 @@ def make_cache(config: PreTrainedConfig, context: int) -> Cache:
 def can_crop(cache: Cache) -> bool:
     """Whether the state of every layer can be cut back: that of recurrent layers and of full sliding windows cannot."""
     layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(type(layer) in (DynamicLayer, _GrowingLayer) for layer in layers)
+    return bool(layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in layers)
 
 
 def _in_place(layer: Any, context: int) -> Any:
     """What holds the same as `layer`, in place if it is of a kind that is known here."""
     if type(layer) is DynamicLayer:
-        return _GrowingLayer(context)
+        return GrowingLayer(context)
     if type(layer) is DynamicSlidingWindowLayer:
         return _MovingLayer(layer.sliding_window, context)
     return layer
@@ -84,12 +84,16 @@ class _Room:
         return tokens if 0 <= tokens <= self._capacity - held.shape[2] else None
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of all tokens. What is cut off is written over."""
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of all tokens. What is cut off is written over.
+
+    `unchanged`: so many tokens, the first ones, are what they were when somebody last wrote here how many there are.
+    """
 
     def __init__(self, context: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._context = context
+        self.unchanged = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -101,6 +105,14 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = everything = self._room.put(_held(self), (key_states, value_states))
         return everything
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.unchanged = min(self.unchanged, self.get_seq_length())
+
+    def reset(self) -> None:
+        super().reset()
+        self.unchanged = 0
 
     def grow(self) -> States | None:
         """What is held and room for one token, which whoever asks writes; None where `update` has to be asked."""

@@ -52,6 +52,8 @@ BAND_BYTES = 16 * MIB
 """Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
+_EXPANDED_SHARE = 8
+"""What is made of latents takes this part of the budget at most; of longer contexts it is made anew for each token."""
 _STEP_TOKENS = 64
 """The workspace has room for this many tokens at once, always."""
 _PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
@@ -63,7 +65,8 @@ may have to read every expert, so a quarter of the pieces is a quarter of the ti
 class ModelShape:
     """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
     never holds a whole score matrix. `layers` are all layers, MoE or not. Of the dense weights, `head_bytes` are the
-    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only.
+    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only. `expanded_bytes`
+    are a token's keys and values in all layers whose KV cache has latents in their place (latents.py).
     """
 
     hidden: int
@@ -73,6 +76,7 @@ class ModelShape:
     layers: int
     head_bytes: int
     lookup_bytes: int
+    expanded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class MemoryPlan:
 
     `workspace` serves steps of up to `step_tokens` tokens; each token more takes `token_workspace`, which slots lend. A
     GPU's slots lend nothing. `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds
-    nothing twice.
+    nothing twice. `expanded` is the part of `kv_cache` for keys and values that were made of latents.
     """
 
     budget: int
@@ -117,6 +121,7 @@ class MemoryPlan:
     context: int
     step_tokens: int = _STEP_TOKENS
     host: HostPlan | None = None
+    expanded: int = 0
 
     @property
     def experts(self) -> int:
@@ -202,7 +207,20 @@ def make_plan(
         token_experts=manifest.token_experts,
         context=tokens,
     )
-    return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
+    slots = _slots(manifest, empty, experts, "--host-memory")
+    expanded = _expanded(shape, empty.with_slots(slots), budget, is_fixed=experts is not None)
+    if expanded and experts is None:
+        slots = min(slots, (budget - empty.total - expanded) // empty.slot_bytes)
+    return dataclasses.replace(empty, slots=slots, kv_cache=empty.kv_cache + expanded, expanded=expanded)
+
+
+def _expanded(shape: ModelShape, plan: MemoryPlan, budget: int, *, is_fixed: bool) -> int:
+    """Bytes for keys and values made of latents: for the whole context, an eighth of the budget at most, and what is
+    left beside slots, if their number is fixed, or the fewest that a token can do with.
+    """
+    needed = plan.total if is_fixed else plan.total - plan.experts + plan.token_experts * plan.slot_bytes
+    wanted = min(plan.context * shape.expanded_bytes, budget // _EXPANDED_SHARE)
+    return max(0, min(wanted, budget - needed))
 
 
 def make_device_plan(

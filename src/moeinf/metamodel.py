@@ -169,7 +169,25 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
         layers=text.num_hidden_layers,
         head_bytes=table_bytes,
         lookup_bytes=0 if getattr(config, "tie_word_embeddings", False) else table_bytes,
+        expanded_bytes=_expanded_bytes(text, manifest),
     )
+
+
+def _expanded_bytes(text: Any, manifest: Manifest) -> int:
+    """Bytes of a token's keys and values in all layers that keep latents of them: as many layers as what they keep goes
+    into a token's KV cache.
+    """
+
+    def most(name: str) -> int:
+        return max(getattr(layer, name, None) or 0 for layer in text.per_layer_config)
+
+    rank, turned = most("kv_lora_rank"), most("qk_rope_head_dim")
+    if not rank:
+        return 0
+    itemsize = MATHS_DTYPES[manifest.dtype].itemsize
+    layers = manifest.kv_token_bytes // ((rank + turned) * itemsize)
+    head = most("qk_nope_head_dim") + turned + most("v_head_dim")
+    return layers * most("num_attention_heads") * head * itemsize
 
 
 class MetaModel:

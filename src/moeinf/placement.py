@@ -13,7 +13,7 @@ import torch
 from . import memory
 from .device import Device, find_device
 from .errors import CapacityError, UnsupportedError, UsageError
-from .kernels import keeps_packed
+from .kernels import is_native_exactly
 from .ledger import MemoryPlan, ModelShape
 from .manifest import Manifest
 from .settings import EngineOptions
@@ -31,12 +31,13 @@ they held is lost in it.
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The device, None being the processor; what is held, which is what is stored, with dense weights unpacked unless
-    they are computed as they lie; what goes where; what the dense part is computed in; and what people should know, in
-    sentences.
+    they are computed as they lie; the shape that was planned for; what goes where; what the dense part is computed in;
+    and what people should know, in sentences.
     """
 
     device: Device | None
     manifest: Manifest
+    shape: ModelShape
     plan: MemoryPlan
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
@@ -67,8 +68,10 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     if options.kernels == "triton":
         raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
     dtype, widening = _widen(manifest, is_wide)
-    held = manifest if dtype == torch.bfloat16 and keeps_packed(options.kernels) else manifest.unpacked
-    return Placement(None, held, memory.plan_memory(held, shape, options, widening), dtype, notes)
+    held = manifest
+    if dtype != torch.bfloat16 or not is_native_exactly(options.kernels):
+        held, shape = manifest.unpacked, dataclasses.replace(shape, expanded_bytes=0)
+    return Placement(None, held, shape, memory.plan_memory(held, shape, options, widening), dtype, notes)
 
 
 def _widen(manifest: Manifest, is_wide: bool) -> tuple[torch.dtype, int]:
@@ -92,9 +95,9 @@ def _place_on(
         dtype, widening = _widen(manifest, True)
     if device.others:
         notes.append(f"{device.name} alone is used, and {device.others} more of this machine's GPUs are not")
-    held = manifest.unpacked
+    held, shape = manifest.unpacked, dataclasses.replace(shape, expanded_bytes=0)
     plan = memory.plan_device_memory(held, shape, options, device.memory()[0], widening)
-    return Placement(device, held, plan, dtype, tuple(notes))
+    return Placement(device, held, shape, plan, dtype, tuple(notes))
 
 
 def make_pool(manifest: Manifest, placement: Placement) -> tuple[DevicePool, Placement]:

@@ -52,7 +52,7 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
     situation = Situation(
         machine,
         placement.manifest,
-        subject.shape,
+        placement.shape,
         find_curve(subject, options.policy, output),
         kernels=options.kernels,
         prefetch=options.prefetch,
@@ -153,7 +153,8 @@ def _correction_lines(outlook: Outlook) -> list[str]:
 
 
 def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]:
-    token = (plan.kv_cache // plan.context) if plan.context else 0
+    cache = plan.kv_cache - plan.expanded
+    token = cache // plan.context if plan.context else 0
     longer = "borrow slots" if plan.host is None else "go in pieces"
     rows = [
         (
@@ -162,7 +163,8 @@ def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]
             f"of a budget of {format_bytes(plan.budget)}",
         ),
         ("  dense weights", format_bytes(plan.dense), ""),
-        ("  KV cache", format_bytes(plan.kv_cache), f"{plan.context:,} tokens of {format_bytes(token)}"),
+        ("  KV cache", format_bytes(cache), f"{plan.context:,} tokens of {format_bytes(token)}"),
+        *([("  made of it", format_bytes(plan.expanded), "keys and values of its latents")] if plan.expanded else []),
         ("  workspace", format_bytes(plan.workspace), f"steps of {plan.step_tokens} tokens; longer ones {longer}"),
         ("  experts", format_bytes(plan.experts), f"{plan.slots:,} slots of {format_bytes(plan.slot_bytes)}"),
     ]

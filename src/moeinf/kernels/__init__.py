@@ -20,7 +20,7 @@ from moeinf.quantized import fill_randomly
 from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
-from .dense import compute_packed, speed_up
+from .dense import NativeLinear, compute_packed, speed_up
 from .native import ExpandingMaths, NativeMaths, NativePool, can_add_as_torch_does
 from .packed import LosslessLinear
 from .self_attention import SelfAttentions
@@ -31,13 +31,14 @@ __all__ = [
     "ExpertMaths",
     "LosslessLinear",
     "NativeAttention",
+    "NativeLinear",
     "PromptMaths",
     "SelfAttentions",
     "Tensors",
     "TokenMaths",
     "choose_device_maths",
     "choose_maths",
-    "keeps_packed",
+    "is_native_exactly",
     "speed_up_dense",
 ]
 
@@ -97,9 +98,9 @@ def choose_device_maths(
     return [TritonMaths(module, slots) for module in modules]
 
 
-def keeps_packed(kernels: str) -> bool:
-    """Whether dense weights that are packed without loss stay so with these `kernels`, the engine's option: where the
-    library multiplies by them as torch multiplies by plain ones.
+def is_native_exactly(kernels: str) -> bool:
+    """Whether with these `kernels`, the engine's option, the library multiplies a dense part in bfloat16 as torch does.
+    Dense weights that are packed without loss then stay so.
     """
     return kernels != "torch" and can_add_as_torch_does()
 

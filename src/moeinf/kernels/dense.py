@@ -31,6 +31,8 @@ _TRIALS = 4
 _TRIAL_ROWS = (2, 40)
 _LEAST_PRODUCTS = 1 << 12
 """So few of them, and those of a single output, torch adds up in another order, which a trial can miss."""
+_ALIKE_INPUTS = 1024
+"""Up to so many inputs the orders of csrc/dot_pairs.c and csrc/tiles.c are the same."""
 _MOST_NUMBERS = 1 << 15
 """More than one token brings to a norm, heads and all; torch has threads for more."""
 
@@ -163,6 +165,13 @@ class NativeLinear(_Native):
                     known[shape] = MOST_ROWS
         self._most_rows = known[shape]
         return self._most_rows > 0
+
+    @property
+    def adds_rows_alike(self) -> bool:
+        """Whether an output is the same whatever else is computed with it: of wider matrices torch adds up one row in
+        another order than many.
+        """
+        return self._inputs <= _ALIKE_INPUTS
 
     def takes(self, x: torch.Tensor) -> bool:
         return 0 < x.numel() <= self._most_rows * self._inputs

@@ -1,0 +1,123 @@
+"""Multi-head latent attention: keys and values that were made of latents once are kept.
+
+Families with such attention (DeepSeek's and those that followed) keep one small vector per token and layer in the KV
+cache, and transformers makes keys and values of every head of all of them, for each new token. They stay the same as
+long as the latents do, so those of the new tokens are enough (docs/latents.md). No family is named: it is the method
+`expand_kv` of attention modules that is replaced. Owns what is kept, and knows when it is out of date; the latents are
+the KV cache's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kernels import NativeLinear
+from .kvcache import GrowingLayer, States
+
+__all__ = ["keep_expanded"]
+
+_EXPAND = "expand_kv"
+_TRIALS = (1, 2, 40)
+"""Tokens that are expanded apart, to see whether that changes what they become."""
+
+
+def keep_expanded(model: nn.Module, most_bytes: int) -> int:
+    """Keep what attention modules of `model` expand of latents, in `most_bytes` at most, where that changes nothing to
+    the last bit: where a projection's outputs are added up alike for one token and for many.
+
+    Returns how many tokens there is room for; of longer sequences all is expanded anew for each token.
+    """
+    modules = [module for module in model.modules() if _is_alike(module)]
+    if not modules:
+        return 0
+    tokens = most_bytes // sum(map(_token_bytes, modules))
+    for module in modules if tokens else ():
+        module.expand_kv = _Expanded(module, tokens)  # type: ignore[assignment]  # of this one alone
+    return tokens
+
+
+class _Expanded:
+    """The `expand_kv` of one module: latents [1, 1, tokens, rank] and turned parts [1, 1, tokens, size] to keys and
+    values [1, heads, tokens, size].
+    """
+
+    def __init__(self, module: Any, capacity: int) -> None:
+        self._expand = module.expand_kv
+        self._place: int = module.layer_idx
+        self._capacity = capacity
+        self._memory: States | None = None
+        self._layer: weakref.ref[GrowingLayer] | None = None
+        """Of whose latents these are made."""
+        self._cache: Any = None
+        module.register_forward_pre_hook(self._see_cache, with_kwargs=True)
+        module.register_forward_hook(self._forget_cache, always_call=True)
+
+    def __call__(self, latents: torch.Tensor, turned: torch.Tensor) -> States:
+        layer, tokens = self._find_layer(latents), latents.shape[2]
+        if layer is None or tokens > self._capacity:
+            expanded: States = self._expand(latents, turned)
+            return expanded
+        known = layer.unchanged if self._layer is not None and self._layer() is layer else 0
+        if known < tokens:
+            new = self._expand(latents[:, :, known:], turned[:, :, known:])
+            if self._memory is None:
+                self._memory = _room(new, self._capacity)
+            for memory, states in zip(self._memory, new, strict=True):
+                memory[:, :, known:tokens] = states
+            layer.unchanged, self._layer = tokens, weakref.ref(layer)
+        assert self._memory is not None
+        keys, values = self._memory
+        return keys[:, :, :tokens], values[:, :, :tokens]
+
+    def _find_layer(self, latents: torch.Tensor) -> GrowingLayer | None:
+        """The layer of the KV cache that holds `latents`, if one does from its first token on."""
+        layers = getattr(self._cache, "layers", ())
+        layer = layers[self._place] if self._place < len(layers) else None
+        if not isinstance(layer, GrowingLayer) or layer.keys is None or latents.shape != layer.keys.shape:
+            return None
+        return layer if latents.data_ptr() == layer.keys.data_ptr() and len(latents) == 1 else None
+
+    def _see_cache(self, _module: nn.Module, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._cache = named.get("past_key_values")
+
+    def _forget_cache(self, *_: Any) -> None:
+        self._cache = None
+
+
+def _room(states: States, tokens: int) -> States:
+    """Memory for so many tokens, shaped like `states`, of which pages count that are written to."""
+    keys, values = (each.new_empty(*each.shape[:2], tokens, each.shape[3]) for each in states)
+    return keys, values
+
+
+def _is_alike(module: Any) -> bool:
+    """Whether it is attention that makes the same of latents one by one as of all at once."""
+    projection = getattr(module, "kv_b_proj", None)
+    native = getattr(projection, "forward", None)
+    if not hasattr(module, _EXPAND) or not isinstance(native, NativeLinear) or not native.adds_rows_alike:
+        return False
+    latents, turned = _random_latents(module, max(_TRIALS))
+    with torch.inference_mode():
+        everything = module.expand_kv(latents, turned)
+        for tokens in _TRIALS:
+            parts = module.expand_kv(latents[:, :, -tokens:], turned[:, :, -tokens:])
+            if not all(torch.equal(part, all_[:, :, -tokens:]) for part, all_ in zip(parts, everything, strict=True)):
+                return False
+    return True
+
+
+def _token_bytes(module: Any) -> int:
+    return sum(states.nbytes for states in module.expand_kv(*_random_latents(module, 1)))
+
+
+def _random_latents(module: Any, tokens: int) -> States:
+    generator = torch.Generator().manual_seed(0)
+    latents, turned = (
+        torch.randn(1, 1, tokens, width, generator=generator).bfloat16()
+        for width in (module.kv_lora_rank, module.qk_rope_head_dim)
+    )
+    return latents, turned
