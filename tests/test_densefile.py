@@ -120,7 +120,7 @@ def test_beside_experts_of_any_form(
         assert found[1] == tokens, kernels
         with moeinf.load("packed", kernels=kernels) as engine:
             layers = [each for each in engine.model.modules() if isinstance(each, LosslessLinear)]
-            assert len(layers) == (len(packed.manifest.packed_dense) if keeps_packed(kernels) else 0)
+            assert len(layers) == (len(packed.manifest.packed_dense) if is_native_exactly(kernels) else 0)
     with use_device(monkeypatch):
         (logits, tokens), found = (outputs(name, experts="50%") for name in ("plain", "packed"))
         assert torch.equal(found[0], logits)

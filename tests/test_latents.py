@@ -6,19 +6,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from families import make_model
+import moeinf
+from families import make_checkpoint, make_model
 from moeinf import hooks
+from moeinf.generation import Sampling
 from moeinf.kernels.attention import NativeAttention
 from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativePool
 from moeinf.kvcache import make_cache
-from moeinf.latents import keep_expanded
+from moeinf.latents import _Expanded, keep_expanded
+from moeinf.pull import pull
+from moeinf.store import Store
 from test_native import LIBRARY, VARIANTS
 
 pytestmark = [
@@ -148,6 +153,22 @@ def test_another_cache_and_none_are_the_familys(pool: NativePool) -> None:
         for each in (ids, ids[:1]):
             assert torch.equal(pair.model(input_ids=each).logits, pair.twin(input_ids=each).logits)
     pair.go_on(pair.caches(), 7)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "glm4_moe_lite"])
+def test_the_plan_has_room_for_the_whole_context(family: str, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path, **SIZES)
+    pull(str(tmp_path), store=Store(), name=family)
+    answers = []
+    for kernels in ("auto", "torch"):
+        with moeinf.load(family, kernels=kernels, context=100) as engine:
+            kept = [module.expand_kv for module in engine.model.modules() if hasattr(module, "expand_kv")]
+            rooms = [native._capacity for native in kept if isinstance(native, _Expanded)]
+            assert rooms == ([100] * len(kept) if kernels == "auto" else [])
+            assert bool(engine.plan.expanded) == bool(rooms)
+            answers.append(engine.session().generate(range(4, 60), Sampling(max_tokens=30, temperature=0)).tokens)
+            assert all(native._memory is not None for native in kept if isinstance(native, _Expanded))
+    assert answers[0] == answers[1]
 
 
 def test_nothing_is_kept_where_there_is_no_room_or_no_such_attention(pool: NativePool) -> None:

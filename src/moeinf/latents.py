@@ -2,7 +2,7 @@
 
 Families with such attention (DeepSeek's and those that followed) keep one small vector per token and layer in the KV
 cache, and transformers makes keys and values of every head of all of them, for each new token. They stay the same as
-long as the latents do, so those of the new tokens are enough (docs/latents.md). No family is named: it is the method
+long as the latents do, so those of the new tokens are enough (docs/kernels.md). No family is named: it is the method
 `expand_kv` of attention modules that is replaced. Owns what is kept, and knows when it is out of date; the latents are
 the KV cache's.
 """

@@ -52,8 +52,9 @@ BAND_BYTES = 16 * MIB
 """Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
-_EXPANDED_SHARE = 8
-"""What is made of latents takes this part of the budget at most; of longer contexts it is made anew for each token."""
+_COPIES = (20, 2)
+"""So many times the bytes of one layer's keys and values, made of latents, does attention take: where they are made
+anew for each token, and left in the heap in every size, and where they are kept (docs/experiments.md)."""
 _STEP_TOKENS = 64
 """The workspace has room for this many tokens at once, always."""
 _PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
@@ -66,7 +67,8 @@ class ModelShape:
     """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
     never holds a whole score matrix. `layers` are all layers, MoE or not. Of the dense weights, `head_bytes` are the
     output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only. `expanded_bytes`
-    are a token's keys and values in all layers whose KV cache has latents in their place (latents.py).
+    are a token's keys and values in all layers whose KV cache has latents in their place, which are kept, too, or made
+    anew for each token (latents.py).
     """
 
     hidden: int
@@ -77,6 +79,12 @@ class ModelShape:
     head_bytes: int
     lookup_bytes: int
     expanded_bytes: int = 0
+    keeps_expanded: bool = False
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that are kept of a token beside its KV cache."""
+        return self.expanded_bytes if self.keeps_expanded else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +199,13 @@ def make_plan(
     options.
     """
     budget = _budget(host_memory, available_bytes)
-    tokens = _context(manifest, context, budget)
+    tokens = _context(manifest, shape, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
     empty = MemoryPlan(
         budget=budget,
         dense=widening * manifest.dense_bytes,
-        kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
+        kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes) + tokens * shape.kept_bytes,
+        expanded=tokens * shape.kept_bytes,
         workspace=_library_bytes(manifest, shape)
         + _base_workspace(manifest, shape, tokens, widening)
         + _STEP_TOKENS * token_workspace,
@@ -207,20 +216,7 @@ def make_plan(
         token_experts=manifest.token_experts,
         context=tokens,
     )
-    slots = _slots(manifest, empty, experts, "--host-memory")
-    expanded = _expanded(shape, empty.with_slots(slots), budget, is_fixed=experts is not None)
-    if expanded and experts is None:
-        slots = min(slots, (budget - empty.total - expanded) // empty.slot_bytes)
-    return dataclasses.replace(empty, slots=slots, kv_cache=empty.kv_cache + expanded, expanded=expanded)
-
-
-def _expanded(shape: ModelShape, plan: MemoryPlan, budget: int, *, is_fixed: bool) -> int:
-    """Bytes for keys and values made of latents: for the whole context, an eighth of the budget at most, and what is
-    left beside slots, if their number is fixed, or the fewest that a token can do with.
-    """
-    needed = plan.total if is_fixed else plan.total - plan.experts + plan.token_experts * plan.slot_bytes
-    wanted = min(plan.context * shape.expanded_bytes, budget // _EXPANDED_SHARE)
-    return max(0, min(wanted, budget - needed))
+    return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
 
 
 def make_device_plan(
@@ -244,7 +240,7 @@ def make_device_plan(
     """
     budget = _budget(device_memory, device_bytes)
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
-    tokens = _context(manifest, context, budget)
+    tokens = _context(manifest, shape, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
     base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening)
     room = budget // _WORKSPACE_SHARE - base
@@ -357,7 +353,7 @@ def parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | Non
     raise UsageError(f"--experts {experts!r} is neither a number nor a share", hint="write it like 256 or 25%")
 
 
-def _context(manifest: Manifest, asked: int | None, budget: int) -> int:
+def _context(manifest: Manifest, shape: ModelShape, asked: int | None, budget: int) -> int:
     """The asked context, or one whose KV cache takes an eighth of the budget at most."""
     if asked is not None:
         if asked > manifest.max_context:
@@ -367,8 +363,8 @@ def _context(manifest: Manifest, asked: int | None, budget: int) -> int:
             )
         return asked
     tokens = min(manifest.max_context, _DEFAULT_CONTEXT)
-    if manifest.kv_token_bytes:
-        tokens = min(tokens, max(256, budget // 8 // manifest.kv_token_bytes))
+    if token_bytes := manifest.kv_token_bytes + shape.kept_bytes:
+        tokens = min(tokens, max(256, budget // 8 // token_bytes))
     return min(tokens, manifest.max_context)
 
 
@@ -399,6 +395,8 @@ def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widenin
     any, widened.
     """
     repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
+    if shape.expanded_bytes:
+        repeated += _COPIES[shape.keeps_expanded] * context * shape.expanded_bytes // len(manifest.layers)
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
     dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
     expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES)) + _wide_bytes(manifest, widening)

@@ -158,7 +158,10 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
     """What the memory ledger and forecasts want to know of a model beside its manifest."""
     text = config.get_text_config(decoder=True)
-    holds_scores = not causal_lm_class(config)._supports_sdpa
+    expanded_bytes = _expanded_bytes(text, manifest)
+    holds_scores = (
+        not causal_lm_class(config)._supports_sdpa or expanded_bytes > 0
+    )  # their values are smaller than keys
     widest = max(max(tensor.shape) for tensor in manifest.layout.unpacked.tensors)
     table_bytes = text.vocab_size * text.hidden_size * MATHS_DTYPES[manifest.dtype].itemsize
     return ModelShape(
@@ -169,7 +172,7 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
         layers=text.num_hidden_layers,
         head_bytes=table_bytes,
         lookup_bytes=0 if getattr(config, "tie_word_embeddings", False) else table_bytes,
-        expanded_bytes=_expanded_bytes(text, manifest),
+        expanded_bytes=expanded_bytes,
     )
 
 
