@@ -4,10 +4,11 @@
     python benchmarks/forecast.py --folder FOLDER    # needs root, for the cgroup
     python benchmarks/forecast.py --settings small:25%:bfloat16 qwen3-30b-a3b:50%:bfloat16 --layers 4
 
-For each setting (shape, share of the experts, dtype) it takes a random checkpoint of the shape, or the demo model,
-records a trace of it once, and runs one process in a memory cgroup that holds the plan and little more. The process
-makes the forecast from the traced hit curve, without corrections, then loads the engine with the same options, puts a
-prompt through it, and decodes. Prints times per token and to the first one, and the peak of memory beside the plan.
+For each setting (shape, share of the experts, dtype, or what its experts are packed as) it takes a random checkpoint
+of the shape, or the demo model, records a trace of it once, and runs one process in a memory cgroup that holds the plan
+and little more. The process makes the forecast from the traced hit curve, without corrections, then loads the engine
+with the same options, puts a prompt through it, and decodes. Prints times per token and to the first one, and the peak
+of memory beside the plan.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ LIBRARIES_BYTES = 700 * MIB
 """What Python, torch and transformers take in the cgroup beside the plan, with some page cache."""
 SETTINGS = (
     *(f"small:{share}:bfloat16" for share in ("15%", "25%", "50%", "75%", "100%")),
-    *(f"small:{share}:float32" for share in ("25%", "100%")),
+    *(f"small:{share}:{kind}" for kind in ("float32", "lossless", "int4") for share in ("25%", "100%")),
     *(f"demo:{share}:bfloat16" for share in ("25%", "100%")),
 )
+PACKED = ("lossless", "int8", "int4")
 TRACED_TOKENS = 400
 CONTEXT = 2048
 
@@ -72,8 +74,11 @@ def prepare(setting: Setting, folder: Path, layers: int | None) -> None:
         if setting.shape == "demo":
             pull("demo", store=Store())
         else:
-            write_checkpoint(SHAPES[setting.shape].config(layers), folder / setting.shape, setting.shape)
-            pull(str(folder / setting.shape), store=Store(), name=setting.model, dtype=setting.dtype)
+            checkpoint, is_packed = folder / setting.shape, setting.dtype in PACKED
+            if not checkpoint.exists():
+                write_checkpoint(SHAPES[setting.shape].config(layers), checkpoint, setting.shape)
+            experts, dtype = (setting.dtype, "auto") if is_packed else (None, setting.dtype)
+            pull(str(checkpoint), store=Store(), name=setting.model, experts=experts, dtype=dtype)
     subprocess.run([sys.executable, __file__, "--worker", "record", *_words(setting)], check=True)
 
 
@@ -101,6 +106,7 @@ def predict_and_run(setting: Setting, prompt_tokens: int, new_tokens: int, threa
     from moeinf.forecast import Situation
     from moeinf.ledger import can_cache_files
     from moeinf.outlook import look_ahead
+    from moeinf.placement import place
     from moeinf.planning import find_curve, find_subject
     from moeinf.settings import EngineOptions
     from moeinf.store import Store
@@ -114,11 +120,12 @@ def predict_and_run(setting: Setting, prompt_tokens: int, new_tokens: int, threa
     options = EngineOptions(experts=setting.share, context=CONTEXT, threads=threads)
     subject = find_subject(setting.model, store)
     curve = find_curve(subject, options.policy)
-    plan = memory.plan_memory(subject.manifest, subject.shape, options)
+    placement = place(subject.manifest, subject.shape, options)
+    plan = placement.plan
     situation = Situation(
         machine,
-        subject.manifest,
-        subject.shape,
+        placement.manifest,
+        placement.shape,
         curve,
         kernels=options.kernels,
         prefetch=options.prefetch,
