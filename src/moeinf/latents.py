@@ -31,10 +31,9 @@ def keep_expanded(model: nn.Module, most_bytes: int) -> int:
 
     Returns how many tokens there is room for; of longer sequences all is expanded anew for each token.
     """
-    modules = [module for module in model.modules() if _is_alike(module)]
-    if not modules:
-        return 0
-    tokens = most_bytes // sum(map(_token_bytes, modules))
+    known: dict[tuple[int, ...], bool] = {}
+    modules = [module for module in model.modules() if _expands_alike(module, known)]
+    tokens = most_bytes // sum(map(_token_bytes, modules)) if modules else 0
     for module in modules if tokens else ():
         module.expand_kv = _Expanded(module, tokens)  # type: ignore[assignment]  # of this one alone
     return tokens
@@ -94,12 +93,21 @@ def _room(states: States, tokens: int) -> States:
     return keys, values
 
 
-def _is_alike(module: Any) -> bool:
-    """Whether it is attention that makes the same of latents one by one as of all at once."""
+def _expands_alike(module: Any, known: dict[tuple[int, ...], bool]) -> bool:
+    """Whether it is attention that makes the same of latents one by one as of all at once, which is tried once for each
+    shape of projection.
+    """
     projection = getattr(module, "kv_b_proj", None)
     native = getattr(projection, "forward", None)
     if not hasattr(module, _EXPAND) or not isinstance(native, NativeLinear) or not native.adds_rows_alike:
         return False
+    shape = native.layer.inputs, native.layer.outputs
+    if shape not in known:
+        known[shape] = _is_alike(module)
+    return known[shape]
+
+
+def _is_alike(module: Any) -> bool:
     latents, turned = _random_latents(module, max(_TRIALS))
     with torch.inference_mode():
         everything = module.expand_kv(latents, turned)
@@ -111,7 +119,9 @@ def _is_alike(module: Any) -> bool:
 
 
 def _token_bytes(module: Any) -> int:
-    return sum(states.nbytes for states in module.expand_kv(*_random_latents(module, 1)))
+    heads = module.kv_b_proj.out_features // (module.qk_nope_head_dim + module.v_head_dim)
+    numbers: int = heads * (module.qk_nope_head_dim + module.qk_rope_head_dim + module.v_head_dim)
+    return numbers * torch.bfloat16.itemsize
 
 
 def _random_latents(module: Any, tokens: int) -> States:

@@ -2,8 +2,8 @@
 rotary embedding, KV cache, attention, output.
 
 What it is made of is native and torch's to the last bit by itself (`dense`, `attention`); what is saved are the
-small steps of Python between, which take as long as half of the weights. No family is named: a module is taken when it
-has the usual parts under their usual names, and gives on trial what these give in the usual order.
+small steps of Python between. No family is named: a module is taken when it has the usual parts under their usual
+names, and gives on trial what these give in the usual order.
 """
 
 from __future__ import annotations
