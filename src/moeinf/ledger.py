@@ -52,9 +52,9 @@ BAND_BYTES = 16 * MIB
 """Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
-_COPIES = (20, 2)
-"""So many times the bytes of one layer's keys and values, made of latents, does attention take: where they are made
-anew for each token, and left in the heap in every size, and where they are kept (docs/experiments.md)."""
+_COPIES_KEPT, _COPIES_ANEW, _COPIES_ON_DEVICE = 2, 20, 4
+"""So many times the bytes of one layer's keys and values, made of latents, does attention take: where they are kept;
+where they are made anew for each token, and leave holes of every size in the heap; and on a GPU, by arithmetic."""
 _STEP_TOKENS = 64
 """The workspace has room for this many tokens at once, always."""
 _PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
@@ -207,7 +207,7 @@ def make_plan(
         kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes) + tokens * shape.kept_bytes,
         expanded=tokens * shape.kept_bytes,
         workspace=_library_bytes(manifest, shape)
-        + _base_workspace(manifest, shape, tokens, widening)
+        + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.keeps_expanded else _COPIES_ANEW)
         + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
         slots=0,
@@ -242,7 +242,7 @@ def make_device_plan(
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
     tokens = _context(manifest, shape, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
-    base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening)
+    base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening, _COPIES_ON_DEVICE)
     room = budget // _WORKSPACE_SHARE - base
     step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
     empty = MemoryPlan(
@@ -389,14 +389,13 @@ def _library_bytes(manifest: Manifest, shape: ModelShape) -> int:
     return min(_LIBRARY_BYTES, _NARROW_LIBRARY_BYTES + _HOLES_TOKENS * _row_bytes(manifest, shape))
 
 
-def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int) -> int:
-    """Bytes that any step takes beside what libraries do: one layer's KV cache repeated for heads that share it, the
-    spare room of sliding windows, logits, and a weight of a packed expert, or as much of a dense one, expanded, or of
-    any, widened.
+def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:
+    """Bytes that any step takes beside what libraries do: one layer's KV cache repeated for heads that share it, or so
+    many `copies` of what is made of it, the spare room of sliding windows, logits, and a weight of a packed expert, or
+    as much of a dense one, expanded, or of any, widened.
     """
     repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
-    if shape.expanded_bytes:
-        repeated += _COPIES[shape.keeps_expanded] * context * shape.expanded_bytes // len(manifest.layers)
+    repeated += copies * context * shape.expanded_bytes // len(manifest.layers)
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
     dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
     expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES)) + _wide_bytes(manifest, widening)
