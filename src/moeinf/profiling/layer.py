@@ -96,13 +96,13 @@ def _decode(layers: int, stack: ExitStack) -> Iterator[float]:
 def _tiny_model(layers: int) -> Any:
     config = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim comes from a base class without types
         vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
+        hidden_size=128,  # matrices of 4096 numbers and fewer would be torch's
+        intermediate_size=128,
         moe_intermediate_size=16,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,
         num_experts=_EXPERTS,
         num_experts_per_tok=_TOP_K,
         dtype="bfloat16",
