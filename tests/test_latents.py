@@ -70,9 +70,9 @@ class Pair:
         config = self.model.config.get_text_config(decoder=True)
         return [DynamicCache(config=config), make_cache(config, CONTEXT)]
 
-    def go_on(self, caches: list[Cache], tokens: int) -> None:
+    def go_on(self, caches: list[Cache], tokens: int, mode: Any = torch.inference_mode) -> None:
         ids = torch.randint(4, 100, (1, tokens), generator=self.generator)
-        with torch.inference_mode():
+        with mode():
             theirs, ours = (
                 each(input_ids=ids, past_key_values=cache, use_cache=True).logits
                 for each, cache in zip((self.model, self.twin), caches, strict=True)
@@ -128,6 +128,7 @@ def test_conversations_do_not_mix(pool: NativePool) -> None:
     pair.go_on(second, 1)
     del second
     pair.go_on(pair.caches(), 11)
+    pair.go_on(pair.caches(), 12, torch.no_grad)
 
 
 def test_what_there_is_no_room_for_is_expanded_each_time(pool: NativePool) -> None:

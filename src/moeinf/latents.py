@@ -64,7 +64,8 @@ class _Expanded:
         if known < tokens:
             new = self._expand(latents[:, :, known:], turned[:, :, known:])
             if self._memory is None:
-                self._memory = _room(new, self._capacity)
+                with torch.inference_mode(False):  # or nobody else may write there
+                    self._memory = _room(new, self._capacity)
             for memory, states in zip(self._memory, new, strict=True):
                 memory[:, :, known:tokens] = states
             layer.unchanged, self._layer = tokens, weakref.ref(layer)
