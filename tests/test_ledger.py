@@ -69,14 +69,14 @@ def test_random_machines_never_exceed_their_budget() -> None:
 
 def test_what_is_made_of_latents_is_counted() -> None:
     manifest = make_manifest()
-    made_anew = dataclasses.replace(SHAPE, expanded_bytes=9 * 16384)
-    kept = dataclasses.replace(made_anew, keeps_expanded=True)
+    made_anew = dataclasses.replace(SHAPE, expanded_bytes=9 * 1024)
+    kept = dataclasses.replace(made_anew, kept_layers=16)
 
     def planned(shape: ModelShape, context: int | None = None) -> MemoryPlan:
         return make_plan(manifest, shape, available_bytes=4000 * MIB, context=context)
 
     plain, with_them, without = (planned(shape, 1000) for shape in (SHAPE, kept, made_anew))
-    assert with_them.expanded == 1000 * kept.expanded_bytes
+    assert with_them.expanded == 1000 * 16 * kept.expanded_bytes
     assert with_them.kv_cache == plain.kv_cache + with_them.expanded
     assert (without.expanded, without.kv_cache) == (0, plain.kv_cache)
     assert plain.workspace < with_them.workspace < without.workspace

@@ -52,7 +52,7 @@ BAND_BYTES = 16 * MIB
 """Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
-_COPIES_KEPT, _COPIES_ANEW, _COPIES_ON_DEVICE = 2, 20, 4
+_COPIES_KEPT, _COPIES_ANEW, _COPIES_ON_DEVICE = 3, 24, 4
 """So many times the bytes of one layer's keys and values, made of latents, does attention take: where they are kept;
 where they are made anew for each token, and leave holes of every size in the heap; and on a GPU, by arithmetic."""
 _STEP_TOKENS = 64
@@ -66,9 +66,9 @@ may have to read every expert, so a quarter of the pieces is a quarter of the ti
 class ModelShape:
     """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
     never holds a whole score matrix. `layers` are all layers, MoE or not. Of the dense weights, `head_bytes` are the
-    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only. `expanded_bytes`
-    are a token's keys and values in all layers whose KV cache has latents in their place, which are kept, too, or made
-    anew for each token (latents.py).
+    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only. Where the KV cache
+    has latents, `expanded_bytes` are what one layer makes of a token's, its keys and values; they are kept, too, in
+    `kept_layers`, and made anew for each token in others (latents.py).
     """
 
     hidden: int
@@ -79,12 +79,12 @@ class ModelShape:
     head_bytes: int
     lookup_bytes: int
     expanded_bytes: int = 0
-    keeps_expanded: bool = False
+    kept_layers: int = 0
 
     @property
     def kept_bytes(self) -> int:
         """Bytes that are kept of a token beside its KV cache."""
-        return self.expanded_bytes if self.keeps_expanded else 0
+        return self.kept_layers * self.expanded_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def make_plan(
         kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes) + tokens * shape.kept_bytes,
         expanded=tokens * shape.kept_bytes,
         workspace=_library_bytes(manifest, shape)
-        + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.keeps_expanded else _COPIES_ANEW)
+        + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.kept_layers else _COPIES_ANEW)
         + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
         slots=0,
@@ -391,11 +391,11 @@ def _library_bytes(manifest: Manifest, shape: ModelShape) -> int:
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:
     """Bytes that any step takes beside what libraries do: one layer's KV cache repeated for heads that share it, or so
-    many `copies` of what is made of it, the spare room of sliding windows, logits, and a weight of a packed expert, or
-    as much of a dense one, expanded, or of any, widened.
+    many `copies` of what a layer makes of it, the spare room of sliding windows, logits, and a weight of a packed
+    expert, or as much of a dense one, expanded, or of any, widened.
     """
     repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
-    repeated += copies * context * shape.expanded_bytes // len(manifest.layers)
+    repeated += copies * context * shape.expanded_bytes
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
     dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
     expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES)) + _wide_bytes(manifest, widening)

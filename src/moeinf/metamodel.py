@@ -19,7 +19,15 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -173,24 +181,25 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
         head_bytes=table_bytes,
         lookup_bytes=0 if getattr(config, "tie_word_embeddings", False) else table_bytes,
         expanded_bytes=expanded_bytes,
+        kept_layers=_plain_layers(text) if expanded_bytes else 0,
     )
 
 
 def _expanded_bytes(text: Any, manifest: Manifest) -> int:
-    """Bytes of a token's keys and values in all layers that keep latents of them: as many layers as what they keep goes
-    into a token's KV cache.
-    """
+    """Bytes of the keys and values that a layer makes of a token's latents; 0 where it keeps these themselves."""
 
     def most(name: str) -> int:
         return max(getattr(layer, name, None) or 0 for layer in text.per_layer_config)
 
-    rank, turned = most("kv_lora_rank"), most("qk_rope_head_dim")
-    if not rank:
+    if not most("kv_lora_rank"):
         return 0
-    itemsize = MATHS_DTYPES[manifest.dtype].itemsize
-    layers = manifest.kv_token_bytes // ((rank + turned) * itemsize)
-    head = most("qk_nope_head_dim") + turned + most("v_head_dim")
-    return layers * most("num_attention_heads") * head * itemsize
+    head = most("qk_nope_head_dim") + most("qk_rope_head_dim") + most("v_head_dim")
+    return most("num_attention_heads") * head * MATHS_DTYPES[manifest.dtype].itemsize
+
+
+def _plain_layers(text: PreTrainedConfig) -> int:
+    """Layers whose part of the KV cache is all tokens' and nothing else's, which `kvcache` keeps in place."""
+    return sum(type(layer) is DynamicLayer for layer in DynamicCache(config=text).layers)
 
 
 class MetaModel:

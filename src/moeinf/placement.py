@@ -69,7 +69,9 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
         raise UnsupportedError("--kernels triton compute on a GPU, and none is used", hint="leave --kernels out")
     dtype, widening = _widen(manifest, is_wide)
     is_native = dtype == torch.bfloat16 and is_native_exactly(options.kernels)
-    held, shape = manifest if is_native else manifest.unpacked, dataclasses.replace(shape, keeps_expanded=is_native)
+    held = manifest
+    if not is_native:
+        held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
     return Placement(None, held, shape, memory.plan_memory(held, shape, options, widening), dtype, notes)
 
 
@@ -94,7 +96,7 @@ def _place_on(
         dtype, widening = _widen(manifest, True)
     if device.others:
         notes.append(f"{device.name} alone is used, and {device.others} more of this machine's GPUs are not")
-    held = manifest.unpacked
+    held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
     plan = memory.plan_device_memory(held, shape, options, device.memory()[0], widening)
     return Placement(device, held, shape, plan, dtype, tuple(notes))
 
