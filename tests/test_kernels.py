@@ -18,10 +18,11 @@ def test_route_orders_rows_as_the_eager_experts_do(tokens: int, top_k: int) -> N
     # One index more than there are experts stands for "no expert".
     index = torch.stack([torch.randperm(num_experts + 1, generator=generator)[:top_k] for _ in range(tokens)])
     weights = torch.rand(tokens, top_k, generator=generator)
-    groups = route(index, weights, num_experts)
-    assert list(groups) == sorted(set(index.flatten().tolist()) - {num_experts})
+    routed = route(index, weights, num_experts)
+    assert list(routed.experts) == sorted(set(index.flatten().tolist()) - {num_experts})
     mask = torch.nn.functional.one_hot(index, num_experts + 1).permute(2, 1, 0)
-    for expert, (rows, shares) in groups.items():
+    for expert in routed.experts:
+        rows, shares = routed[expert]
         place, token = torch.where(mask[expert])
         assert torch.equal(rows, token)
         assert torch.equal(shares, weights[token, place, None])

@@ -118,6 +118,13 @@ def compute(maths: ExpertMaths, hidden: torch.Tensor, weights: torch.Tensor, exp
     return token.total(places)
 
 
+def compute_rows(maths: ExpertMaths, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
+    """Of a prompt's tokens `hidden` [n, H], which all chose one expert with `weights` [n, 1]."""
+    prompt = maths.prompt(hidden, torch.zeros(len(hidden), 1, dtype=torch.int64), weights, 1)
+    prompt.compute([0], [tensors])
+    return prompt.total()
+
+
 def ulps_apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """How many bfloat16 values lie between two of them."""
     both = (tensor.view(torch.int16).int() for tensor in (found, wanted))
@@ -273,20 +280,6 @@ def test_products_of_many_rows_are_torch_s(exact_pool: NativePool, inputs: int) 
             assert torch.equal(found.nan_to_num(1e30), F.linear(rows[:count], weight).nan_to_num(1e30)), count
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float32"])
-def test_rows_of_a_prompt_are_added_as_torch_adds_them(pool: NativePool, dtype: torch.dtype) -> None:
-    """Also where a token names an expert twice, whose rows torch adds up before it rounds."""
-    generator = torch.Generator().manual_seed(0)
-    maths = NativeMaths(Experts(), make_layout(Experts(), 33, 8, dtype), pool)
-    maths.most_rows = 64
-    total, rows = (torch.randn(count, 33, generator=generator).to(dtype) for count in (9, 5))
-    for tokens in ([0, 3, 2, 7, 8], [0, 3, 7, 8, 3]):
-        wanted = total.clone().index_add_(0, torch.tensor(tokens), rows)
-        found = total.clone()
-        maths.add(found, torch.tensor(tokens), rows)
-        assert torch.equal(found, wanted)
-
-
 def test_prompts_are_left_to_torch_where_it_adds_otherwise(
     exact_pool: NativePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,17 +287,17 @@ def test_prompts_are_left_to_torch_where_it_adds_otherwise(
     module = Experts()
     layout = make_layout(module, 96, 64, torch.bfloat16)
     scratch = make_expert(layout, torch.Generator())
-    multiply = NativePool.multiply
     with ExitStack() as stack:
         [maths] = choose_maths([module], layout, "auto", scratch, stack)
         assert isinstance(maths, NativeMaths)
-        assert maths.most_rows > 1
-        monkeypatch.setattr(NativePool, "multiply", lambda *args: multiply(*args) * 1.01)
+        assert maths.takes_prompts
+        total = native._NativePrompt.total
+        monkeypatch.setattr(native._NativePrompt, "total", lambda prompt: total(prompt) * 1.01)
         [maths] = choose_maths([module], layout, "auto", scratch, stack)
         assert isinstance(maths, NativeMaths)
-        assert maths.most_rows == 0
-        rows, weights = torch.ones(3, 96, dtype=torch.bfloat16), torch.ones(3, 1)
-        assert torch.equal(maths.expert(rows, scratch, weights), ExpertMaths(module).expert(rows, scratch, weights))
+        assert not maths.takes_prompts
+        rows = torch.ones(3, 96, dtype=torch.bfloat16), scratch, torch.ones(3, 1)
+        assert torch.equal(compute_rows(maths, *rows), compute_rows(ExpertMaths(module), *rows))
 
 
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
@@ -528,8 +521,8 @@ def test_many_rows_of_released_experts_are_torch_s(pool: NativePool, kind: str) 
     for rows in (2, 40):
         hidden = torch.randn(rows, 96, generator=generator).bfloat16()
         weights = torch.rand(rows, 1, generator=generator)
-        wanted = torch_maths.expert(hidden, tensors, weights)
-        assert torch.equal(native_maths.expert(hidden, tensors, weights), wanted)
+        wanted = compute_rows(torch_maths, hidden, tensors, weights)
+        assert torch.equal(compute_rows(native_maths, hidden, tensors, weights), wanted)
 
 
 @pytest.mark.skipif(not torch_adds_in_pairs(), reason="torch adds in another order on this processor")
@@ -541,13 +534,14 @@ def test_float8_experts_are_native_by_themselves_where_that_is_exact() -> None:
     with ExitStack() as stack:
         [maths] = choose_maths([module], layout, "auto", scratch, stack)
         assert isinstance(maths, NativeMaths)
-        for rows in (1, 1, 2, 40):
-            hidden = torch.randn(rows, 1152, generator=generator).bfloat16()
-            weights, torch_maths = torch.ones(rows, 1), ExpertMaths(module, layout.quantization)
-            if rows == 1:
+        for number in (1, 1, 2, 40):
+            hidden = torch.randn(number, 1152, generator=generator).bfloat16()
+            weights, torch_maths = torch.ones(number, 1), ExpertMaths(module, layout.quantization)
+            if number == 1:
                 wanted = compute(torch_maths, hidden, weights, [tensors])
                 assert torch.equal(compute(maths, hidden, weights, [tensors]), wanted)
-            assert torch.equal(maths.expert(hidden, tensors, weights), torch_maths.expert(hidden, tensors, weights))
+            rows = hidden, tensors, weights
+            assert torch.equal(compute_rows(maths, *rows), compute_rows(torch_maths, *rows))
 
 
 @pytest.mark.skipif(not torch_adds_in_pairs(), reason="torch adds in another order on this processor")
@@ -626,7 +620,7 @@ def test_which_families_are_native(family: str) -> None:
 def test_what_the_library_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_is_exact", lambda *_: True)
     monkeypatch.setattr(kernels, "_is_exact_for_rows", lambda *_: True)
-    module, normed = Experts(), Experts(act=torch.sin)
+    module, normed = Experts(), Experts(act=lambda x: x.softmax(-1))
     halves = make_layout(module, 8, 8, torch.float16)
     layout = make_layout(module, 8, 8, torch.bfloat16)
     with ExitStack() as stack:

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _TRIALS = 2
-_TRIAL_ROWS = (1, 2, 40)
+_TRIAL_ROWS = (1, 2, 40, 100)
 _OTHER_ORDER = "native kernels add in another order than torch on this processor; --kernels native takes them anyway"
 
 
@@ -75,7 +75,7 @@ def choose_maths(
         return [ExpandingMaths(module, layout, pool, _OTHER_ORDER) for module in modules]
     if kernels == "auto" and native and not _is_exact_for_rows(*native[0], layout, scratch):
         for one, _ in native:
-            one.most_rows = 0
+            one.takes_prompts = False
     return maths
 
 
@@ -157,10 +157,14 @@ def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scra
 def _is_exact_for_rows(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scratch: Tensors) -> bool:
     """The same for some rows of a prompt, with the numbers that are in `scratch`."""
     generator = torch.Generator().manual_seed(1)
-    for rows in _TRIAL_ROWS if native.most_rows else ():
+    for rows in _TRIAL_ROWS if native.takes_prompts else ():
         hidden = torch.randn(rows, native.layer.hidden, generator=generator).to(native.dtype)
-        weights = torch.ones(rows, 1, dtype=native.dtype)
-        theirs = ExpandingMaths(module, layout, native.pool)
-        if not torch.equal(*(maths.expert(hidden, scratch, weights) for maths in (native, theirs))):
+        weights, index = torch.ones(rows, 1, dtype=native.dtype), torch.zeros(rows, 1, dtype=torch.int64)
+        results = []
+        for maths in (native, ExpandingMaths(module, layout, native.pool)):
+            prompt = maths.prompt(hidden, index, weights, 1)
+            prompt.compute([0], [scratch])
+            results.append(prompt.total())
+        if not torch.equal(*results):
             return False
     return True

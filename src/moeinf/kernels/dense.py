@@ -22,15 +22,13 @@ from torch import nn
 
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
-from .native import MOST_ROWS, LinearLayer, NativePool
+from .native import LEAST_PRODUCTS, MOST_ROWS, LinearLayer, NativePool
 from .packed import LosslessLinear
 
 __all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
 
 _TRIALS = 4
 _TRIAL_ROWS = (2, 40)
-_LEAST_PRODUCTS = 1 << 12
-"""So few of them, and those of a single output, torch adds up in another order, which a trial can miss."""
 _ALIKE_INPUTS = 1024
 """Up to so many inputs the orders of csrc/dot_pairs.c and csrc/tiles.c are the same."""
 _MOST_NUMBERS = 1 << 15
@@ -153,7 +151,7 @@ class NativeLinear(_Native):
 
     def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:
         """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
-        if self._outputs == 1 or self._inputs * self._outputs <= _LEAST_PRODUCTS:
+        if self._outputs == 1 or self._inputs * self._outputs <= LEAST_PRODUCTS:
             return False
         shape = (self._inputs, self._outputs, self._has_bias)
         if shape not in known:

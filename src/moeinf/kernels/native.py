@@ -10,7 +10,8 @@ expanded. For torch it expands weights that were released packed.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from itertools import count, product, takewhile
 from pathlib import Path
@@ -22,9 +23,10 @@ from torch import nn
 from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
-from .torch_maths import ExpertMaths, Tensors, TokenMaths
+from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, route
 
 __all__ = [
+    "LEAST_PRODUCTS",
     "MOST_ROWS",
     "ExpandingMaths",
     "LinearLayer",
@@ -43,10 +45,15 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
 MOST_ROWS = 64
-"""As many rows are multiplied sooner than by torch (docs/experiments.md)."""
+"""As many rows of a linear layer are multiplied sooner than by torch (docs/experiments.md)."""
+
+LEAST_PRODUCTS = 1 << 12
+"""So few of them, and those of a single output, torch adds up in another order, which a trial can miss
+(docs/experiments.md)."""
 
 _FEW_ROWS = 8
-"""As many rows of a quantised expert are computed one by one (docs/quantization.md)."""
+"""As many rows of a quantised expert are computed one by one where there are no products of many rows
+(docs/quantization.md)."""
 
 _TORCH_S_ORDER = "avx512bf16"
 """The variant whose products of bfloat16 are added up as torch adds them on such a processor."""
@@ -81,6 +88,7 @@ class NativeLayer(ctypes.Structure):
         ("down_bias", c_int64),
         ("up_block", c_int64),
         ("down_block", c_int64),
+        ("values", c_void_p),
     )
 
 
@@ -106,7 +114,12 @@ _FUNCTIONS: tuple[Signature, ...] = (
         (c_void_p, POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p),
     ),
     ("moe_sum", None, (POINTER(NativeLayer), c_int, c_void_p, c_void_p, c_int, c_void_p)),
-    ("moe_add", c_int, (c_int, c_int64, c_int, c_void_p, c_void_p, c_void_p)),
+    (
+        "moe_prompt",
+        c_int,
+        (c_void_p, POINTER(NativeLayer), c_int, *(c_void_p,) * 6, c_int, c_int, c_void_p),
+    ),
+    ("moe_add", None, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
     ("moe_activate", None, (POINTER(NativeLayer), c_void_p, c_void_p)),
     ("moe_expand", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     ("moe_expand_fp8", None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
@@ -152,6 +165,7 @@ class NativePool:
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
+        self._kept: list[torch.Tensor] = []
 
     @property
     def adds_as_torch_does(self) -> bool:
@@ -166,6 +180,13 @@ class NativePool:
             self.lib.moe_close(self.handle)
             self.handle = None
             self._scratch = torch.empty(0, dtype=torch.bfloat16)
+
+    def keep(self, table: torch.Tensor) -> torch.Tensor:
+        """One table for all that have the same."""
+        same = (kept for kept in self._kept if torch.equal(kept.view(torch.int16), table.view(torch.int16)))
+        if (kept := next(same, None)) is None:
+            self._kept.append(kept := table)
+        return kept
 
     def expand(
         self, numbers: torch.Tensor, factors: torch.Tensor, about: Quantization, width: int, *, is_transposed: bool
@@ -244,11 +265,13 @@ class ExpandingMaths(ExpertMaths):
 
 
 class NativeMaths(ExpandingMaths):
-    """The experts of one MoE layer: one token by the library, many by torch, which also takes over when the pool is
-    closed. Of up to `most_rows` of them the library computes the products.
+    """The experts of one MoE layer, by the library: of one token, and of many if it `takes_prompts`. torch takes over
+    when the pool is closed.
 
     Raises NotNativeError when the library cannot compute them.
     """
+
+    most_at_once = 16
 
     def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool) -> None:
         super().__init__(module, layout, pool)
@@ -258,13 +281,27 @@ class NativeMaths(ExpandingMaths):
         self.dtype = self._check(module, specs)
         self.rounding = {weights: self._rounding(weights) for weights in _DTYPES}
         self.layer = self._describe(module, specs)
+        self._values: torch.Tensor | None = None
         self._recognise_activation(module)
-        self.most_rows = MOST_ROWS if pool.adds_as_torch_does else 0
+        products = self.layer.hidden * self.layer.inner
+        self.takes_prompts = (
+            pool.adds_as_torch_does
+            and self.dtype == torch.bfloat16
+            and not self.layer.is_transposed
+            and products > LEAST_PRODUCTS
+        )
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):
             return super().token(hidden, weights)
         return _NativeToken(self, hidden, weights)
+
+    def prompt(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor, num_experts: int
+    ) -> PromptMaths:
+        if not self.takes_prompts or not self._computes(hidden, weights) or _names_twice(top_k_index):
+            return super().prompt(hidden, top_k_index, weights, num_experts)
+        return _NativePrompt(self, hidden, route(top_k_index, weights, num_experts), weights)
 
     def expert(self, hidden: torch.Tensor, tensors: Tensors, weights: torch.Tensor) -> torch.Tensor:
         quantization = self._quantization
@@ -286,34 +323,6 @@ class NativeMaths(ExpandingMaths):
         token = _NativeToken(self, hidden, ones)
         token.compute(range(len(experts)), experts)
         return token.rows.to(hidden.dtype)
-
-    def add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        is_native = len(rows) <= self.most_rows and rows.dtype in _DTYPES and self.pool.handle is not None
-        if not is_native or self._add(total, tokens.contiguous(), rows.contiguous()):
-            super().add(total, tokens, rows)
-
-    def _add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Whether the library left it undone."""
-        addresses = tokens.data_ptr(), rows.data_ptr(), total.data_ptr()
-        return bool(self.pool.lib.moe_add(_DTYPES[rows.dtype], rows.shape[1], len(rows), *addresses))
-
-    def _project(self, rows: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
-        about = self._quantization
-        if about is None or not about.is_lossless or not self._multiplies(rows):
-            return super()._project(rows, tensors, name)
-        product = self.pool.multiply(rows.contiguous(), tensors[name], tensors[about.partner(name)])
-        bias = tensors.get(f"{name}_bias")
-        return product if bias is None else product + bias
-
-    def _multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if not self._multiplies(rows) or weight.dtype != torch.bfloat16:
-            return super()._multiply(rows, weight)
-        return self.pool.multiply(rows.contiguous(), weight)
-
-    def _multiplies(self, rows: torch.Tensor) -> bool:
-        """Whether the library multiplies so many of these rows."""
-        is_native = rows.dtype == torch.bfloat16 and self.pool.handle is not None
-        return is_native and not self._is_transposed and len(rows) <= self.most_rows
 
     def _computes(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
         return hidden.dtype == self.dtype and weights.dtype in _DTYPES and self.pool.handle is not None
@@ -385,34 +394,40 @@ class NativeMaths(ExpandingMaths):
         )
 
     def _recognise_activation(self, module: nn.Module) -> None:
-        """Find what the module does between the projections among what the library can, by doing it."""
+        """Find what the module does between the projections among what the library can, by doing it. In bfloat16 the
+        library has a table of what the module makes of each gate, in float32 the formulas of some activations.
+        """
         has_gate = self.up == "gate_up_proj"
         noise = torch.randn(1, _PROBE * (2 if has_gate else 1), generator=torch.Generator().manual_seed(0))
-        values = noise * max(4.0, self.layer.limit)
-        wanted = self._activate(values), self._activate(values.to(self.dtype))
+        values = (noise * max(4.0, self.layer.limit)).to(self.dtype)
+        wanted = self._activate(values).float()
         for gate, activation in self._candidates(has_gate):
-            self.layer.gate, self.layer.activation = gate, activation
-            if self._acts_like(values, *wanted):
+            self.layer.gate, self.layer.activation = _GATES[gate], _ACTIVATIONS[activation]
+            if self.dtype == torch.bfloat16:
+                self._values = self.pool.keep(self._tabulate(gate))
+                self.layer.values = self._values.data_ptr()
+            found = self._try(values.float())
+            # Exponentials of torch's differ in the last bit, which in the tails of GELU is most of the result.
+            if torch.equal(found, wanted) if self._values is not None else torch.allclose(found, wanted, 1e-4, _SMALL):
                 return
         raise NotNativeError(f"it does not have the activation of {type(module).__name__}")
 
-    def _candidates(self, has_gate: bool) -> Iterator[tuple[int, int]]:
+    def _candidates(self, has_gate: bool) -> Iterator[tuple[str, str]]:
         gates = ["none"] if not has_gate else ["product"] if not self.layer.limit else ["product", "clamped", "sigmoid"]
-        return product([_GATES[gate] for gate in gates], _ACTIVATIONS.values())
+        return product(gates, ["silu"] if self.dtype == torch.bfloat16 else _ACTIVATIONS)
 
-    def _acts_like(self, values: torch.Tensor, wide: torch.Tensor, narrow: torch.Tensor) -> bool:
-        """Whether the library finds nearly the same in float32, and rounds at the same points in the layer's dtype:
-        results are then the same, but for the few where the last bit of float32 decides. In the tails of GELU such a
-        bit is most of the result.
-        """
-        if not torch.allclose(self._try(values, torch.float32), wide, rtol=1e-4, atol=_SMALL):
-            return False
-        difference = (self._try(values.to(self.dtype).float(), self.dtype) - narrow.float()).abs()
-        return self.dtype == torch.float32 or bool(((difference == 0) | (difference < _SMALL)).float().mean() > 0.99)
+    def _tabulate(self, gate: str) -> torch.Tensor:
+        """What the module makes of every bfloat16 as a gate, where an up makes nothing of it, or as an up."""
+        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(1, -1).view(torch.bfloat16)
+        if gate == "none":
+            return self._activate(every)[0].contiguous()
+        ups = torch.full_like(every, 0 if gate == "sigmoid" else 1)
+        both = torch.stack((every, ups), -1).flatten(1) if self.layer.is_interleaved else torch.cat((every, ups), 1)
+        return self._activate(both)[0].contiguous()
 
-    def _try(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _try(self, values: torch.Tensor) -> torch.Tensor:
         trial = NativeLayer.from_buffer_copy(self.layer)
-        trial.dtype, trial.inner = _DTYPES[dtype], _PROBE
+        trial.inner = _PROBE
         output = torch.empty(1, _PROBE)
         self.pool.lib.moe_activate(trial, values.data_ptr(), output.data_ptr())
         return output
@@ -459,6 +474,63 @@ class _NativeToken:
             output.data_ptr(),
         )
         return output
+
+
+class _NativePrompt:
+    """Many tokens' experts, as many in a call as are there."""
+
+    def __init__(self, maths: NativeMaths, hidden: torch.Tensor, routed: Routed, weights: torch.Tensor) -> None:
+        self._maths, self._hidden = maths, hidden.contiguous()
+        self._spans, self._tokens = routed.spans, routed.tokens
+        self._weights = routed.weights.float()
+        self.experts: Collection[int] = routed.experts
+        self._row_dtype, self._sum_dtype = maths.rounding[weights.dtype]
+        self._total = maths.zeros(hidden, weights)
+        self._rows = self._total.new_empty(len(self._tokens), hidden.shape[1])
+        self._computed: set[int] = set()
+        self._unadded, self._added = deque(routed.experts), 0
+
+    def compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
+        maths, size = self._maths, len(experts)
+        begins, ends = zip(*(self._spans[expert] for expert in experts), strict=True)
+        failed = maths.pool.lib.moe_prompt(
+            maths.pool.handle,
+            maths.layer,
+            size,
+            (c_void_p * size)(*map(maths.address, tensors)),
+            (c_int64 * size)(*begins),
+            (c_int64 * size)(*ends),
+            self._tokens.data_ptr(),
+            self._weights.data_ptr(),
+            self._hidden.data_ptr(),
+            self._row_dtype,
+            self._sum_dtype,
+            self._rows.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("no memory for the rows of a prompt's experts")
+        self._computed.update(experts)
+        self._add()
+
+    def _add(self) -> None:
+        """Add the rows of all experts before which none is missing."""
+        end = self._added
+        while self._unadded and self._unadded[0] in self._computed:
+            _, end = self._spans[self._unadded.popleft()]
+        rows, tokens = self._rows[self._added : end], self._tokens[self._added : end]
+        self._added = end
+        addresses = tokens.data_ptr(), rows.data_ptr(), self._total.data_ptr()
+        pool = self._maths.pool
+        pool.lib.moe_add(pool.handle, self._sum_dtype, rows.shape[1], len(rows), *addresses)
+
+    def total(self) -> torch.Tensor:
+        return self._total.to(self._hidden.dtype)
+
+
+def _names_twice(top_k_index: torch.Tensor) -> bool:
+    """Whether any token chose an expert twice: torch rounds the sum of such rows once."""
+    chosen = top_k_index.sort(dim=1).values
+    return bool((chosen[:, 1:] == chosen[:, :-1]).any())
 
 
 def _has_other_blocks(about: Quantization, width: int) -> bool:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +22,12 @@ from torch import nn
 from moeinf.manifest import Quantization
 from moeinf.quantized import dequantize
 
-__all__ = ["DeviceSlots", "ExpertMaths", "PromptMaths", "Tensors", "TokenMaths", "route"]
+__all__ = ["DeviceSlots", "ExpertMaths", "PromptMaths", "Routed", "Tensors", "TokenMaths", "route"]
 
 _SUMS_IN_FLOAT32 = {"Inkling2Experts"}
 _SUMS_IN_WEIGHTS_DTYPE = {"NemotronHExperts"}
 """Experts classes that do not add up in the dtype of the hidden states."""
 
-Rows = tuple[torch.Tensor, torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -68,7 +69,7 @@ class ExpertMaths:
     worth computing together.
     """
 
-    most_at_once: ClassVar[int] = 1
+    most_at_once = 1
 
     def __init__(self, module: nn.Module, quantization: Quantization | None = None, reason: str = "") -> None:
         flags: Any = module
@@ -110,10 +111,6 @@ class ExpertMaths:
     def zeros(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the rows are added to, shaped like `hidden`, in the dtype that this family adds up in."""
         return torch.zeros_like(hidden, dtype=self.sum_dtype(hidden.dtype, weights.dtype))
-
-    def add(self, total: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add an expert's `rows` [n, H], which are of these `tokens` [n], to `total` [tokens, H] of the same dtype."""
-        total.index_add_(0, tokens, rows)
 
     def sum_dtype(self, hidden: torch.dtype, weights: torch.dtype) -> torch.dtype:
         """What this family adds up in."""
@@ -168,41 +165,58 @@ class _TorchToken:
 class _TorchPrompt:
     """Many tokens' experts, one at a time. Rows wait for those of the experts before them."""
 
-    def __init__(
-        self, maths: ExpertMaths, hidden: torch.Tensor, requests: Mapping[int, Rows], weights: torch.Tensor
-    ) -> None:
-        self._maths, self._hidden, self._requests = maths, hidden, requests
-        self.experts: Collection[int] = requests.keys()
+    def __init__(self, maths: ExpertMaths, hidden: torch.Tensor, routed: Routed, weights: torch.Tensor) -> None:
+        self._maths, self._hidden, self._routed = maths, hidden, routed
+        self.experts: Collection[int] = routed.experts
         self._total = maths.zeros(hidden, weights)
         self._rows: dict[int, torch.Tensor] = {}
-        self._unadded = deque(requests)
+        self._unadded = deque(routed.experts)
 
     def compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
         for expert, there in zip(experts, tensors, strict=True):
-            tokens, weights = self._requests[expert]
+            tokens, weights = self._routed[expert]
             rows = self._maths.expert(self._hidden[tokens], there, weights)
             self._rows[expert] = rows.to(self._total.dtype)
             while self._unadded and self._unadded[0] in self._rows:
                 expert = self._unadded.popleft()
-                self._maths.add(self._total, self._requests[expert][0], self._rows.pop(expert))
+                self._total.index_add_(0, self._routed[expert][0], self._rows.pop(expert))
 
     def total(self) -> torch.Tensor:
         return self._total.to(self._hidden.dtype)
 
 
-def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> dict[int, Rows]:
-    """Group a step's requests, both [tokens, k], by expert: {expert: (tokens [n], weights [n, 1])}, experts ascending.
-    The index is in host memory; what is returned is where the weights are.
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A step's requests, grouped by expert, in ascending order: those of `experts[i]` are rows spans[experts[i]] of
+    `tokens` [n] and `weights` [n, 1]. Within an expert they are ordered by (place among the k, token), as the eager
+    forward orders them.
+    """
 
-    Within an expert the rows are ordered by (place among the k, token), as the eager forward orders them. An index of
-    `num_experts` stands for "no expert" there, and is left out here.
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    spans: dict[int, tuple[int, int]]
+
+    @property
+    def experts(self) -> Collection[int]:
+        return self.spans.keys()
+
+    def __getitem__(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert's (tokens [n], weights [n, 1])."""
+        begin, end = self.spans[expert]
+        return self.tokens[begin:end], self.weights[begin:end]
+
+
+def route(top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int) -> Routed:
+    """Group a step's requests, both [tokens, k], by expert. The index is in host memory; what is returned is where the
+    weights are. An index of `num_experts` stands for "no expert" in the eager forward, and is left out here.
     """
     tokens = top_k_index.shape[0]
     flat = top_k_index.t().reshape(-1)
     order = torch.argsort(flat, stable=True)
     experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    order = order.to(top_k_weights.device)
+    ends = list(accumulate(counts.tolist(), initial=0))
+    spans = dict(zip(experts.tolist(), pairwise(ends), strict=True))
+    spans.pop(num_experts, None)
+    order = order[: max((end for _, end in spans.values()), default=0)].to(top_k_weights.device)
     token, place = order % tokens, order // tokens
-    sizes = counts.tolist()
-    rows = zip(torch.split(token, sizes), torch.split(top_k_weights[token, place, None], sizes), strict=True)
-    return {expert: row for expert, row in zip(experts.tolist(), rows, strict=True) if expert < num_experts}
+    return Routed(token, top_k_weights[token, place, None], spans)

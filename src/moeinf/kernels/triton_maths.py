@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import triton
@@ -206,7 +206,7 @@ def add_up(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 class TritonMaths(ExpertMaths):
     """The experts of one MoE layer, which are in some of `slots`."""
 
-    most_at_once: ClassVar[int] = sys.maxsize
+    most_at_once = sys.maxsize
 
     def __init__(self, module: nn.Module, slots: DeviceSlots) -> None:
         super().__init__(module)

@@ -1,9 +1,7 @@
 #include "library.h"
 
 /* A row of whole numbers as bfloat16: the products with their factors, in float32, rounded. */
-typedef void expand_row(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
-
-static void row_int8(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
+void expand_int8_plain(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
     for (size_t begin = 0; begin < width; begin += group) {
         float scale = from_f16(*scales++);
         size_t end = smaller(begin + group, width);
@@ -12,7 +10,7 @@ static void row_int8(const uint8_t *w, const uint16_t *scales, size_t width, siz
     }
 }
 
-static void row_int4(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
+void expand_int4_plain(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
     for (size_t begin = 0; begin < width; begin += group) {
         float scale = from_f16(*scales++);
         size_t end = smaller(begin + group, width);
@@ -42,7 +40,7 @@ TARGET static inline __m512 widen(__m128i numbers, __m512 scale) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(numbers)), scale);
 }
 
-TARGET static void row_int8_avx512(const uint8_t *w, const uint16_t *scales, size_t width, size_t group,
+TARGET void expand_int8_avx512(const uint8_t *w, const uint16_t *scales, size_t width, size_t group,
                                    uint16_t *out) {
     __m512 scale = _mm512_setzero_ps();
     for (size_t i = 0; i < width; i += STEP) {
@@ -57,7 +55,7 @@ TARGET static void row_int8_avx512(const uint8_t *w, const uint16_t *scales, siz
 }
 
 /* What the 16 numbers stand for in a group is computed once, and looked up. */
-TARGET static void row_int4_avx512(const uint8_t *w, const uint16_t *scales, size_t width, size_t group,
+TARGET void expand_int4_avx512(const uint8_t *w, const uint16_t *scales, size_t width, size_t group,
                                    uint16_t *out) {
     const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     __m512i values = _mm512_setzero_si512();
@@ -78,7 +76,7 @@ TARGET static void row_int4_avx512(const uint8_t *w, const uint16_t *scales, siz
 
 /* One call of moe_expand_int. A ticket is PAD rows. */
 typedef struct {
-    expand_row *expand;
+    expand_int *expand;
     const uint8_t *weights;
     const uint16_t *scales;
     size_t rows, width, group;
@@ -98,7 +96,7 @@ void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights
                     int64_t width, void *output) {
     bool is_int8 = kind == MOE_INT8;
     expansion all = {
-        .expand = is_int8 ? row_int8 : row_int4,
+        .expand = is_int8 ? pool->kernels->expand_int8 : pool->kernels->expand_int4,
         .weights = weights,
         .scales = scales,
         .rows = (size_t)rows,
@@ -107,9 +105,5 @@ void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights
         .row_bytes = is_int8 ? (size_t)width : ceil_div((size_t)width, 2),
         .output = output,
     };
-#ifdef HAS_DOT_PAIRS
-    if (pool->kernels->dot_int8 == dot_vnni8)
-        all.expand = is_int8 ? row_int8_avx512 : row_int4_avx512;
-#endif
     pool_run(pool->threads, run_ticket, &all, ceil_div(all.rows, PAD));
 }

@@ -1,8 +1,5 @@
-#include "moe.h"
+#include "layer.h"
 
-#include "library.h"
-
-#include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 
@@ -109,61 +106,6 @@ static float *whole(const projection *projection, size_t number) {
     return sums;
 }
 
-/* torch rounds a product before it adds the bias. */
-static void add_bias(const step *step, const projection *projection, const char *expert, size_t first, size_t count,
-                     float *out) {
-    int dtype = step->layer->dtype;
-    for (size_t i = 0; i < count; i++) {
-        out[i] = rounded(out[i], dtype);
-        if (projection->bias >= 0)
-            out[i] = rounded(out[i] + load(expert + projection->bias, first + i, dtype), dtype);
-    }
-}
-
-/* The formulas are torch's, which computes them in float32 and rounds the result. */
-static float activated(int activation, float x) {
-    switch (activation) {
-    case MOE_SILU:
-        return x / (1 + expf(-x));
-    case MOE_GELU:
-        return x * 0.5f * (1 + erff(x * 0.70710678f));
-    case MOE_GELU_TANH:
-        return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * (x * x * x))));
-    default:
-        return x > 0 ? x * x : 0;
-    }
-}
-
-static float clamped(float x, float low, float high) {
-    return x < low ? low : x > high ? high : x;
-}
-
-/* One value between the projections. `gate` is of no use where there is none. */
-static float gated(const moe_layer *layer, float gate, float up) {
-    int dtype = layer->dtype;
-    if (layer->gate == MOE_NONE)
-        return rounded(activated(layer->activation, up), dtype);
-    if (layer->gate != MOE_PRODUCT) {
-        gate = clamped(gate, -INFINITY, layer->limit);
-        up = clamped(up, -layer->limit, layer->limit);
-    }
-    if (layer->gate == MOE_SIGMOID) {
-        float share = rounded(1 / (1 + expf(-rounded(gate * layer->alpha, dtype))), dtype);
-        return rounded(rounded(up + 1, dtype) * rounded(gate * share, dtype), dtype);
-    }
-    return rounded(rounded(activated(layer->activation, gate), dtype) * up, dtype);
-}
-
-/* `count` values from as many ups, their gates between them, or apart from them in `gates`, or nowhere. */
-static void gate_all(const moe_layer *layer, const float *gates, const float *ups, size_t count, float *out) {
-    for (size_t i = 0; i < count; i++)
-        out[i] = layer->is_interleaved ? gated(layer, ups[2 * i], ups[2 * i + 1]) : gated(layer, gates[i], ups[i]);
-}
-
-static bool has_gates_first(const moe_layer *layer) {
-    return layer->gate != MOE_NONE && !layer->is_interleaved;
-}
-
 /* Whether this was the last ticket, and the adding up is left. */
 static bool is_last(atomic_int *left) {
     return atomic_fetch_sub_explicit(left, 1, memory_order_acq_rel) == 2;
@@ -178,11 +120,11 @@ static void up_rows(const step *step, size_t number, size_t ticket) {
     float gates[PAD] = {0}, ups[2 * PAD], values[PAD];
     if (has_gates_first(layer)) {
         dot(step, up, expert, step->x, first, count, gates);
-        add_bias(step, up, expert, first, count, gates);
+        add_bias(layer, up->bias, expert, first, count, gates);
         first += inner;
     }
     dot(step, up, expert, step->x, each * first, each * count, ups);
-    add_bias(step, up, expert, each * first, each * count, ups);
+    add_bias(layer, up->bias, expert, each * first, each * count, ups);
     gate_all(layer, gates, ups, count, values);
     step->packing.pack(values, count, step->inner + number * step->inner_size + ticket * step->packing.bytes);
     pool_done(step->pool->threads, &step->up_left[number]);
@@ -194,7 +136,7 @@ static void up_columns(const step *step, size_t number, size_t ticket) {
     add_part(step, up, number, ticket, (const float *)step->x);
     if (is_last(&step->up_left[number])) {
         float *sums = whole(up, number);
-        add_bias(step, up, step->experts[number], 0, up->outputs, sums);
+        add_bias(layer, up->bias, step->experts[number], 0, up->outputs, sums);
         gate_all(layer, sums, sums + (has_gates_first(layer) ? layer->inner : 0), (size_t)layer->inner,
                  (float *)(step->inner + number * step->inner_size));
         pool_done(step->pool->threads, &step->up_left[number]);
@@ -205,7 +147,7 @@ static void up_columns(const step *step, size_t number, size_t ticket) {
 static void finish(const step *step, size_t number, size_t first, size_t count, float *out) {
     int32_t place = step->places[number];
     float *row = step->rows + (size_t)place * step->down.outputs + first;
-    add_bias(step, &step->down, step->experts[number], first, count, out);
+    add_bias(step->layer, step->down.bias, step->experts[number], first, count, out);
     for (size_t i = 0; i < count; i++)
         row[i] = rounded(out[i] * step->weights[place], step->row_dtype);
 }
@@ -334,28 +276,4 @@ void moe_sum(const moe_layer *layer, int count, const int32_t *places, const flo
                 ((float *)output)[first + i] = sums[i];
         }
     }
-}
-
-void moe_activate(const moe_layer *layer, const float *projected, float *inner) {
-    const float *ups = projected + (has_gates_first(layer) ? layer->inner : 0);
-    gate_all(layer, projected, ups, (size_t)layer->inner, inner);
-}
-
-int moe_add(int dtype, int64_t width, int count, const int64_t *tokens, const void *rows, void *total) {
-    for (int k = 1; k < count; k++)
-        for (int i = 0; i < k; i++)
-            if (tokens[i] == tokens[k])
-                return -1;
-    for (int k = 0; k < count; k++) {
-        int64_t to = tokens[k] * width, from = k * width;
-        if (dtype == MOE_BF16)
-            for (int64_t i = 0; i < width; i++) {
-                float sum = from_bf16(((uint16_t *)total)[to + i]) + from_bf16(((const uint16_t *)rows)[from + i]);
-                ((uint16_t *)total)[to + i] = to_bf16(sum);
-            }
-        else
-            for (int64_t i = 0; i < width; i++)
-                ((float *)total)[to + i] += ((const float *)rows)[from + i];
-    }
-    return 0;
 }

@@ -133,23 +133,35 @@ typedef void dot_blocks(const uint8_t *w, const fp8_blocks *blocks, size_t width
 
 typedef void dot_packed(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out);
 
-/* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
- * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[r * width + i] x[i] for
- * r < outputs, i < width, and the x of all tiles; there are BLOCK_OUTPUTS and BLOCK_ROWS at most. Or of a lossless weight
- * the rows from `first` on, which begins a panel. */
-enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
+/* Any weight [rows, width] that has numbers of that kind (moe_weights) as they lie in a moe_layer: `scales` and `group`
+ * are of use to packed ones, `group` being rows for float8. */
 typedef struct {
-    void (*pack)(const uint16_t *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-    void (*multiply)(const uint16_t *w, const lossless *packed_w, size_t first, size_t width, size_t outputs,
+    int kind;
+    const void *numbers, *scales;
+    size_t rows, width, group;
+} matrix;
+
+/* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
+ * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[(first + r) * width +
+ * i] x[i] for r < outputs, i < width, and the x of all tiles, in chains of that many inputs; there are BLOCK_OUTPUTS and
+ * BLOCK_ROWS at most. */
+enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
+struct kernels;
+typedef struct {
+    void (*pack)(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
+    void (*multiply)(const struct kernels *kernels, const matrix *w, size_t first, size_t outputs, size_t chain,
                      const uint32_t *packed, size_t tile, size_t tiles, float *sums);
 } tiling;
 
-typedef struct {
+typedef void expand_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
+
+typedef struct kernels {
     const char *name;
     packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4, _fp8 and _lossless, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
     dot_int *dot_int8, *dot_int4;
+    expand_int *expand_int8, *expand_int4; /* of one row */
     dot_fp4 *dot_mxfp4;
     void (*expand_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
     void (*turn_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, size_t stride,
@@ -170,6 +182,7 @@ typedef struct {
  * on, as pairs with an output in each lane. */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
+#define TILES_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 void pack_pairs(const float *values, size_t count, void *packed);
 void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
 void pack_vnni8(const float *values, size_t count, void *packed);
@@ -181,14 +194,24 @@ dot_packed dot_lossless;
 void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
 void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words);
 
-void pack_tile(const uint16_t *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-void multiply_tiles(const uint16_t *w, const lossless *packed_w, size_t first, size_t width, size_t outputs,
+expand_int expand_int8_avx512, expand_int4_avx512;
+void pack_tile(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
+void multiply_tiles(const kernels *kernels, const matrix *w, size_t first, size_t outputs, size_t chain,
                     const uint32_t *packed, size_t tile, size_t tiles, float *sums);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
+#else
+#define TILES_TARGET
 #endif
 
-/* Sums of products are cut into chains of so many, as torch does it (dot_pairs.c). */
-enum { CHAIN = 512 };
+/* Sums of products are cut into chains of so many, as torch does it: for one x (dot_pairs.c), and for several of more than
+ * LONG_CHAIN inputs, found where oneDNN has AVX-512 BF16. */
+enum { CHAIN = 512, LONG_CHAIN = 1024 };
+
+static inline size_t chain_for(size_t x, size_t width) {
+    return x > 1 && width > LONG_CHAIN ? LONG_CHAIN : CHAIN;
+}
+
+expand_int expand_int8_plain, expand_int4_plain;
 
 /* The set of that number, the portable one being 0; NULL when the processor has no such set. */
 const kernels *find_kernels(int number);

@@ -31,6 +31,10 @@ static inline size_t smaller(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
+static inline size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
 static inline float rounded(float value, int dtype) {
     return dtype == MOE_BF16 ? from_bf16(to_bf16(value)) : value;
 }

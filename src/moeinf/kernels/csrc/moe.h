@@ -1,4 +1,4 @@
-/* The maths of experts for one token, in C: what torch_maths.py computes, rounded where torch rounds. And, at the end,
+/* The maths of experts, in C: what torch_maths.py computes, rounded where torch rounds. And, at the end,
  * what needs no pool: the loops of the routing memory, and the packing of lossless weights.
  *
  * A caller opens a pool of threads once, describes each layer in a `moe_layer`, and per step calls `moe_experts` for
@@ -28,7 +28,8 @@ enum moe_weights { MOE_PLAIN, MOE_INT8, MOE_INT4, MOE_MXFP4, MOE_FP8, MOE_LOSSLE
  *   NONE     a(u); there is no gate
  *   PRODUCT  a(g) u
  *   CLAMPED  a(min(g, limit)) clamp(u, limit)
- *   SIGMOID  g' sigmoid(alpha g') (u' + 1), g' and u' being clamped as before */
+ *   SIGMOID  g' sigmoid(alpha g') (u' + 1), g' and u' being clamped as before
+ * In bfloat16 all that is made of g, or of u where there is no gate, is looked up in a table. */
 enum moe_gate { MOE_NONE, MOE_PRODUCT, MOE_CLAMPED, MOE_SIGMOID };
 
 /* The experts of one layer: what they look like and where their tensors lie, in bytes from the start of an expert;
@@ -38,19 +39,20 @@ typedef struct {
     int32_t weights;
     int32_t group;          /* 32 or 64; of use to whole numbers alone */
     int32_t gate;
-    int32_t activation;
+    int32_t activation;     /* of use to float32 alone, as alpha is */
     int32_t is_transposed;  /* weights are [in, out] */
     int32_t is_interleaved; /* gates and ups alternate, else all gates come first */
     float limit, alpha;
     int64_t hidden, inner;  /* widths */
     int64_t up, up_scales, up_bias, down, down_scales, down_bias;
     int64_t up_block, down_block; /* rows that share a scale; of use to float8 alone */
+    const uint16_t *values; /* of each of the 65,536 bfloat16, as bfloat16: the factor that the gate makes */
 } moe_layer;
 
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 11 };
+enum { MOE_INTERFACE = 12 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -70,9 +72,18 @@ MOE_API int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const
 MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
                      void *output);
 
-/* Adds `count` rows of a prompt to those of `total` that `tokens` names, both of that dtype and `width` wide. 0, or -1 when
- * a token is named twice: torch rounds the sum of its rows once. */
-MOE_API int moe_add(int dtype, int64_t width, int count, const int64_t *tokens, const void *rows, void *total);
+/* Computes `count` experts on many tokens, of which expert i has those of tokens[begins[i]] to tokens[ends[i] - 1], rows of
+ * `hidden`: rows[begins[i]] and so on, of sum_dtype, receive its rows times weights[begins[i]] and so on, rounded to
+ * row_dtype first. Each product is added up as torch does it for so many rows. 0, -1 when memory is lacking, -2 where it is
+ * not compiled in or not for such a layer: float32, [in, out]. */
+MOE_API int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts,
+                       const int64_t *begins, const int64_t *ends, const int64_t *tokens, const float *weights,
+                       const void *hidden, int row_dtype, int sum_dtype, void *rows);
+
+/* Adds `count` rows to those of `total` that `tokens` names, one after the other, rounding each sum; both of that dtype and
+ * `width` wide. */
+MOE_API void moe_add(moe_pool *pool, int dtype, int64_t width, int64_t count, const int64_t *tokens, const void *rows,
+                     void *total);
 
 /* The activation by itself, on `count` outputs of the up projection, as a layer of that width holds them. */
 MOE_API void moe_activate(const moe_layer *layer, const float *projected, float *inner);

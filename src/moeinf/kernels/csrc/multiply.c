@@ -14,27 +14,31 @@ typedef struct {
 static void pack(block *block, size_t number) {
     size_t inputs = (size_t)block->layer->inputs, first = number * block->tile;
     size_t rows = first < block->rows ? smaller(block->tile, block->rows - first) : 0;
-    block->pool->kernels->tiles.pack(block->x + first * inputs, inputs, rows, block->tile,
-                                     block->packed + number * block->tile_words);
+    const uint16_t *x[TILE_ROWS];
+    for (size_t r = 0; r < rows; r++)
+        x[r] = block->x + (first + r) * inputs;
+    block->pool->kernels->tiles.pack(x, inputs, rows, block->tile, block->packed + number * block->tile_words);
     pool_done(block->pool->threads, &block->unpacked);
 }
 
-static void multiply(const block *block, size_t first) {
+TILES_TARGET static void multiply(const block *block, size_t first) {
     const moe_linear_layer *layer = block->layer;
     size_t inputs = (size_t)layer->inputs, outputs = (size_t)layer->outputs;
     size_t count = smaller(BLOCK_OUTPUTS, outputs - first);
-    const uint16_t *w = (const uint16_t *)layer->weight + first * inputs, *bias = layer->bias;
+    const uint16_t *bias = layer->bias;
     float sums[BLOCK_ROWS * BLOCK_OUTPUTS];
-    lossless packed = {0};
-    if (layer->uppers != NULL)
-        packed = make_lossless(layer->weight, layer->uppers, outputs, inputs);
-    block->pool->kernels->tiles.multiply(w, layer->uppers == NULL ? NULL : &packed, first, inputs, count, block->packed,
-                                         block->tile, block->tiles, sums);
-    for (size_t r = 0; r < block->rows; r++)
-        for (size_t i = 0; i < count; i++) {
-            float sum = sums[r * BLOCK_OUTPUTS + i];
-            block->output[r * outputs + first + i] = to_bf16(bias == NULL ? sum : sum + from_bf16(bias[first + i]));
-        }
+    int kind = layer->uppers == NULL ? MOE_PLAIN : MOE_LOSSLESS;
+    matrix w = {.kind = kind, .numbers = layer->weight, .scales = layer->uppers, .rows = outputs, .width = inputs};
+    const kernels *kernels = block->pool->kernels;
+    kernels->tiles.multiply(kernels, &w, first, count, chain_for(2, inputs), block->packed, block->tile, block->tiles, sums);
+    for (size_t r = 0; r < block->rows; r++) {
+        float *sum = sums + r * BLOCK_OUTPUTS;
+        uint16_t *output = block->output + r * outputs + first;
+        for (size_t i = 0; bias != NULL && i < count; i++)
+            sum[i] += from_bf16(bias[first + i]);
+        for (size_t i = 0; i < count; i++)
+            output[i] = to_bf16(sum[i]);
+    }
 }
 
 static void run_ticket(void *job, size_t ticket) {
