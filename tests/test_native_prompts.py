@@ -1,4 +1,4 @@
-"""Prompts by the native library, against torch to the last bit: experts of one row and of hundreds, arriving in any order."""
+"""Prompts by the native library, against torch to the last bit: experts of one row and of hundreds, in any order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from moeinf.kernels import ExpertMaths, Tensors, native
+from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.lossless import LosslessPacker
 from moeinf.manifest import GROUPS, NUMBER_BITS
@@ -44,10 +44,12 @@ def choices(counts: Sequence[int], generator: torch.Generator) -> tuple[torch.Te
     return torch.stack((first, second), 1), torch.rand(len(flat), 2, generator=generator)
 
 
-def compute(
-    maths: ExpertMaths, case: tuple[torch.Tensor, ...], experts: list[Tensors], groups: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    prompt = maths.prompt(*case, len(experts))
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def compute(maths: ExpertMaths, case: Case, experts: list[Tensors], groups: Sequence[Sequence[int]]) -> torch.Tensor:
+    hidden, index, weights = case
+    prompt = maths.prompt(hidden, index, weights, len(experts))
     for group in groups:
         prompt.compute(group, [experts[expert] for expert in group])
     return prompt.total()

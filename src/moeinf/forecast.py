@@ -41,7 +41,7 @@ __all__ = [
 Bound = Literal["disk", "host", "link", "device"]
 
 PASS_S = 100e-6
-"""Taking the tokens of a step to one of their experts and their rows back."""
+"""Taking the tokens of a step to one of their experts and their rows back, on a GPU."""
 FETCH_S = 75e-6
 """What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing its arrival."""
 FORESEE_S = 200e-6
@@ -53,6 +53,12 @@ SUSTAINED = 0.8
 share of them (docs/performance.md)."""
 TRIM_S = 3.5e-3
 """Giving freed memory back, per layer of a long step (`runtime.MANY_TOKENS`)."""
+ATTENTION = 2
+"""Attention of a prompt takes torch so many times as long as products of as many numbers do, nothing being left out for
+tokens that do not see each other (docs/planning.md)."""
+BETWEEN_S = 8e-9
+"""What norms, rotary embedding and sums take per layer and number in the hidden states of a prompt
+(docs/planning.md)."""
 COPIES = 3
 """An expert that comes from the page cache is read and written by a copy, and read again by the maths."""
 
@@ -67,7 +73,7 @@ EXPANDING_NATIVELY = {"lossless": 2.1, "int8": 0.5, "int4": 0.5, "fp8": 1.0, "mx
 """As much where the library expands it."""
 
 FEW_TOKENS = 64
-"""As many of a lossless expert are computed from what is packed (kernels.native.MOST_ROWS)."""
+"""For as many a packed linear layer is computed from what is packed (kernels.native.MOST_ROWS)."""
 
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 _WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -333,9 +339,11 @@ class _ProcessorCosts:
         return max(compute_s, read_s), "disk" if read_s > compute_s and not self._reads_files else "host"
 
     def _expert_s(self, tokens: float) -> float:
-        """An expert for so many tokens; a quantised one is expanded first, or taken for one token after another."""
+        """An expert for so many tokens of a prompt: by the library, or by torch, which expands a packed one first."""
         layout, machine = self._manifest.layout, self._machine
-        expanding_s = _expanding_s(machine, layout, self._kernels, tokens)
+        if _takes_prompts(machine, layout, self._kernels):
+            return layout.nbytes / _step_rate(machine, _weights_of(layout), tokens, "native") / SUSTAINED
+        expanding_s = _expanding_s(machine, layout, self._kernels)
         at_once_s = (layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s) / SUSTAINED
         return at_once_s if layout.is_exact else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
@@ -353,10 +361,11 @@ class _ProcessorCosts:
         fresh = 0.0 if before else min(1.0, self._plan.slots / sum(asked_of))
         dense_s = self._dense_s(tokens)
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
-        attention_s = 4 * scores / _operations_rate(self._machine, self._kind)
-        total = dense_s + attention_s + self.layers_s + len(self._manifest.layers) * TRIM_S
+        attention_s = ATTENTION * 4 * scores / _operations_rate(self._machine, self._kind)
+        between_s = BETWEEN_S * tokens * self._shape.hidden * self._shape.layers
+        total = dense_s + attention_s + between_s + self.layers_s + len(self._manifest.layers) * TRIM_S
         for layer, asked in zip(self._manifest.layers, asked_of, strict=True):
-            maths_s = asked * (self._expert_s(tokens * layer.top_k / asked) + PASS_S)
+            maths_s = asked * self._expert_s(tokens * layer.top_k / asked)
             touching_s = asked * fresh * self.expert_bytes / self._machine.memory.fresh_bytes_per_s
             read_s = asked * (1 - held) * self.expert_bytes / self._disk_rate
             total += max(maths_s + touching_s, read_s)
@@ -429,22 +438,32 @@ def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     return layout.nbytes / (plain_s + _expanding_s(machine, layout, kernels))
 
 
-def _expanding_s(machine: Machine, layout: ExpertLayout, kernels: str, tokens: float = 1) -> float:
-    """What an expert takes beside torch's maths of so many tokens."""
-    if layout.quantization is None:
-        return 0.0
-    has_tiles = kernels != "torch" and machine.processor.kernels == "avx512bf16"
-    if layout.quantization.is_lossless and has_tiles and tokens <= FEW_TOKENS:
+def _weights_of(layout: ExpertLayout) -> str:
+    """What an expert is stored in, as machines name it."""
+    return layout.quantization.kind if layout.quantization else _kind_of(layout)
+
+
+def _takes_prompts(machine: Machine, layout: ExpertLayout, kernels: str) -> bool:
+    """Whether the library would compute the experts of prompts, and was measured doing it."""
+    if kernels == "torch" or machine.processor.kernels != "avx512bf16" or _kind_of(layout) != "bfloat16":
+        return False
+    return any(r.kernels == "native" and r.weights == _weights_of(layout) and r.tokens > 1 for r in machine.maths)
+
+
+def _expanding_s(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
+    """What an expert takes beside torch's maths. The library does not expand lossless ones where it has its own."""
+    has_own = kernels != "torch" and machine.processor.kernels == "avx512bf16"
+    if layout.quantization is None or (layout.quantization.is_lossless and has_own):
         return 0.0
     has_library = kernels != "torch" and any(rate.kernels == "native" for rate in machine.maths)
     times = EXPANDING | (EXPANDING_NATIVELY if has_library else {})
     return times[layout.quantization.kind] * layout.plain_bytes / _rate(machine, _kind_of(layout), 1, "torch")
 
 
-def _step_rate(machine: Machine, kind: str, tokens: float) -> float:
+def _step_rate(machine: Machine, weights: str, tokens: float, kernels: str = "torch") -> float:
     """Bytes of weights per second for many tokens; beyond the most that was measured, arithmetic is the limit."""
     most = _most_tokens(machine)
-    return _rate(machine, kind, max(1, min(round(tokens), most)), "torch") * min(1.0, most / tokens)
+    return _rate(machine, weights, max(1, min(round(tokens), most)), kernels) * min(1.0, most / tokens)
 
 
 def _operations_rate(machine: Machine, kind: str) -> float:

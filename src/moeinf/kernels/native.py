@@ -418,12 +418,13 @@ class NativeMaths(ExpandingMaths):
 
     def _tabulate(self, gate: str) -> torch.Tensor:
         """What the module makes of every bfloat16 as a gate, where an up makes nothing of it, or as an up."""
-        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(1, -1).view(torch.bfloat16)
-        if gate == "none":
-            return self._activate(every)[0].contiguous()
-        ups = torch.full_like(every, 0 if gate == "sigmoid" else 1)
-        both = torch.stack((every, ups), -1).flatten(1) if self.layer.is_interleaved else torch.cat((every, ups), 1)
-        return self._activate(both)[0].contiguous()
+        values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(1, -1).view(torch.bfloat16)
+        if gate != "none":
+            ups = torch.full_like(values, 0 if gate == "sigmoid" else 1)
+            both = (values, ups)
+            values = torch.stack(both, -1).flatten(1) if self.layer.is_interleaved else torch.cat(both, 1)
+        table: torch.Tensor = self._activate(values)
+        return table[0].contiguous()
 
     def _try(self, values: torch.Tensor) -> torch.Tensor:
         trial = NativeLayer.from_buffer_copy(self.layer)

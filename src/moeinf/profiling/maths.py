@@ -45,10 +45,12 @@ _DISTINCT = 2
 
 MATHS = (
     *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
-    *(("native", weights, 1) for weights in _PACKED),
+    *(("native", weights, tokens) for weights in _PACKED for tokens in TOKENS),
     *(("torch", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
 )
-"""(kernels, weights, tokens) that are measured. Packed weights: one token, which is what the library has for them."""
+"""(kernels, weights, tokens) that are measured. Tokens are those of one expert; torch expands packed weights, which is
+not measured.
+"""
 
 
 def measure_maths(
@@ -144,15 +146,12 @@ class Experts:
         return NativeMaths(_Module(), self._layout, pool)
 
     def calls(self, maths: ExpertMaths, tokens: int) -> list[Call]:
-        """What computes all of them once, each for `tokens` tokens: a call for the experts of one token, or for one
-        expert of many.
-        """
+        """What computes all of them once, each for `tokens` tokens, in groups of as many as a token asks for."""
         hidden = _noise((tokens, HIDDEN), self._dtype).to(self._device)
-        shares = torch.full((tokens, TOP_K if tokens == 1 else 1), 1 / TOP_K, dtype=self._dtype, device=self._device)
-        if tokens > 1:
-            return [partial(maths.expert, hidden, expert, shares) for expert in self._experts]
+        shares = torch.full((tokens, TOP_K), 1 / TOP_K, dtype=self._dtype, device=self._device)
         groups = [self._experts[at : at + TOP_K] for at in range(0, len(self._experts), TOP_K)]
-        return [partial(_one_token, maths, hidden, shares, group) for group in groups]
+        compute = _one_token if tokens == 1 else _many_tokens
+        return [partial(compute, maths, hidden, shares, group) for group in groups]
 
     def _image(self, seed: int) -> torch.Tensor:
         """One expert's bytes."""
@@ -178,6 +177,16 @@ def _one_token(maths: ExpertMaths, hidden: torch.Tensor, shares: torch.Tensor, e
     step = maths.token(hidden, shares)
     step.compute(places, experts)
     return step.total(places)
+
+
+def _many_tokens(
+    maths: ExpertMaths, hidden: torch.Tensor, shares: torch.Tensor, experts: list[Tensors]
+) -> torch.Tensor:
+    prompt = maths.prompt(hidden, torch.arange(TOP_K).expand(len(hidden), TOP_K), shares, TOP_K)
+    for at in range(0, TOP_K, maths.most_at_once):
+        some = range(at, min(TOP_K, at + maths.most_at_once))
+        prompt.compute(some, [experts[expert] for expert in some])
+    return prompt.total()
 
 
 def _allocate(nbytes: int, device: torch.device | str = "cpu") -> torch.Tensor:
