@@ -226,7 +226,7 @@ TARGET static void add_tile(const __m512i *words, const __m512 *factors, size_t 
 
 /* The next panels, `panels` or fewer: one or two of the rows from `row` on, before `end`. */
 static ahead look_ahead(const matrix *w, size_t row, size_t end, size_t start, size_t panels) {
-    static const size_t EIGHTHS[] = {[MOE_PLAIN] = 16, [MOE_INT8] = 8, [MOE_INT4] = 4, [MOE_MXFP4] = 4, [MOE_FP8] = 8};
+    static const size_t BITS[] = {[MOE_PLAIN] = 16, [MOE_INT8] = 8, [MOE_INT4] = 4, [MOE_MXFP4] = 4, [MOE_FP8] = 8};
     ahead next = {0};
     if (start >= w->width || row + ROWS > end)
         return next;
@@ -238,10 +238,10 @@ static ahead look_ahead(const matrix *w, size_t row, size_t end, size_t start, s
         next.streams = panels;
         next.from = (const char *)w->numbers + row / ROWS * next.stride + start / PANEL_INPUTS * PANEL_BYTES;
     } else {
-        bytes = inputs * EIGHTHS[w->kind] / 8;
-        next.stride = (w->width * EIGHTHS[w->kind] + 7) / 8;
+        bytes = inputs * BITS[w->kind] / 8;
+        next.stride = (w->width * BITS[w->kind] + 7) / 8;
         next.streams = panels * ROWS;
-        next.from = (const char *)w->numbers + row * next.stride + start * EIGHTHS[w->kind] / 8;
+        next.from = (const char *)w->numbers + row * next.stride + start * BITS[w->kind] / 8;
     }
     next.shift = (size_t)__builtin_ctzll(next.streams);
     next.lines = bytes / LINE_BYTES * next.streams;
@@ -267,8 +267,10 @@ TARGET void multiply_tiles(const kernels *kernels, const matrix *w, size_t first
             size_t behind = first + panels * ROWS, end_row = first_row + outputs;
             ahead next = behind < outputs ? look_ahead(w, first_row + behind, end_row, start, panels)
                                           : look_ahead(w, first_row, end_row, end, panels);
+            /* A second panel that is not there gives sums that nobody reads. */
             for (size_t t = 0; t < tiles; t++, next.lines = 0)
-                add_tile(words, has_factors(w) ? factors : NULL, w->group / 2, (inputs + 1) / 2, x + t * tile_words + start / 2 * tile, tile, start % chain == 0, &next,
+                add_tile(words, has_factors(w) ? factors : NULL, w->group / 2, (inputs + 1) / 2,
+                         x + t * tile_words + start / 2 * tile, tile, start % chain == 0, &next,
                          chains + t * tile * BLOCK_OUTPUTS + first);
         }
         if (end == width || end % chain == 0)
