@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import random
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import pytest
 
 from moeinf.errors import CapacityError, UsageError
-from moeinf.ledger import MemoryPlan, ModelShape, make_device_plan, make_plan
+from moeinf.ledger import MemoryPlan, ModelShape, make_device_plan, make_plan, slot_bytes
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
 MIB = 1 << 20
@@ -146,6 +147,13 @@ def test_a_context_beyond_the_model_is_refused() -> None:
 
 def test_a_slot_rounds_an_expert_up_to_whole_pages() -> None:
     assert plan(8000 * MIB).slot_bytes == 3 * MIB
+
+
+def test_slots_are_whole_pages_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = ExpertLayout(4096, (TensorSpec("up_proj", "F32", (5, 1000), 0),))
+    for page, size in ((4096, 20480), (16384, 32768), (65536, 65536)):
+        monkeypatch.setattr(mmap, "PAGESIZE", page)
+        assert slot_bytes(layout) == size
 
 
 GIB = 1 << 30

@@ -9,6 +9,7 @@ With a GPU that is its memory, and another budget bounds host memory: expert slo
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,6 @@ __all__ = [
 
 Regime = Literal["resident", "host-cached", "streaming"]
 
-_PAGE = 4096
 _MOST_RESERVE_BYTES = 1024 * MIB
 """Left free for everybody else when no budget is given: this, or a twentieth of what is available if that is less."""
 _LIBRARY_BYTES = 128 * MIB
@@ -299,8 +299,10 @@ def _check_free(budget: int, free_bytes: int, option: str, what: str) -> None:
 
 
 def slot_bytes(layout: ExpertLayout) -> int:
-    """Bytes of a slot: an expert's data in whole pages, since direct reads bring whole pages."""
-    return align_up(layout.nbytes, _PAGE)
+    """Bytes of a slot: an expert's data in whole pages of this machine, since direct reads bring whole pages, and a
+    slot's are given back by themselves.
+    """
+    return align_up(layout.nbytes, mmap.PAGESIZE)
 
 
 def _slots(manifest: Manifest, empty: MemoryPlan, experts: str | None, option: str) -> int:
