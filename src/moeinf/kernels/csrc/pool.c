@@ -7,7 +7,9 @@
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__)
-#define PAUSE() __asm__ volatile("yield")
+/* `yield` does nothing on a core of one thread. An `isb` waits for 30 to 40 cycles (rust-lang/rust#84725 and
+ * travisdowns/concurrency-hierarchy-bench#3 on GitHub), so three for about as long as a pause of x86. */
+#define PAUSE() __asm__ volatile("isb\n\tisb\n\tisb")
 #else
 #define PAUSE() ((void)0)
 #endif
