@@ -18,7 +18,10 @@ from moeinf.kernels.packed import LosslessLinear
 from moeinf.lossless import pack
 from test_native import LIBRARY, VARIANTS
 
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
+pytestmark = [
+    pytest.mark.skipif(LIBRARY is None, reason="the native library is not built"),
+    pytest.mark.usefixtures("rounding_once"),
+]
 
 SHAPES = [(16, 16), (64, 256), (100, 37), (513, 130), (1024, 1), (2880, 640), (4100, 65)]
 """Inputs and outputs: fewer than a vector, chains that end early, rows left over."""

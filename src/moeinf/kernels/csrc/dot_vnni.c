@@ -1,22 +1,17 @@
-/* Weights of 8 and 4 bits times x, in whole numbers, where the processor multiplies and adds bytes (AVX-512 VNNI).
- *
- * x becomes whole numbers of 16 bits with a factor for each 32 of them, finer than the bfloat16 that it comes from; each
- * is cut into 256 high + low, so that two products of bytes take the place of one of 16 bits. The instruction wants one
- * side without a sign: to weights half their range is added, and what that adds to the sum is taken off beforehand. */
-#include "kernels.h"
+/* Weights of 8 and 4 bits times x, in whole numbers (whole_numbers.h), where the processor multiplies and adds bytes
+ * (AVX-512 VNNI). The instruction wants one side without a sign: to weights half their range is added, and what that adds to
+ * the sum is taken off beforehand. */
+#include "whole_numbers.h"
 
 #ifdef HAS_DOT_PAIRS
 
 #include <immintrin.h>
-#include <math.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,f16c")))
 
 enum {
     LANES = 16,
     VECTOR_BYTES = 64,
-    GROUP = 32,
-    LARGEST = 127 * 256,
     TOGETHER = 2,
     AHEAD_BYTES = 8192, /* fetched so far ahead: the processor does not guess it while x takes more reads than weights do */
 };
@@ -36,22 +31,16 @@ static inline void pack(const float *values, size_t count, chunk *chunks, size_t
     memset(chunks, 0, PAD / (per * LANES) * sizeof *chunks);
     for (size_t first = 0; first < count; first += GROUP) {
         size_t end = first + GROUP < count ? first + GROUP : count;
-        float largest = 0, odd = 0; /* odd: 0, or NaN if any value is not finite */
-        for (size_t i = first; i < end; i++) {
-            float size = fabsf(values[i]);
-            largest = size > largest ? size : largest;
-            odd += 0 * values[i];
-        }
-        float inverse = largest > 0 && odd == 0 ? LARGEST / largest : 0;
+        group_scale scale = find_scale(values + first, end - first);
         for (size_t i = first; i < end; i++) {
             chunk *to = chunks + i / (per * LANES);
+            whole_number x = to_whole(values[i], scale);
             size_t lane = i / per % LANES, k = i % per;
-            int32_t whole = (int32_t)lrintf(values[i] * inverse), high = (whole + 128) >> 8;
             size_t side = per == 8 ? k % 2 : 0, byte = 4 * lane + (per == 8 ? k / 2 : k);
-            to->high[side][byte] = (int8_t)high;
-            to->low[side][byte] = (int8_t)(whole - 256 * high);
-            to->begin[lane] -= half * whole;
-            to->factors[lane] = largest / LARGEST + odd;
+            to->high[side][byte] = x.high;
+            to->low[side][byte] = x.low;
+            to->begin[lane] -= half * x.whole;
+            to->factors[lane] = scale.factor;
         }
     }
 }

@@ -1,14 +1,27 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 #define STRING_(name) #name
 #define STRING(name) STRING_(name)
 
-/* Whatever the compiler aims at: SSE2 on x86-64, NEON on 64-bit ARM. */
-#define SET portable
+/* What every processor of the kind has: NEON on 64-bit ARM, SSE2 on x86-64. */
+#if defined(__aarch64__)
+#define BASE neon
+#else
+#define BASE portable
+#endif
+#define SET BASE
 #define TARGET
 #define LANES 4
 #include "kernels.inc"
@@ -49,14 +62,60 @@ static const kernels avx512bf16 = {
     .read = read_avx512,
 };
 #endif
+
+/* Not every clang knows the name of that. */
+static int has_f16c(void) {
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
+#ifdef HAS_DOT_NEON
+static const kernels neon_dotprod = {
+    .name = "neon-dotprod",
+    .pairs = {pack_bf16_neon, PAD * sizeof(float)},
+    .bytes = {pack_neon8, PAD / 32 * NEON_BYTES},
+    .nibbles = {pack_neon4, PAD / 32 * NEON_BYTES},
+    .dot_bf16 = dot_bf16_neon,
+    .dot_f32 = dot_f32_neon,
+    .dot_int8 = dot_neon8,
+    .dot_int4 = dot_neon4,
+    .expand_int8 = expand_int8_plain,
+    .expand_int4 = expand_int4_plain,
+    .dot_mxfp4 = dot_mxfp4_neon,
+    .expand_mxfp4 = expand_mxfp4_neon,
+    .turn_mxfp4 = turn_mxfp4_neon,
+    .dot_fp8 = dot_fp8_neon,
+    .expand_fp8 = expand_fp8_neon,
+    .dot_lossless = dot_lossless_neon,
+    .expand_lossless = expand_lossless_neon,
+    .columns_bf16 = columns_bf16_neon,
+    .columns_f32 = columns_f32_neon,
+    .read = read_neon,
+};
+
+static int has_dotprod(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+#else
+    return 0;
+#endif
+}
 #endif
 
 const kernels *find_kernels(int number) {
     if (number == 0)
-        return &portable;
+        return &BASE;
+#ifdef HAS_DOT_NEON
+    if (number == 1 && has_dotprod())
+        return &neon_dotprod;
+#endif
 #if defined(__x86_64__)
-    if (number == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+    if (number == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
         return &avx2;
     if (number == 2 && __builtin_cpu_supports("avx512f"))
         return &avx512;

@@ -203,6 +203,15 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #define TILES_TARGET
 #endif
 
+/* Likewise where a 64-bit ARM multiplies bytes (dot_neon.c). clang has the instruction in a function alone from 16 on. */
+#if defined(__aarch64__) && (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
+#define HAS_DOT_NEON
+void pack_neon8(const float *values, size_t count, void *packed);
+void pack_neon4(const float *values, size_t count, void *packed);
+dot_int dot_neon8, dot_neon4;
+enum { NEON_BYTES = 68 }; /* of x for 32 weights */
+#endif
+
 /* Sums of products are cut into chains of so many, as torch does it: for one x (dot_pairs.c), and for several of more than
  * LONG_CHAIN inputs, found where oneDNN has AVX-512 BF16. */
 enum { CHAIN = 512, LONG_CHAIN = 1024 };
@@ -213,7 +222,7 @@ static inline size_t chain_for(size_t x, size_t width) {
 
 expand_int expand_int8_plain, expand_int4_plain;
 
-/* The set of that number, the portable one being 0; NULL when the processor has no such set. */
+/* The set of that number, the one that every processor has being 0; NULL when the processor has no such set. */
 const kernels *find_kernels(int number);
 
 #endif
