@@ -1,3 +1,5 @@
+/* Experts of many tokens: every task is some rows of one expert, whose hidden states are gathered into tiles (tiles.c), and
+ * whose outputs are weighted on the way out. */
 #include "layer.h"
 
 /* Tasks are computed so many at a time, or as many as take so many bytes of scratch memory. */
