@@ -2,9 +2,8 @@
 
 Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
 packed ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
-where torch rounds; sums of products are added in another order. Prompts are left to torch, whose matrix products are
-good, but for the products of a few rows, and for quantised experts: a few of these are computed sooner than weights are
-expanded. For torch it expands weights that were released packed.
+where torch rounds, and adds in torch's order where the processor has AVX-512 BF16. There prompts are its, too;
+elsewhere they are left to torch, for which it expands packed weights, but for quantised experts of a few rows.
 """
 
 from __future__ import annotations
