@@ -1,7 +1,7 @@
 """Decode from models that do not fit, beside what else runs the same weights in the same memory: what
 docs/performance.md has of that, one shape after the other.
 
-    python benchmarks/streaming.py --folder FOLDER                          # needs root, for the cgroup, and 50 GB
+    python benchmarks/streaming.py --folder FOLDER                          # needs root, for the cgroup, and some 65 GB
     python benchmarks/streaming.py --folder FOLDER --shapes small --experts lossless
 
 Writes a random checkpoint of the shape to FOLDER, pulls it into FOLDER/home, and has `moeinf bench` run moeinf,

@@ -127,11 +127,8 @@ class ExpertMaths:
         if self._quantization is not None:
             weight = self._expand(weight, tensors[self._quantization.partner(name)], rows)
         weight = weight.to(rows.dtype)  # another one only on a device that does not compute in the weights' own
-        product = self._multiply(rows, weight)
+        product = rows @ weight if self._is_transposed else F.linear(rows, weight)
         return product if bias is None else product + bias
-
-    def _multiply(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rows @ weight if self._is_transposed else F.linear(rows, weight)
 
     def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """A weight for products with `rows`, which lies as the module has it."""
