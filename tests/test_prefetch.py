@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from moeinf.cache import ExpertCache, Outcome
 from moeinf.errors import MoeinfError
 from moeinf.policies.plain import LruPolicy
@@ -25,7 +27,7 @@ class Script:
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         pass
 
-    def predict(self, layer: int) -> list[int]:
+    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
         self.asked += 1
         return self.named
 

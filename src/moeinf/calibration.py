@@ -14,9 +14,9 @@ from pathlib import Path
 from .engine import Engine
 from .errors import MoeinfError, UsageError
 from .files import explained
+from .gate import GatePredictor
 from .generation import Sampling
 from .hooks import quiet
-from .predictors import GatePredictor, Predictor
 from .progress import NO_PROGRESS, Progress
 from .prompts import Prompt, text_digest
 from .recorder import Recorder
@@ -106,8 +106,13 @@ def _tokenize(
     return [ids[:room] for ids in inputs]
 
 
-def _run(engine: Engine, identity: ModelIdentity, gate: Predictor, ids: list[int], max_tokens: int, seed: int) -> Trace:
-    """What the routers choose for one prompt and its continuation, and what `gate` foresees of that."""
+def _run(
+    engine: Engine, identity: ModelIdentity, gate: GatePredictor, ids: list[int], max_tokens: int, seed: int
+) -> Trace:
+    """What the routers choose for one prompt and its continuation, and what `gate`, which knows nothing but that
+    prompt, foresees of it.
+    """
+    gate.forget()
     recorder = Recorder(identity, max_tokens=engine.plan.context, foresight=gate)
     engine.runtime.recorder = recorder
     try:

@@ -30,6 +30,7 @@ from .densefile import DenseFiles, read_plain
 from .device import Device
 from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
+from .gate import GatePredictor, first_decoder_layer
 from .generation import Session
 from .kernels import choose_device_maths, choose_maths, speed_up_dense
 from .latents import keep_expanded
@@ -41,7 +42,7 @@ from .placement import Placement, make_pool, place
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
 from .policies.plain import LruPolicy
-from .predictors import CombinedPredictor, EamPredictor, GatePredictor, NoPredictor, Predictor
+from .predictors import CombinedPredictor, EamPredictor, NoPredictor, Predictor
 from .pull import resolve
 from .qualityfile import QUALITY_FILE, Quality, read_quality
 from .runlog import RunLog
@@ -340,6 +341,8 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     if options.prefetch in ("auto", "eam") and len(collection):
         runtime.warm_up(_most_popular(collection, identity.layer_sizes))
     hooks.attach(list(modules.values()), model, runtime, plan)
+    if (first := first_decoder_layer(model, next(iter(modules)))) is not None:
+        hooks.announce_tokens(first, runtime)
     return Engine(
         manifest,
         plan,

@@ -34,7 +34,7 @@ from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
 
-__all__ = ["attach", "attend", "load_dense_model", "move", "quiet"]
+__all__ = ["announce_tokens", "attach", "attend", "load_dense_model", "move", "quiet"]
 
 _NAME = "moeinf"
 _ROTATION = "apply_rotary_pos_emb"
@@ -141,6 +141,17 @@ def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRunt
     for layer, module in enumerate(modules):
         module.moeinf = (runtime, layer)  # type: ignore[assignment]  # a plain attribute, not a submodule
     model.set_experts_implementation(_NAME)
+
+
+def announce_tokens(first: nn.Module, runtime: ExpertRuntime) -> None:
+    """Tell `runtime` of each token that enters `first`, the model's first decoder layer, alone."""
+
+    def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        if state.numel() == state.shape[-1]:
+            runtime.token_enters()
+
+    first.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def _experts_forward(

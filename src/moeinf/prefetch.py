@@ -13,6 +13,8 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+import torch
+
 from .cache import ExpertCache
 from .predictors import Predictor
 from .steps import Arrival
@@ -109,35 +111,44 @@ class Prefetcher:
 
     def settle(self, chosen: Collection[int]) -> None:
         """A layer has `chosen` its experts: what was guessed right is waited for from now on, the rest is given up."""
+        if chosen and self._named:
+            self._learn(chosen)
+        self._keep(chosen)
+        for expert in self._on_their_way:
+            self._fetcher.promote(expert)
+        self._on_their_way.clear()
         for expert in self._held:
             self._cache.release(expert)
         self._held.clear()
-        for expert in self._on_their_way:
-            if expert in chosen:
-                self._fetcher.promote(expert)
-            else:
-                self._fetcher.cancel(expert)
-                self._given_up.add(expert)
-        self._on_their_way.clear()
-        if chosen and self._named:
-            self._learn(chosen)
         self._named = []
 
-    def look_ahead(self, layer: int) -> None:
-        """MoE layer `layer` has asked for its experts: ask for those that the next one may choose; after the last one
-        that is the first, for the next token.
+    def look_ahead(self, layer: int, added: torch.Tensor | None = None) -> None:
+        """MoE layer `layer` has asked for its experts, and they have `added` so much so far: ask for those that the
+        next one may choose; after the last one that is the first, for the next token, and so it is for the token that
+        has entered the model, as layer -1. What is named now takes the place of what was named before.
         """
         begin = time.perf_counter()
-        named = self._predictors[self._trials.way].predict(layer)
+        named = self._predictors[self._trials.way].predict(layer, added)
         if named:
             first = self._first[(layer + 1) % len(self._first)]
             self._guess([first + number for number in named])
         self._foreseeing_s = time.perf_counter() - begin
 
+    def _keep(self, experts: Collection[int]) -> None:
+        """Give up what was named before, except these."""
+        for expert in [each for each in self._held if each not in experts]:
+            self._held.remove(expert)
+            self._cache.release(expert)
+        for expert in [each for each in self._on_their_way if each not in experts]:
+            self._on_their_way.remove(expert)
+            self._fetcher.cancel(expert)
+            self._given_up.add(expert)
+
     def _guess(self, experts: list[int]) -> None:
         self._named = experts
+        self._keep(experts)
         for expert in experts:
-            if self._cache.is_resident(expert):
+            if expert not in self._held and self._cache.is_resident(expert):
                 self._hold(expert)
         for expert in experts:
             if len(self._on_their_way) + len(self._given_up) >= self.most_guesses:

@@ -57,6 +57,7 @@ class Recorder:
         self._sequence: int | None = None
         self._next_position: dict[int, int] = {}
         self._step: _Step | None = None
+        self._first_foreseen: list[int] = []
         self._notes: list[_Step | _Packed] = []
         self._unpacked_tokens = 0
 
@@ -71,6 +72,11 @@ class Recorder:
         self._step = None
         self._sequence = sequence_id
         self._next_position[sequence_id] = come_to if position is None else position
+
+    def token_enters(self) -> None:
+        """One token enters the model's first decoder layer; `record` follows."""
+        if self._foresight is not None:
+            self._first_foreseen = self._foresight.predict(-1)
 
     def record(self, layer: int, experts: torch.Tensor, weights: torch.Tensor, is_prefill: bool) -> None:
         """Note the choice of one layer's router for the tokens of a step: `experts` and `weights` are [tokens, k].
@@ -88,10 +94,16 @@ class Recorder:
         if step.tokens > 1:  # a prompt's tensors are large, and may be views of larger ones
             experts, weights = experts[: step.kept].to(torch.int16), weights[: step.kept].to(torch.float16)
         step.choices.append((experts, weights))
+        if layer == 0 and not is_prefill:
+            step.foreseen[0] = self._first_foreseen
         if layer == self._last_layer:
             self._finish(step)
-        elif self._foresight is not None and not is_prefill:
-            step.foreseen[layer + 1] = self._foresight.predict(layer)
+
+    def computed(self, layer: int, output: torch.Tensor) -> None:
+        """The experts of a layer, whose choice was recorded, have given this for one token."""
+        step = self._step
+        if self._foresight is not None and step is not None and layer < self._last_layer:
+            step.foreseen[layer + 1] = self._foresight.predict(layer, output)
 
     def pack(self) -> None:
         """Pack what lies unpacked."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
+from .gate import GatePredictor
 from .manifest import Manifest
 from .trace import NO_EXPERT, Trace
 
@@ -43,8 +44,7 @@ def check_replay(trace: Trace, manifest: Manifest) -> None:
 class Replay:
     """Makes experts modules compute what a trace names. One thread uses it, the model's.
 
-    A layer that is called while another one is being computed is asked what it will choose (as `GatePredictor` asks
-    it), and gets what the trace has foreseen of it, which may be nothing.
+    A layer that a `GatePredictor` asks gets what the trace has foreseen of it, which may be nothing.
 
     Args:
         sequences: the requests that can be replayed, each a trace of its own, checked by `check_replay`.
@@ -56,10 +56,8 @@ class Replay:
         self._now: Trace | None = None
         self._token = 0
         self._last = -1
-        self._is_computing = False
         for layer, module in enumerate(modules):
             module.register_forward_pre_hook(self._hook(layer))
-            module.register_forward_hook(self._end)
             self._last = layer
 
     @property
@@ -70,13 +68,13 @@ class Replay:
     def begin(self, sequence: int, first: int = 0) -> None:
         """The next token that runs is `first` of this sequence. After its last token the routers choose again."""
         self._now, self._token = self._sequences[sequence], first
-        self._is_computing = False
 
     def _hook(self, layer: int) -> Any:
-        def choose(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def choose(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             hidden, experts, weights, *rest = arguments
             begin, end = self._token, self._token + len(experts)
-            is_asked, self._is_computing = self._is_computing, True
+            asked_by: Any = getattr(module, "moeinf", (None,))[0]
+            is_asked = isinstance(asked_by, GatePredictor)
             if layer == self._last and not is_asked:
                 self._token = end
             if self._now is None or end > self._now.num_tokens:
@@ -89,9 +87,6 @@ class Replay:
             return (hidden, chosen.to(experts), shares.to(weights), *rest)
 
         return choose
-
-    def _end(self, *_: Any) -> None:
-        self._is_computing = False
 
 
 def _foreseen(trace: Trace, layer: int, token: int) -> torch.Tensor:

@@ -195,6 +195,12 @@ class ExpertRuntime:
     def close(self) -> None:
         self._fetcher.close()
 
+    def token_enters(self) -> None:
+        """One token enters the model's first decoder layer."""
+        if self.recorder is not None:
+            self.recorder.token_enters()
+        self._prefetcher.look_ahead(-1)
+
     def forward(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -232,10 +238,14 @@ class ExpertRuntime:
         step = Step(self)
         try:
             with self._on_host(layer, hidden, place) if self._misses else _ALL_FETCHED as on_host:
-                here = step.lease(sorted(place.keys() - on_host.keys if on_host else place))
-                self._prefetcher.look_ahead(layer)
+                asked = sorted(place.keys() - on_host.keys if on_host else place)
+                here = step.lease(asked)
+                if len(here) == len(asked):  # the disk is idle
+                    self._prefetcher.look_ahead(layer)
                 if here:
                     token.compute([place[key] for key in here], [self._tensors(key) for key in here])
+                if len(here) < len(asked):  # until these are read there is time to see what the others add
+                    self._prefetcher.look_ahead(layer, token.total([place[key] for key in here]) if here else None)
                 if on_host:
                     token.receive([place[key] for key in on_host.keys], on_host.rows())
                 for key in step.arriving():
@@ -246,7 +256,10 @@ class ExpertRuntime:
         finally:
             step.end()
         self._prefetcher.has_run(layer, self.traffic.stall_s - stalled_s)
-        return token.total([place[key] for key in sorted(place)])
+        output = token.total([place[key] for key in sorted(place)])
+        if self.recorder is not None:
+            self.recorder.computed(layer, output)
+        return output
 
     @contextmanager
     def _on_host(self, layer: int, hidden: torch.Tensor, asked: Iterable[int]) -> Iterator[HostStep | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import sys
@@ -44,7 +45,7 @@ __all__ = [
 
 DIRECT_ALIGNMENT = 4096
 PIECE_BYTES = 1 * MIB
-"""An expert is read in pieces of this size, so that all readers work on the one that is needed first
+"""An expert is read in pieces of about this size, all alike, so that all readers work on the one that is needed first
 (docs/experiments.md).
 """
 
@@ -155,6 +156,7 @@ class _Job:
     begin: int
     end: int
     memory: memoryview
+    piece_bytes: int
     pieces_left: int
     descriptor: int = -1
     read_bytes: int = 0
@@ -199,7 +201,7 @@ class Reader:
         threads: how many reads are in flight at most.
         direct: read past the page cache (needs `can_read_direct`); offsets and memory are then page-aligned, and
             memory is as long as the bytes wanted rounded up to whole pages.
-        piece_bytes: what one read brings at most; PIECE_BYTES if None.
+        piece_bytes: about what one read brings; PIECE_BYTES if None.
     """
 
     def __init__(self, *, threads: int, direct: bool, piece_bytes: int | None = None) -> None:
@@ -224,8 +226,10 @@ class Reader:
 
         No key may be under way twice. `promote` and `cancel` are for what nobody waits for, by its key.
         """
-        starts = range(begin, end, self._piece_bytes)
-        job = _Job(key, path, begin, end, memory, len(starts))
+        pieces = max(round((end - begin) / self._piece_bytes), 1)
+        piece_bytes = max(align_up(math.ceil((end - begin) / pieces), DIRECT_ALIGNMENT), DIRECT_ALIGNMENT)
+        starts = range(begin, end, piece_bytes)
+        job = _Job(key, path, begin, end, memory, piece_bytes, len(starts))
         with self._work:
             self._queues[urgency][key] = (job, deque(starts))
             self._work.notify(len(starts))
@@ -306,7 +310,7 @@ class Reader:
             if job.descriptor < 0:
                 job.descriptor = _open(job.path, direct=self._direct)
         into = start - job.begin
-        wanted = min(start + self._piece_bytes, job.end) - start
+        wanted = min(start + job.piece_bytes, job.end) - start
         length = align_up(wanted, DIRECT_ALIGNMENT) if self._direct else wanted
         _read_exactly(job.descriptor, job.memory[into : into + length], start, wanted, job.path)
         with job.lock:
