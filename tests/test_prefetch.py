@@ -125,6 +125,23 @@ def test_wrong_guesses_are_given_up() -> None:
     assert bench.cache.counters.prefetch_used == 0
 
 
+def test_what_is_named_later_takes_the_place_of_what_was_named_before() -> None:
+    """Once more is known of what the next layer will be given."""
+    script = Script(1, 2, 5)
+    bench = Bench(6, script)
+    bench.bring(9)
+    bench.prefetcher.look_ahead(0)
+    assert bench.fetched == [10, 13]
+    script.named = [2, 4]
+    bench.prefetcher.look_ahead(0)
+    assert (bench.fetched, bench.reader.cancelled) == ([10, 13, 12], [13])
+    assert bench.cache._leases[bench.cache._slot_of[9]] == 0
+    bench.prefetcher.settle({10, 13})
+    assert (bench.reader.promoted, bench.reader.cancelled) == ([10], [13, 12])
+    assert bench.prefetcher.unsettled == {12, 13}
+    assert (bench.prefetcher.counters.named, bench.prefetcher.counters.right) == (2, 1)
+
+
 def test_a_guess_that_has_come_stays_until_its_layer_has_chosen() -> None:
     bench = Bench(2, Script(5))
     bench.bring(0)

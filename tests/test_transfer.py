@@ -58,6 +58,32 @@ def test_reads_bring_exactly_the_bytes(
     assert reader.poll() is None
 
 
+@pytest.mark.parametrize(
+    ("size", "pieces"),
+    [(100, [100]), (3 * 8192, [8192] * 3), (3 * 8192 + 100, [12288, 12288, 100]), (20000, [12288, 7712])],
+)
+def test_the_pieces_of_a_file_are_alike(
+    tmp_path: Path, direct: bool, size: int, pieces: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the last one, since each begins where a page does."""
+    read: list[int] = []
+    exactly = transfer._read_exactly
+
+    def note(descriptor: int, memory: memoryview, offset: int, wanted: int, path: Path) -> None:
+        read.append(wanted)
+        exactly(descriptor, memory, offset, wanted, path)
+
+    monkeypatch.setattr(transfer, "_read_exactly", note)
+    content = write_random(tmp_path / "file", size)
+    buffer = memoryview(allocate_buffer(size + 4096))
+    reader = Reader(threads=1, direct=direct, piece_bytes=8192)
+    reader.fetch(1, tmp_path / "file", 0, size, buffer)
+    assert reader.wait() == Arrival(1, size)
+    reader.close()
+    assert read == pieces
+    assert buffer[:size] == content
+
+
 def test_a_slot_shows_its_bytes_as_tensors(tmp_path: Path, direct: bool) -> None:
     gate_up, down = torch.randn(6, 100, dtype=torch.bfloat16), torch.randn(3, 7)
     data = b"".join(bytes(tensor.view(torch.uint8).flatten().tolist()) for tensor in (gate_up, down))

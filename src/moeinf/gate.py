@@ -25,6 +25,8 @@ _LEAST_RIGHT = 0.5
 """A layer of which fewer guesses come true is not worth reading for."""
 _RETRY_TOKENS = 32
 """Whether that has changed is looked at so often."""
+_LEARN_EVERY = 4
+"""Once some tokens are known, one of so many is learned from: that takes as long as asking a router."""
 _PROMPT_ROWS = 64
 """So many tokens of a prompt say how the state changes, the last ones."""
 
@@ -46,6 +48,7 @@ class GatePredictor:
         self._experts: list[Any] = list(experts.values())
         self._entries = [_find_entry(model, name, partial(self._enter, layer)) for layer, name in enumerate(experts)]
         self.forget()
+        self._tokens = 0
         self._layer = -1
         """Where the token is: `_state` is its state there, `_added` what that layer's experts gave for it."""
         self._state: torch.Tensor | None = None
@@ -111,15 +114,17 @@ class GatePredictor:
     def _begin(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state, _ = _split(args, kwargs)
         self._layer, self._state, self._added = -1, _last_rows(state), None
+        self._tokens += 1
 
     def _enter(self, layer: int, state: torch.Tensor, has_norm: bool, more: _Inputs) -> None:
         """A step's state has come to this layer: learn how it changed since the one before."""
         before, after = self._state, _last_rows(state)
         if before is not None and self._layer == layer - 1 and before.shape == after.shape:
-            learn = partial(self._changes[layer].learn, before, self._added if has_norm else None, after)
+            change = self._changes[layer]
+            learn = partial(change.learn, before, self._added if has_norm else None, after)
             if len(after) > 1:
                 learn()
-            elif self._asked == layer:
+            elif self._asked == layer and (change.is_new or self._tokens % _LEARN_EVERY == 0):
                 self._news = learn  # later, when somebody waits for experts and not for this
         self._layer, self._state, self._added, self._more = layer, after, None, more
 
@@ -211,10 +216,15 @@ class _Change:
         self._share = 1.0
         self._seen = 0
 
+    @property
+    def is_new(self) -> bool:
+        return self._seen < _PROMPT_ROWS
+
     def learn(self, before: torch.Tensor, added: torch.Tensor | None, after: torch.Tensor) -> None:
         """Some tokens' states, and what the experts added to them, all [tokens, H]."""
         count = len(after)
-        rate = max(1 - (1 - _RATE) ** count, count / (self._seen + count))
+        stands_for = _LEARN_EVERY if count == 1 and not self.is_new else count
+        rate = max(1 - (1 - _RATE) ** stands_for, count / (self._seen + count))
         moved = after.float() - before.float()
         if added is not None:
             added = added.float()
