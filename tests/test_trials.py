@@ -135,3 +135,23 @@ def test_a_slow_first_ask_decides_nothing() -> None:
 def test_where_there_is_one_way_it_is_gone() -> None:
     trials = Trials(["gate"])
     assert run(trials, 600, {"gate": (9.0, 9.0)}) == ["gate"] * 600
+
+
+def test_what_is_far_behind_is_out_after_a_few_tokens() -> None:
+    """Also the way that foresees nothing; what is left is judged as ever."""
+    trials = Trials(["off", "eam", "gate"])
+    chance = random.Random(1)
+    costs = {"off": (0.0, 6.0), "eam": (0.1, 1.1), "gate": (0.1, 0.6)}
+    tried = run(trials, 40, costs, other_s=lambda: 5 + chance.uniform(0, 0.3))
+    assert tried[:9] == ["off", "eam", "gate"] * 3
+    assert "off" not in tried[9:]
+    assert tried[9:15] == ["eam", "gate"] * 3
+    assert tried[15:] == ["gate"] * 25
+
+
+def test_one_slow_token_of_the_best_keeps_others_in() -> None:
+    trials = Trials(["off", "gate"])
+    costs = {"off": (0.0, 3.0), "gate": (0.1, 0.6)}
+    times = iter([5.0, 5.0, 5.0, 15.0, *[5.0] * 20])
+    tried = run(trials, 12, costs, other_s=lambda: next(times))
+    assert tried == ["off", "gate"] * 6

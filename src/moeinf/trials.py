@@ -17,6 +17,9 @@ __all__ = ["Trials"]
 _TRIAL_TOKENS = 6
 _MOST_TRIAL_TOKENS = 18
 """So many tokens go each way before the best is chosen: the few where it is plain, the more where ways are close."""
+_FIRST_LOOK_TOKENS = 3
+_HOPELESS = 1.2
+"""After the first few, a way is out each of whose tokens took so many times as long as the slowest of another."""
 _SETTLED_TOKENS = 256
 _MOST_SETTLED_TOKENS = 4096
 """So many go the best way before all are tried again, since text, cache and machine may have changed by then; and twice
@@ -42,7 +45,8 @@ class Trials:
     """Chooses among `ways`, of which the first foresees nothing; it changes its mind between tokens only.
 
     Ways take turns, token by token, so that all of them meet the same text and the same cache. One that spends more on
-    foreseeing than all the waiting without it cannot win, and is out at once.
+    foreseeing than all the waiting without it cannot win, and is out at once; one that is far behind, after a few
+    tokens.
     """
 
     def __init__(self, ways: Sequence[str]) -> None:
@@ -86,10 +90,12 @@ class Trials:
             self.way = min(self._candidates, key=lambda way: len(tried[way]))
 
     def _find_best(self, tried: Mapping[str, Sequence[tuple[float, int]]]) -> str | None:
-        """The way whose tokens take least; None if more tokens should say. Where they cannot, it is the first."""
-        costs = _costs(tried)
-        first = self._candidates[0]
+        """The way whose tokens take least; None if more tokens should say. Where they cannot, it is the first way, if
+        that is still tried.
+        """
+        costs = {way: _typical(seconds) for way, seconds in _as_if_alike(tried).items()}
         best, other = sorted(costs, key=lambda way: costs[way][0])[:2]
+        first = self._ways[0] if self._ways[0] in costs else best
         rival = other if best == first else first
         lead = costs[rival][0] - costs[best][0]
         doubt = math.hypot(costs[rival][1], costs[best][1])
@@ -113,17 +119,20 @@ class Trials:
     def _exclude(self) -> None:
         plain = self._accounts[self._ways[0]]
         least = plain.stalled_s / max(plain.layers, 1)
-        for way in self._candidates[1:]:
+        for way in [way for way in self._candidates if way != self._ways[0]]:
             account = self._accounts[way]
             if account.layers >= _LEAST_ASKS and account.fastest_s > least:
                 self._candidates.remove(way)
+        tried = {way: self._accounts[way].tokens for way in self._candidates}
+        if all(len(tokens) >= _FIRST_LOOK_TOKENS for tokens in tried.values()):
+            seconds = _as_if_alike(tried)
+            slowest = min(max(its) for its in seconds.values())
+            self._candidates = [way for way in self._candidates if min(seconds[way]) <= _HOPELESS * slowest]
 
 
-def _costs(tried: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, tuple[float, float]]:
-    """Of each way the median seconds of its tokens, as if all had missed as many experts, and the standard error.
-
-    What a miss costs is the slope that all ways together have (analysis of covariance). One token in a dozen may take
-    many times as long, when another program takes a core: medians do not mind.
+def _as_if_alike(tried: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, list[float]]:
+    """Of each way the seconds of its tokens, as if all had missed as many experts: what a miss costs is the slope that
+    all ways together have (analysis of covariance).
     """
     count = sum(map(len, tried.values()))
     typical = sum(missed for tokens in tried.values() for _, missed in tokens) / count
@@ -133,10 +142,13 @@ def _costs(tried: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, tuple[
         together += sum((missed - mean) * (token_s - mean_s) for token_s, missed in tokens)
         spread += sum((missed - mean) ** 2 for _, missed in tokens)
     slope = together / spread if spread else 0.0
-    costs = {}
-    for way, tokens in tried.items():
-        seconds = [token_s - slope * (missed - typical) for token_s, missed in tokens]
-        middle = statistics.median(seconds)
-        deviation = 1.4826 * statistics.median(abs(each - middle) for each in seconds)
-        costs[way] = middle, 1.2533 * deviation / math.sqrt(len(seconds))
-    return costs
+    return {way: [token_s - slope * (missed - typical) for token_s, missed in tokens] for way, tokens in tried.items()}
+
+
+def _typical(seconds: Sequence[float]) -> tuple[float, float]:
+    """The median, and the standard error. One token in a dozen may take many times as long, when another program takes
+    a core: medians do not mind.
+    """
+    middle = statistics.median(seconds)
+    deviation = 1.4826 * statistics.median(abs(each - middle) for each in seconds)
+    return middle, 1.2533 * deviation / math.sqrt(len(seconds))
