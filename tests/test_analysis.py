@@ -197,7 +197,7 @@ def test_what_routers_foresaw_is_judged_where_they_were_asked() -> None:
     assert trace.foreseen is not None
     asked = trace.foreseen.copy()
     asked[:2] = NO_EXPERT  # the prompt
-    asked[:, 0] = NO_EXPERT
+    asked[:, 0] = trace.experts[:, 0]  # the first layer, which does not count
     asked[2, 1, :2] = trace.experts[2, 1, [1, 0]]  # all right, in another order
     asked[3, 1] = [trace.experts[3, 1, 0], NO_EXPERT, NO_EXPERT]  # half of them
     asked[4, 1, :2] = sorted(set(range(4)) - set(trace.experts[4, 1].tolist()))  # none

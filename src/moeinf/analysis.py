@@ -184,16 +184,17 @@ def predictability(requests: Sequence[Trace]) -> Predictability | None:
 
 def foreseen_share(requests: Sequence[Trace]) -> float | None:
     """Of the experts that layers chose whose routers were asked a layer early, the share that was named; None if none
-    was asked.
+    was asked. The first layer, which has none before it, does not count.
     """
     right = asked = 0
     for request in requests:
         if request.foreseen is None:
             continue
-        named, chosen = request.foreseen[..., None, :], request.experts[..., None]
-        was_asked = (request.foreseen != NO_EXPERT).any(axis=2)
-        is_chosen = request.experts != NO_EXPERT
-        right += int(((named == chosen).any(axis=3) & is_chosen)[was_asked].sum())
+        foreseen, chosen = request.foreseen[:, 1:], request.experts[:, 1:]
+        was_asked = (foreseen != NO_EXPERT).any(axis=2)
+        is_named = (foreseen[..., None, :] == chosen[..., None]).any(axis=3)
+        is_chosen = chosen != NO_EXPERT
+        right += int((is_named & is_chosen)[was_asked].sum())
         asked += int(is_chosen[was_asked].sum())
     return right / asked if asked else None
 

@@ -23,6 +23,8 @@ _RATE = 1 / 32
 """How much of a mean the last token is. From 1/8 to 1/128 guesses are as good (docs/experiments.md)."""
 _LEAST_RIGHT = 0.5
 """A layer of which fewer guesses come true is not worth reading for."""
+_TRUSTED = 4
+"""A layer begins as if all guesses for so many tokens had come true."""
 _RETRY_TOKENS = 32
 """Whether that has changed is looked at so often."""
 _LEARN_EVERY = 4
@@ -136,10 +138,10 @@ _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Share:
-    """Of a layer's experts, the share that was named before."""
+    """Of a layer's experts, the share that was named before; all of them, as far as is known at first."""
 
     def __init__(self) -> None:
-        self._share, self._counted, self._refused = 1.0, 0, 0
+        self._share, self._counted, self._refused = 1.0, _TRUSTED, 0
 
     @property
     def is_enough(self) -> bool:

@@ -35,8 +35,8 @@ class Recorder:
         identity: the model; `record` is called for each of its layers in turn.
         max_tokens: what comes after so many tokens is dropped, and counted in `dropped_tokens`.
         packed_tokens: so many tokens are packed at once. Unpacked, one takes 1.2 kB per layer.
-        foresight: asked, of every token that is no part of a prompt, which experts the next layer will choose; what it
-            says is noted beside what the layer then chooses.
+        foresight: asked, of every token that is no part of a prompt, which experts the next layer will choose, and told
+            what that chose; what it says is noted beside that.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Recorder:
             return
         if step.tokens > 1:  # a prompt's tensors are large, and may be views of larger ones
             experts, weights = experts[: step.kept].to(torch.int16), weights[: step.kept].to(torch.float16)
+        elif self._foresight is not None:
+            self._foresight.observe(layer, experts.tolist())
         step.choices.append((experts, weights))
         if layer == 0 and not is_prefill:
             step.foreseen[0] = self._first_foreseen

@@ -123,7 +123,7 @@ class Trace:
         position     int32   [tokens]              its place in that request, from 0; only grows, and may skip
         is_prefill   bool    [tokens]              whether it was read as part of a prompt
         foreseen     int16   [tokens, layers, k]   what the layer's router named when it was asked one MoE layer early,
-                                                   about what entered that one; NO_EXPERT where nobody asked; or None
+                                                   about the state expected there; NO_EXPERT where nobody asked; or None
 
     k is the largest `top_k` of all layers; a layer of a smaller one leaves the places behind its own empty. The arrays
     are read-only views of those given. Raises IntegrityError, which names the token and the layer, for anything that
