@@ -7,8 +7,9 @@
 For each setting (shape, share of the experts, dtype, or what its experts are packed as) it takes a random checkpoint
 of the shape, or the demo model, records a trace of it once, and runs one process in a memory cgroup that holds the plan
 and little more. The process makes the forecast from the traced hit curve, without corrections, then loads the engine
-with the same options, puts a prompt through it, and decodes. Prints times per token and to the first one, and the peak
-of memory beside the plan.
+with the same options, puts a prompt through it, and decodes. Another process has the plan for its budget, so that no
+step is longer than the plan has room for, and reads prompts of many lengths one after another, since what libraries
+keep of each fills up with use. Prints times per token and to the first one, and the peak of memory beside the plan.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SETTINGS = (
 )
 PACKED = ("lossless", "int8", "int4")
 TRACED_TOKENS = 400
+HELD_PROMPTS = (7, 100, 1500, 333, 777, 1990)
 CONTEXT = 2048
 
 
@@ -51,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """Predicted and measured; `held` is the process's peak less what it held before the model."""
+    """Predicted and measured."""
 
     verdict: str
     slots: int
@@ -60,6 +62,12 @@ class Result:
     ttft_s: tuple[float, float]
     bound_s: float
     by: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """The plan, and a process's peak less what it held before the model."""
+
     plan_bytes: int
     held_bytes: int
 
@@ -147,9 +155,23 @@ def predict_and_run(setting: Setting, prompt_tokens: int, new_tokens: int, threa
         (expected.ttft_s, first.ttft_s),
         expected.bound_s,
         expected.by,
-        plan.total,
-        second.memory.peak_rss - second.memory.libraries,
     )
+
+
+def hold(setting: Setting, new_tokens: int, threads: int) -> Held:
+    """Read prompts of many lengths within the plan."""
+    import moeinf
+
+    plan_bytes = plan_total(setting)
+    budget = str(plan_bytes)
+    with moeinf.load(
+        setting.model, host_memory=budget, experts=setting.share, context=CONTEXT, threads=threads
+    ) as engine:
+        engine.learns = False
+        for tokens in HELD_PROMPTS:
+            prompt = [5 + number * tokens % 89 for number in range(tokens)]
+            memory = _answer(engine, prompt, min(new_tokens, CONTEXT - tokens), seed=tokens).stats.memory
+    return Held(plan_bytes, memory.peak_rss - memory.libraries)
 
 
 def _answer(engine: Any, prompt: list[int], tokens: int, seed: int) -> Any:
@@ -164,41 +186,50 @@ def _words(setting: Setting) -> list[str]:
     return ["--settings", f"{setting.shape}:{setting.share}:{setting.dtype}"]
 
 
-def limit_bytes(setting: Setting) -> int:
-    """The plan of the setting, and what the libraries need; rather too little for the page cache."""
-    from moeinf.ledger import make_plan
+def plan_total(setting: Setting) -> int:
+    """Bytes of the setting's plan."""
+    from moeinf.placement import place
     from moeinf.planning import find_subject
+    from moeinf.settings import EngineOptions
     from moeinf.store import Store
 
     subject = find_subject(setting.model, Store())
-    plan = make_plan(subject.manifest, subject.shape, available_bytes=1 << 40, experts=setting.share, context=CONTEXT)
-    return plan.total + LIBRARIES_BYTES + (plan.total + LIBRARIES_BYTES) // 20
+    return place(subject.manifest, subject.shape, EngineOptions(experts=setting.share, context=CONTEXT)).plan.total
 
 
-def measure(setting: Setting, arguments: argparse.Namespace) -> Result | str:
-    """One process in a cgroup, with a cold page cache; what went wrong if it did."""
-    command = [sys.executable, __file__, "--worker", "run", *_words(setting), "--folder", str(arguments.folder)]
-    command += ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
-    command += ["--threads", str(arguments.threads)]
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-    with memory_limit(limit_bytes(setting)) as cgroup:
-        done = run_in(cgroup, command)
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
-    return Result(**json.loads(lines[-1])) if done.returncode == 0 else f"exit {done.returncode}: {lines[-1]}"
+def limit_bytes(setting: Setting) -> int:
+    """The plan of the setting, and what the libraries need; rather too little for the page cache."""
+    needed = plan_total(setting) + LIBRARIES_BYTES
+    return needed + needed // 20
 
 
-def row(setting: Setting, result: Result | str) -> str:
+def measure(setting: Setting, arguments: argparse.Namespace) -> str:
+    """A row of the table, of two processes in a cgroup, each with a cold page cache; what went wrong if it did."""
     head = f"| {setting.shape} | {setting.share} | {setting.dtype} "
-    if isinstance(result, str):
-        return f"{head}| {result} |"
+    answers = []
+    for worker in ("run", "hold"):
+        command = [sys.executable, __file__, "--worker", worker, *_words(setting), "--folder", str(arguments.folder)]
+        command += ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
+        command += ["--threads", str(arguments.threads)]
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        with memory_limit(limit_bytes(setting)) as cgroup:
+            done = run_in(cgroup, command)
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
+        if done.returncode:
+            return f"{head}| exit {done.returncode}: {lines[-1]} |"
+        answers.append(json.loads(lines[-1]))
+    return head + row(Result(**answers[0]), Held(**answers[1]))
+
+
+def row(result: Result, held: Held) -> str:
     pairs = [
         "{:.2f} / {:.2f}".format(*result.hit_rate),
         "{:.1f} / {:.1f} ms: {:.2f}".format(*(s * 1e3 for s in result.tpot_s), result.tpot_s[1] / result.tpot_s[0]),
         "{:.2f} / {:.2f} s: {:.2f}".format(*result.ttft_s, result.ttft_s[1] / result.ttft_s[0]),
         f"{result.bound_s * 1e3:.1f} ms ({result.by})",
-        f"{result.held_bytes / result.plan_bytes:.0%} of {result.plan_bytes / MIB:.0f} MiB",
+        f"{held.held_bytes / held.plan_bytes:.0%} of {held.plan_bytes / MIB:.0f} MiB",
     ]
-    return f"{head}| {result.verdict} | {' | '.join(pairs)} |"
+    return f"| {result.verdict} | {' | '.join(pairs)} |"
 
 
 def main() -> None:
@@ -209,7 +240,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1500, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="tokens that are decoded")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--worker", choices=("record", "run"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("record", "run", "hold"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     settings = [Setting(*text.split(":")) for text in arguments.settings]
     if arguments.worker == "record":
@@ -219,6 +250,9 @@ def main() -> None:
         result = predict_and_run(settings[0], arguments.prompt, arguments.tokens, arguments.threads)
         print(json.dumps(asdict(result)))
         return
+    if arguments.worker == "hold":
+        print(json.dumps(asdict(hold(settings[0], arguments.tokens, arguments.threads))))
+        return
     arguments.folder = arguments.folder.resolve()
     os.environ["MOEINF_HOME"] = str(arguments.folder / "home")
     tune_libraries()
@@ -226,7 +260,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|\n| | | | | predicted / measured | predicted / measured: ratio | | | |")
     for setting in settings:
         prepare(setting, arguments.folder, arguments.layers)
-        print(row(setting, measure(setting, arguments)), flush=True)
+        print(measure(setting, arguments), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def make_manifest(
 
 def make_shape(layers: int = 16) -> ModelShape:
     table = 62 * MIB
-    return ModelShape(1024, 2048, 32000, 0, layers=layers, head_bytes=table, lookup_bytes=table)
+    return ModelShape(1024, 2048, 32000, 0, 4, layers=layers, head_bytes=table, lookup_bytes=table)
 
 
 def random_machine(chance: random.Random) -> Machine:

@@ -16,8 +16,10 @@ import moeinf
 from families import make_checkpoint
 from moeinf import engine as engine_module
 from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UsageError
+from moeinf.kernels.native import can_add_as_torch_does
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
+from moeinf.settings import FEW_PROGRAMS, MANY_PROGRAMS
 from moeinf.store import Store
 from moeinf.transfer import can_read_direct
 
@@ -146,6 +148,37 @@ def test_threads_are_bounded(tiny: str) -> None:
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("options", "programs"), [({}, FEW_PROGRAMS), ({"kernels": "torch"}, MANY_PROGRAMS)])
+def test_few_programs_are_planned_for_where_the_library_takes_prompts(
+    tiny: str, options: dict[str, str], programs: int
+) -> None:
+    if not can_add_as_torch_does():
+        programs = MANY_PROGRAMS
+    with moeinf.load(tiny, **options) as engine:  # type: ignore[arg-type]
+        assert engine.plan.libraries.programs == programs
+        assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(programs)
+
+
+@pytest.mark.parametrize(
+    ("family", "programs"), [("mixtral", FEW_PROGRAMS), ("aria_text", MANY_PROGRAMS), ("qwen4_exp_text", MANY_PROGRAMS)]
+)
+def test_many_programs_are_kept_for_experts_that_torch_computes_and_for_other_kinds_of_attention(
+    tmp_path: Path, family: str, programs: int
+) -> None:
+    if not can_add_as_torch_does():
+        pytest.skip("torch computes all prompts here")
+    make_checkpoint(family, tmp_path / family)
+    pull(str(tmp_path / family), store=Store(), name=family)
+    with moeinf.load(family) as engine:
+        assert engine.plan.libraries.programs == programs
+
+
+def test_float32_needs_no_programs(tiny: str) -> None:
+    with moeinf.load(tiny, dtype="float32") as engine:
+        assert engine.plan.libraries.programs == 0
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
 
 
 @pytest.mark.parametrize("kind", ["direct", "buffered"])

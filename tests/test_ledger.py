@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import random
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
 from moeinf.errors import CapacityError, UsageError
-from moeinf.ledger import MemoryPlan, ModelShape, make_device_plan, make_plan, slot_bytes
+from moeinf.ledger import Libraries, MemoryPlan, ModelShape, make_device_plan, make_plan, slot_bytes
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
 MIB = 1 << 20
 SHAPE = ModelShape(
-    hidden=1024, widest=2048, vocabulary=32000, score_heads=0, layers=16, head_bytes=64 * MIB, lookup_bytes=0
+    hidden=1024, widest=2048, vocabulary=32000, score_heads=0, sharing=4, layers=16, head_bytes=64 * MIB, lookup_bytes=0
 )
 
 
@@ -156,7 +156,7 @@ def test_slots_are_whole_pages_of_the_machine(monkeypatch: pytest.MonkeyPatch) -
         assert slot_bytes(layout) == size
 
 
-GIB = 1 << 30
+KIB, GIB = 1 << 10, 1 << 30
 
 
 def device_plan(device: int, host: int, manifest: Manifest | None = None, **options: str | int) -> MemoryPlan:
@@ -231,17 +231,21 @@ def test_what_the_processor_expands_for_a_gpu_is_counted() -> None:
         assert with_it.workspace - without.workspace == more
 
 
-def test_libraries_take_less_beside_a_narrow_model_but_for_their_programs() -> None:
-    def fixed(make: Callable[..., MemoryPlan], hidden: int) -> int:
-        shape = dataclasses.replace(SHAPE, hidden=hidden, widest=2 * hidden, vocabulary=0)
-        made = make(make_manifest(), shape, experts="8", context=512)
+def test_libraries_take_less_where_they_keep_few_programs_and_beside_a_narrow_model() -> None:
+    def fixed(hidden: int, programs: int = 0, takes_prompts: bool = True, threads: int = 1, **fields: Any) -> int:
+        shape = dataclasses.replace(SHAPE, hidden=hidden, widest=2 * hidden, vocabulary=0, **fields)
+        libraries = Libraries(programs, takes_prompts, threads)
+        made = make_plan(make_manifest(), shape, available_bytes=8 * GIB, experts="8", context=512, libraries=libraries)
         return made.workspace - made.step_tokens * made.token_workspace
 
-    on_host = partial(fixed, partial(make_plan, available_bytes=8 * GIB))
-    on_device = partial(fixed, partial(make_device_plan, device_bytes=8 * GIB, host_bytes=8 * GIB))
-    assert 76 * MIB < on_host(32) < on_host(256) < on_host(512) < on_host(1024) == on_host(4096)
-    assert on_host(256) < on_host(1024) - 30 * MIB
-    assert on_device(32) == on_device(1024) == on_host(1024)
+    assert fixed(32) < fixed(256) < fixed(1024)
+    for programs in (32, 128):
+        assert fixed(256, programs) - fixed(256) == programs * 400 * KIB
+    assert fixed(256) < fixed(256, takes_prompts=False)
+    assert fixed(4096, 128, takes_prompts=False) == fixed(8192, 128, takes_prompts=False)
+    assert fixed(256) < fixed(256, has_plain_attention=False)
+    assert fixed(256) < fixed(256, sharing=8)
+    assert fixed(256, threads=8) - fixed(256) == 7 * 512 * KIB
 
 
 def test_weights_that_are_widened_are_counted_so() -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from moeinf.errors import UsageError
-from moeinf.settings import EngineOptions, home_path, is_debug, resolve_options, tune_libraries
+from moeinf.settings import (
+    FEW_PROGRAMS,
+    MANY_PROGRAMS,
+    EngineOptions,
+    home_path,
+    is_debug,
+    keep_programs,
+    kept_programs,
+    resolve_options,
+    tune_libraries,
+)
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -46,10 +56,25 @@ def test_home_and_debug() -> None:
 
 
 def test_libraries_are_told_what_suits_where_nobody_has_said_otherwise() -> None:
-    environ = {"GOMP_SPINCOUNT": "7"}
-    tune_libraries(environ)
-    assert environ["GOMP_SPINCOUNT"] == "7"
-    assert environ["LRU_CACHE_CAPACITY"] == "64"
+    said, unsaid = {"GOMP_SPINCOUNT": "7"}, dict[str, str]()
+    for environ in (said, unsaid):
+        tune_libraries(environ)
+    assert (said, unsaid) == ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "1000"})
+
+
+def test_as_many_programs_are_kept_as_are_planned_for() -> None:
+    for said, kept in (({}, FEW_PROGRAMS), ({"LRU_CACHE_CAPACITY": "500"}, 500)):
+        environ = dict(said)
+        assert kept_programs(FEW_PROGRAMS, environ) == kept
+        keep_programs(kept, environ)
+        assert environ.items() >= said.items()
+        for wanted in (FEW_PROGRAMS, MANY_PROGRAMS):  # another engine of the process can but go by what was said
+            assert kept_programs(wanted, environ) == max(map(int, environ.values())) == kept
+
+
+def test_a_number_of_programs_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="LRU_CACHE_CAPACITY: 'many' is not a whole number"):
+        kept_programs(FEW_PROGRAMS, {"LRU_CACHE_CAPACITY": "many"})
 
 
 def test_libraries_are_told_before_torch_is_imported() -> None:

@@ -15,12 +15,14 @@ from typing import Literal
 
 from .errors import CapacityError, UsageError
 from .manifest import ExpertLayout, Manifest
-from .units import MIB, align_up, format_bytes, parse_size
+from .settings import MANY_PROGRAMS
+from .units import KIB, MIB, align_up, format_bytes, parse_size
 
 __all__ = [
     "BAND_BYTES",
     "SPARE_WINDOW",
     "HostPlan",
+    "Libraries",
     "MemoryPlan",
     "ModelShape",
     "Regime",
@@ -38,11 +40,16 @@ _MOST_RESERVE_BYTES = 1024 * MIB
 _LIBRARY_BYTES = 128 * MIB
 """What libraries take at most beside all that is counted one by one, and what they take of a GPU, where it was not
 measured."""
-_NARROW_LIBRARY_BYTES = 76 * MIB
-"""What they take of it for a model whose activations are small, most of it for programs of matrix products, which are
-as large for small matrices as for large ones (docs/experiments.md)."""
-_HOLES_TOKENS = 256
-"""Beyond that, the activations of so many tokens, for the holes that they leave in the heap."""
+_CODE_BYTES, _MORE_CODE_BYTES = 14 * MIB, 11 * MIB
+"""Of it, code of libraries that nothing used before the model was loaded, and what belongs to it; and what there is
+more of it where attention is of another kind than most, or torch computes the experts of prompts (docs/experiments.md).
+"""
+_PROGRAM_BYTES = 400 * KIB
+"""A program of a matrix product, which is as large for small matrices as for large ones."""
+_THREAD_BYTES = 512 * KIB
+"""A thread's stack, its part of the heap, and what it keeps of programs."""
+_HOLES_TOKENS, _MORE_HOLES_TOKENS = 64, 256
+"""The activations of so many tokens, for the holes that they leave in the heap; and where they are torch's."""
 _DEFAULT_CONTEXT = 4096
 SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
@@ -65,26 +72,41 @@ may have to read every expert, so a quarter of the pieces is a quarter of the ti
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
-    never holds a whole score matrix. `layers` are all layers, MoE or not. Of the dense weights, `head_bytes` are the
-    output layer's, and `lookup_bytes` those of an embedding table of which a token needs a row only. Where the KV cache
-    has latents, `expanded_bytes` are what one layer makes of a token's, its keys and values; they are kept, too, in
-    `kept_layers`, and made anew for each token in others (latents.py).
+    never holds a whole score matrix. `sharing` heads have the same keys and values. `layers` are all layers, MoE or
+    not. Of the dense weights, `head_bytes` are the output layer's, and `lookup_bytes` those of an embedding table of
+    which a token needs a row only. Where the KV cache has latents, `expanded_bytes` are what one layer makes of a
+    token's, its keys and values; they are kept, too, in `kept_layers`, and made anew for each token in others
+    (latents.py). Where a model `has_plain_attention`, all layers attend to all tokens' keys and values by torch's
+    kernel: no latents, windows, states or whole score matrices, which ask for other matrix products.
     """
 
     hidden: int
     widest: int
     vocabulary: int
     score_heads: int
+    sharing: int
     layers: int
     head_bytes: int
     lookup_bytes: int
     expanded_bytes: int = 0
     kept_layers: int = 0
+    has_plain_attention: bool = True
 
     @property
     def kept_bytes(self) -> int:
         """Bytes that are kept of a token beside its KV cache."""
         return self.kept_layers * self.expanded_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Libraries:
+    """What the memory that libraries take depends on beside the model: so many `programs` of matrix products are kept
+    at most, the native library `takes_prompts`, or torch computes their experts, and so many `threads` compute.
+    """
+
+    programs: int = MANY_PROGRAMS
+    takes_prompts: bool = False
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +152,7 @@ class MemoryPlan:
     step_tokens: int = _STEP_TOKENS
     host: HostPlan | None = None
     expanded: int = 0
+    libraries: Libraries = Libraries()
 
     @property
     def experts(self) -> int:
@@ -191,6 +214,7 @@ def make_plan(
     experts: str | None = None,
     context: int | None = None,
     widening: int = 1,
+    libraries: Libraries = Libraries(),
 ) -> MemoryPlan:
     """Divide the memory. `available_bytes`: what this process may take; sizes as typed by the user, None meaning
     "choose". Weights take `widening` times their bytes when they are computed with.
@@ -206,7 +230,7 @@ def make_plan(
         dense=widening * manifest.dense_bytes,
         kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes) + tokens * shape.kept_bytes,
         expanded=tokens * shape.kept_bytes,
-        workspace=_library_bytes(manifest, shape)
+        workspace=_library_bytes(manifest, shape, libraries)
         + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.kept_layers else _COPIES_ANEW)
         + _STEP_TOKENS * token_workspace,
         token_workspace=token_workspace,
@@ -215,6 +239,7 @@ def make_plan(
         all_experts=manifest.num_experts,
         token_experts=manifest.token_experts,
         context=tokens,
+        libraries=libraries,
     )
     return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
 
@@ -384,11 +409,15 @@ def _row_bytes(manifest: Manifest, shape: ModelShape) -> int:
     return (2 * top_k * shape.hidden + 20 * shape.hidden + 10 * shape.widest) * 4
 
 
-def _library_bytes(manifest: Manifest, shape: ModelShape) -> int:
-    """Bytes of host memory that libraries take in any step: programs of matrix products, their code, and holes in the
-    heap.
+def _library_bytes(manifest: Manifest, shape: ModelShape, libraries: Libraries) -> int:
+    """Bytes of host memory that libraries take in any step: their code, programs of matrix products, threads, and holes
+    in the heap.
     """
-    return min(_LIBRARY_BYTES, _NARROW_LIBRARY_BYTES + _HOLES_TOKENS * _row_bytes(manifest, shape))
+    is_usual = libraries.takes_prompts and shape.has_plain_attention
+    code = _CODE_BYTES + (0 if is_usual else _MORE_CODE_BYTES)
+    holes = (_HOLES_TOKENS if libraries.takes_prompts else _MORE_HOLES_TOKENS) * _row_bytes(manifest, shape)
+    shared = min(_LIBRARY_BYTES, code + libraries.programs * _PROGRAM_BYTES + holes)
+    return shared + libraries.threads * _THREAD_BYTES
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:
@@ -396,7 +425,7 @@ def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widenin
     many `copies` of what a layer makes of it, the spare room of sliding windows, logits, and a weight of a packed
     expert, or as much of a dense one, expanded, or of any, widened.
     """
-    repeated = 8 * context * manifest.kv_token_bytes // len(manifest.layers)
+    repeated = shape.sharing * widening * context * manifest.kv_token_bytes // len(manifest.layers)
     repeated += copies * context * shape.expanded_bytes
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
     dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)

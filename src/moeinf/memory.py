@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from .ledger import MemoryPlan, ModelShape, make_device_plan, make_plan
+from .ledger import Libraries, MemoryPlan, ModelShape, make_device_plan, make_plan
 from .manifest import Manifest
 from .settings import EngineOptions
 from .units import KIB
@@ -63,7 +63,13 @@ def swap_bytes() -> tuple[int, int]:
     return int(swap.total), int(swap.free)
 
 
-def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions, widening: int = 1) -> MemoryPlan:
+def plan_memory(
+    manifest: Manifest,
+    shape: ModelShape,
+    options: EngineOptions,
+    widening: int = 1,
+    libraries: Libraries = Libraries(),
+) -> MemoryPlan:
     """The plan for this machine as it is now; the engine keeps to it, and `profile` shows it. Raises as `make_plan`."""
     return make_plan(
         manifest,
@@ -73,6 +79,7 @@ def plan_memory(manifest: Manifest, shape: ModelShape, options: EngineOptions, w
         experts=options.experts,
         context=options.context,
         widening=widening,
+        libraries=libraries,
     )
 
 

@@ -166,7 +166,7 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
     """What the memory ledger and forecasts want to know of a model beside its manifest."""
     text = config.get_text_config(decoder=True)
-    expanded_bytes = _expanded_bytes(text, manifest)
+    expanded_bytes, plain_layers = _expanded_bytes(text, manifest), _plain_layers(text)
     holds_scores = (
         not causal_lm_class(config)._supports_sdpa or expanded_bytes > 0
     )  # their values are smaller than keys
@@ -177,12 +177,20 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
         widest=max(widest, getattr(text, "intermediate_size", None) or 0),
         vocabulary=text.vocab_size,
         score_heads=max(layer.num_attention_heads for layer in text.per_layer_config) if holds_scores else 0,
+        sharing=max(map(_sharing, text.per_layer_config)),
         layers=text.num_hidden_layers,
         head_bytes=table_bytes,
         lookup_bytes=0 if getattr(config, "tie_word_embeddings", False) else table_bytes,
         expanded_bytes=expanded_bytes,
-        kept_layers=_plain_layers(text) if expanded_bytes else 0,
+        kept_layers=plain_layers if expanded_bytes else 0,
+        has_plain_attention=plain_layers == text.num_hidden_layers and not (holds_scores or manifest.kv_fixed_bytes),
     )
+
+
+def _sharing(layer: Any) -> int:
+    """How many heads of a layer share keys and values."""
+    heads = getattr(layer, "num_attention_heads", None) or 1
+    return -(-heads // (getattr(layer, "num_key_value_heads", None) or heads))
 
 
 def _expanded_bytes(text: Any, manifest: Manifest) -> int:

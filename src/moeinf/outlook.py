@@ -204,7 +204,14 @@ def _packed(situation: Situation, plan: MemoryPlan, factor: float) -> Forecast:
     """The same memory with experts packed without loss. Raises UnsupportedError where they cannot be."""
     manifest = dataclasses.replace(situation.manifest, layout=lossless_layout(situation.manifest.layout))
     budget, shape = plan.total, situation.shape
-    then = make_plan(manifest, shape, available_bytes=budget, host_memory=str(budget), context=plan.context)
+    then = make_plan(
+        manifest,
+        shape,
+        available_bytes=budget,
+        host_memory=str(budget),
+        context=plan.context,
+        libraries=plan.libraries,
+    )
     return foretell(dataclasses.replace(situation, manifest=manifest), then).times(factor)
 
 

@@ -14,19 +14,31 @@ from pathlib import Path
 
 from .errors import UsageError
 
-__all__ = ["DEFAULT_POLICY", "EngineOptions", "home_path", "is_debug", "resolve_options", "tune_libraries"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "FEW_PROGRAMS",
+    "MANY_PROGRAMS",
+    "EngineOptions",
+    "home_path",
+    "is_debug",
+    "keep_programs",
+    "kept_programs",
+    "resolve_options",
+    "tune_libraries",
+]
 
 DEFAULT_POLICY = "neighbour-use"
 """What the evidence picks (docs/policies.md)."""
 
-_LIBRARIES = {"GOMP_SPINCOUNT": "1000", "LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-"""What libraries are told by the environment, because their defaults do not suit (docs/experiments.md).
+MANY_PROGRAMS, FEW_PROGRAMS = 128, 32
+"""Programs of matrix products that libraries keep. torch (through ideep) and oneDNN keep one of 0.4 MiB for every shape
+that they met, 1024 of them if nobody says otherwise. Where torch computes the experts of prompts, each meets another
+shape for each number of tokens, and attention that is not plain has products of its own; many are kept without a loss
+in speed. Else few are: linear layers meet one number of rows per prompt (docs/experiments.md)."""
 
-Idle threads of OpenMP look out for work for milliseconds before they sleep, and keep the cores from the readers, from
-native threads and from other programs; so often they look is enough. torch (through ideep) and oneDNN keep a program of
-0.3 MB each for every shape of matrix product they met, 1024 of them, and an expert meets another shape for each number
-of tokens; so many are kept without a loss in speed.
-"""
+_SPINS = "GOMP_SPINCOUNT"
+_PROGRAMS = {"LRU_CACHE_CAPACITY": 2, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 1}
+"""Of what torch keeps half is enough: what it has dropped, oneDNN still has."""
 
 _CHOICES = {
     "prefetch": ("auto", "eam", "gate", "off"),
@@ -76,11 +88,27 @@ def home_path(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def tune_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Say in `environ` what suits an engine, where nobody has said otherwise. OpenMP reads it when torch is imported,
-    the others at the first matrix product.
+    """Say in `environ` what suits an engine, where nobody has said otherwise, before torch is imported.
+
+    Idle threads of OpenMP look out for work for milliseconds before they sleep, and keep the cores from the readers,
+    from native threads and from other programs; so often they look is enough (docs/experiments.md).
     """
-    for variable, value in _LIBRARIES.items():
-        environ.setdefault(variable, value)
+    environ.setdefault(_SPINS, "1000")
+
+
+def kept_programs(wanted: int, environ: Mapping[str, str] = os.environ) -> int:
+    """How many programs of matrix products libraries keep at most: as `environ` says, or as is `wanted`. Raises
+    UsageError for what is no number.
+    """
+    return max(_number(environ.get(name, str(wanted // part)), name) for name, part in _PROGRAMS.items())
+
+
+def keep_programs(wanted: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Say in `environ` that so many are to be kept, where nobody has said otherwise, before the first matrix product:
+    then, and never again, it is read.
+    """
+    for name, part in _PROGRAMS.items():
+        environ.setdefault(name, str(wanted // part))
 
 
 def is_debug(environ: Mapping[str, str] = os.environ) -> bool:
@@ -115,8 +143,10 @@ def resolve_options(
 
 
 def _convert(name: str, value: object, origin: str) -> object:
-    if name not in ("context", "threads"):
-        return str(value)
+    return _number(value, origin) if name in ("context", "threads") else str(value)
+
+
+def _number(value: object, origin: str) -> int:
     try:
         return int(str(value))
     except ValueError:
