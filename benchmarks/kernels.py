@@ -34,15 +34,16 @@ from torch import nn
 from moeinf.dtypes import TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
-from moeinf.manifest import ExpertLayout, TensorSpec
-from moeinf.quantized import Packer, fill_randomly, quantize
+from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec
+from moeinf.quantized import Packer, Quantizer, fill_randomly
 
 GB = 1e9
 TURN = 16
 """Layers that each computes before it is another's turn."""
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+BITS = {"bf16": 16} | NUMBER_BITS
 RELEASED = ("fp8", "mxfp4")
 GROUP = 64
+"""Of torch's own int4."""
 COPIES = 4
 """Experts that differ; the others are copies of them, each with memory of its own."""
 
@@ -90,19 +91,6 @@ class Experts(nn.Module):
         return F.silu(gate) * up
 
 
-class NumberMaths(NativeMaths):
-    """Native experts in whole numbers; an expert is one tensor of bytes."""
-
-    def __init__(self, shape: Shape, bits: int, pool: NativePool) -> None:
-        super().__init__(Experts(shape), shape.layout, pool)
-        up, down = 2 * shape.inner * shape.hidden, shape.hidden * shape.inner
-        sizes = up * bits // 8, up // GROUP * 2, down * bits // 8, down // GROUP * 2
-        layer = self.layer
-        layer.weights, layer.group = {8: 1, 4: 2}[bits], GROUP
-        layer.up, layer.up_scales, layer.down, layer.down_scales = (sum(sizes[:number]) for number in range(4))
-        self._anchor, self._offset = "all", 0
-
-
 @dataclass(frozen=True)
 class Result:
     """Medians of one shape: bytes per second of reading, and seconds per layer of torch and native maths."""
@@ -124,14 +112,6 @@ def make_expert(shape: Shape, generator: torch.Generator) -> dict[str, torch.Ten
         spec.name: torch.empty(spec.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
         for spec in shape.layout.tensors
     }
-
-
-def as_bytes(expert: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-    """The expert as the native library reads it."""
-    parts = list(expert.values())
-    if bits < 16:
-        parts = [part for tensor in expert.values() for part in quantize(tensor, bits, GROUP)]
-    return torch.cat([part.flatten().view(torch.uint8) for part in parts])
 
 
 def torch_weights(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,8 +158,15 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
     generator = torch.Generator().manual_seed(0)
     layout = shape.layout
     samples = [make_expert(shape, generator) for _ in range(COPIES)]
-    images = [as_bytes(sample, bits) for sample in samples]
-    if weights in RELEASED:
+    images = [torch.cat([tensor.flatten().view(torch.uint8) for tensor in sample.values()]) for sample in samples]
+    if weights in NUMBER_BITS:
+        quantizer = Quantizer(layout, shape.is_transposed, weights, GROUPS[weights][0])
+        layout = quantizer.layout
+        images = [
+            torch.frombuffer(bytearray(b"".join(quantizer.encode(sample, "an expert"))), dtype=torch.uint8)
+            for sample in samples
+        ]
+    elif weights in RELEASED:
         layout = Packer(layout, shape.is_transposed, weights).layout
         images = [released(layout, generator) for _ in range(COPIES)]
     size = images[0].numel()
@@ -192,12 +179,8 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
     groups = [range(start, start + shape.top_k) for start in range(0, count, shape.top_k)]
 
     def native() -> Iterator[Call]:
-        if bits < 16:
-            maths: NativeMaths = NumberMaths(shape, bits, pool)
-            experts: list[Tensors] = [{"all": image} for image in memory]
-        else:
-            maths = NativeMaths(Experts(shape), layout, pool)
-            experts = [views(layout, image) for image in memory]
+        maths = NativeMaths(Experts(shape), layout, pool)
+        experts = [views(layout, image) for image in memory]
         for group in cycle(groups):
             yield partial(token, maths, hidden, shares, [experts[number] for number in group])
 

@@ -130,7 +130,7 @@ def test_quantised_experts_are_named_and_not_given_to_rivals(processes: Processe
             bench(stored, wishes)
         assert not processes.jobs
         found = bench(stored, replace(wishes, rivals=[])).to_dict()
-        assert (found["quantization"], found["quality"]) == ("int4 experts (groups of 32)", None)
+        assert (found["quantization"], found["quality"]) == ("int4 experts (groups of 16)", None)
     finally:
         Store().remove("tiny-int4")
     assert measure(repeat=1).to_dict()["quantization"] is None

@@ -31,7 +31,7 @@ from moeinf.quality import compare
 from moeinf.quantizing import quantize_model
 from moeinf.store import Store, StoredModel
 
-INT4 = ExpertForm("int4", 32)
+INT4 = ExpertForm("int4", 16)
 TEXTS = [Prompt("", "".join(chr(33 + (7 * n * n + 3 * n + k) % 90) for k in range(60 + n))) for n in range(12)]
 FAMILIES = ("gpt_oss", "inkling2_text", "mixtral", "nemotron_h", "qwen3_moe")
 """Weights the other way round and biases, a norm behind experts, gates and none."""
@@ -149,7 +149,7 @@ def test_it_lies_as_any_other_and_says_what_it_is(plain: StoredModel, store: Sto
     assert fitted.manifest.layout == searched.manifest.layout
     assert notes[0].startswith(f"calibrating on {calibration.tokens} tokens of twelve, which takes ")
     ending = f", from bfloat16, calibrated on {calibration.tokens} tokens of twelve"
-    assert fitted.manifest.precision == f"int4 experts (groups of 32){ending}"
+    assert fitted.manifest.precision == f"int4 experts (groups of 16){ending}"
     for name, other in (("searched", calibration), ("fitted", None), ("fitted", calibrate(plain, TEXTS[:3]))):
         with pytest.raises(UsageError, match=f"{name} is here already, and is"):
             quantize_model(plain, name, INT4, store=store, calibration=other)

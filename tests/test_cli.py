@@ -264,20 +264,20 @@ def test_quantize_run_and_show(cli: CommandLine, checkpoint: Path) -> None:
     cli.run("pull", str(checkpoint))
     cli.check("""
         $ moeinf quantize mix --experts int4 --name small
-        | small: int4 experts (groups of 32), from bfloat16, 1.28 KiB each instead of 4.50 KiB
+        | small: int4 experts (groups of 16), from bfloat16, 1.44 KiB each instead of 4.50 KiB
         ! look at dense weights: 9 matrices
         ! quantize: 16 experts
         ! what that costs in quality: moeinf quality small --against mix
         = 0
     """)
     shown = cli.run("show", "small")[0]
-    assert "\nprecision      int4 experts (groups of 32), from bfloat16, computed in bfloat16\n" in shown
+    assert "\nprecision      int4 experts (groups of 16), from bfloat16, computed in bfloat16\n" in shown
     assert "\nquality        not measured: moeinf quality small --against MODEL\n" in shown
     assert ["dense" in line for line in shown.splitlines() if line.endswith(", packed without loss")] == [True]
     assert "packed without loss" not in cli.run("show", "mix")[0]
     stderr = cli.run("run", "small", "Hi", "--stats", "--max-tokens", "4")[1]
-    assert "small has int4 experts (groups of 32): it does not answer exactly as released\n" in stderr
-    assert "\nint4 experts (groups of 32), computed by " in stderr
+    assert "small has int4 experts (groups of 16): it does not answer exactly as released\n" in stderr
+    assert "\nint4 experts (groups of 16), computed by " in stderr
     assert stderr.endswith("quality not measured (moeinf quality)\n")
 
 
@@ -371,7 +371,7 @@ def test_what_quantize_and_quality_refuse(cli: CommandLine, checkpoint: Path) ->
 def test_verify_of_quantised_experts_says_how_to_have_them_again(cli: CommandLine, checkpoint: Path) -> None:
     cli.run("pull", str(checkpoint), "--experts", "int4")
     (cli.home / "models/mix-int4" / expert_path(0, 1)).write_bytes(b"")
-    hint = f"hint: moeinf pull {checkpoint} --name mix-int4 --experts int4 --group 32 --force"
+    hint = f"hint: moeinf pull {checkpoint} --name mix-int4 --experts int4 --force"
     assert cli.run("verify", "mix-int4")[1].splitlines()[-1] == hint
 
 

@@ -138,7 +138,7 @@ def test_kernels_are_those_that_the_engine_would_take() -> None:
 def quantised(kernels: str) -> tuple[Situation, MemoryPlan]:
     """The small model in int4, on a machine whose disk is no hindrance and that computes int4 natively."""
     up, down = ((1024, 512), 1024), ((1024, 256), 512)
-    made = Quantization("int4", 32, "BF16", {"gate_up_proj": up[1], "down_proj": down[1]})
+    made = Quantization("int4", 16, "BF16", {"gate_up_proj": up[1], "down_proj": down[1]})
     specs = [TensorSpec("gate_up_proj", "U8", up[0], 0), TensorSpec("down_proj", "U8", down[0], 1 << 19)]
     manifest = dataclasses.replace(make_manifest(), layout=ExpertLayout(4096, tuple(specs), made))
     machine = make_machine(disk=1e6 * GB, fresh=1e6 * GB)

@@ -18,6 +18,7 @@ LAYERS = [
     {"catalog", "demo", "forecast", "gpu_forecast", "machine", "manifest", "ledger", "outlook", "panels", "prompts"},
     {
         "checkpoint",
+        "codebook",
         "collection",
         "collectionfile",
         "conversion",
@@ -109,6 +110,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "torch": {
         "calibrated",
+        "codebook",
         "conversion",
         "densefile",
         "dtypes",

@@ -252,7 +252,7 @@ def test_a_pull_that_meets_what_cannot_be_packed_stores_experts_as_they_are(
 
 def test_what_cannot_be_asked_for(store: Store, tmp_path: Path) -> None:
     make_checkpoint("qwen3_moe", tmp_path)
-    with pytest.raises(UsageError, match="--group says how int8 and int4"):
+    with pytest.raises(UsageError, match="--group says how int8 experts"):
         pull(str(tmp_path), store=store, experts="lossless", group=32)
     with pytest.raises(UnsupportedError, match="experts in F32 are not packed"):
         pull(str(tmp_path), store=store, dtype="float32", experts="lossless")

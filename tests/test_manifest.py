@@ -48,11 +48,11 @@ MANIFEST = Manifest(
 
 QUANTIZED = replace(
     MANIFEST,
-    precision="int4 experts (groups of 32), from bfloat16",
+    precision="int4 experts (groups of 16), from bfloat16",
     layout=ExpertLayout(
         4096,
-        (TensorSpec("up_proj_scales", "F16", (6, 2), 0), TensorSpec("up_proj", "U8", (6, 17), 24)),
-        Quantization("int4", 32, "BF16", {"up_proj": 33}),
+        (TensorSpec("up_proj_scales", "U8", (6, 5), 0), TensorSpec("up_proj", "U8", (6, 17), 30)),
+        Quantization("int4", 16, "BF16", {"up_proj": 33}),
     ),
 )
 
@@ -133,6 +133,15 @@ def test_another_form_of_experts_is_not_guessed_at(key: str, value: object) -> N
         Manifest.from_json(other)
 
 
+def test_the_former_int4_is_refused_with_what_to_do() -> None:
+    former = edited(lambda raw: raw["layout"]["quantization"].update(group=32), QUANTIZED)
+    with pytest.raises(
+        UnsupportedError, match=r"int4 in groups of 32, a form that .* does not read any more"
+    ) as caught:
+        Manifest.from_json(former)
+    assert "quantise or pull the model again" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -141,6 +150,7 @@ def test_another_form_of_experts_is_not_guessed_at(key: str, value: object) -> N
         lambda raw: raw["layout"]["quantization"].update(widths={"up_proj": 35}),
         lambda raw: raw["layout"]["quantization"].update(widths={"down_proj": 33}),
         lambda raw: raw["layout"]["tensors"][0].update(dtype="BF16"),
+        lambda raw: raw["layout"]["tensors"][0].update(shape=[6, 3]),
         lambda raw: raw["layout"]["tensors"].pop(0),
     ],
 )

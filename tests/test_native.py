@@ -29,7 +29,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.hardware import processor_features
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
-from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec, scales_name
+from moeinf.manifest import GROUPS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
 from moeinf.quantized import Packer, Quantizer, dequantize, fill_randomly
 from moeinf.shared_library import NotNativeError, built_library
@@ -42,6 +42,7 @@ pytestmark = [
 
 VARIANTS = native.variants(LIBRARY) if LIBRARY else []
 DTYPES = [torch.bfloat16, torch.float32]
+NUMBERS = [(kind, group) for kind, groups in GROUPS.items() for group in groups]
 NOT_NATIVE = {"beam": "activation", "inkling2_text": "activation"}
 """Families that the library leaves to torch, in bfloat16, and what it lacks."""
 
@@ -343,8 +344,7 @@ def quantized(plain: Tensors, quantizer: Quantizer) -> Tensors:
 
 
 @pytest.mark.parametrize("kind", ["silu", "no-gate", "gelu-tanh", "gpt-oss", "transposed"])
-@pytest.mark.parametrize("experts_in", NUMBER_BITS)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("experts_in", "group"), NUMBERS)
 def test_experts_in_whole_numbers(pool: NativePool, kind: str, experts_in: str, group: int) -> None:
     """A token and a few rows, against torch, which expands the same numbers to float32: what lies between the
     projections is rounded to 16 bits at most.
@@ -504,8 +504,7 @@ def test_the_library_expands_as_torch_does(pool: NativePool, is_transposed: bool
             assert torch.equal(by_library._expand(numbers, factors, rows), wanted)
 
 
-@pytest.mark.parametrize("experts_in", NUMBER_BITS)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("experts_in", "group"), NUMBERS)
 def test_the_library_expands_whole_numbers_as_torch_does(pool: NativePool, experts_in: str, group: int) -> None:
     """More rows than a ticket has, rows that end within a group, a vector and a byte."""
     module = Experts()
@@ -518,7 +517,7 @@ def test_the_library_expands_whole_numbers_as_torch_does(pool: NativePool, exper
         for name, width in about.widths.items():
             numbers, factors = tensors[name], tensors[scales_name(name)]
             numbers.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)[: numbers.numel()]
-            factors.view(-1)[0] = 6e-8  # the smallest that float16 has
+            factors.view(torch.uint8)[0, :2] = torch.tensor([1, 0])  # 6e-8, the smallest that float16 has
             rows = torch.empty(1, width, dtype=torch.bfloat16)
             wanted = dequantize(numbers, factors, about, width, torch.bfloat16)
             assert torch.equal(by_library._expand(numbers, factors, rows), wanted)

@@ -10,13 +10,13 @@ import torch
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.lossless import LosslessPacker
-from moeinf.manifest import GROUPS, NUMBER_BITS
 from moeinf.quantized import Quantizer
 from test_lossless import packed
 from test_native import (
     DTYPES,
     KINDS,
     LIBRARY,
+    NUMBERS,
     Experts,
     compute_rows,
     exact_pool,
@@ -93,8 +93,7 @@ def test_packed_experts_give_what_torch_makes_of_them_expanded(exact_pool: Nativ
 
 
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss", "no-gate"])
-@pytest.mark.parametrize("experts_in", NUMBER_BITS)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("experts_in", "group"), NUMBERS)
 def test_whole_numbers_are_computed_as_well_as_by_torch(
     exact_pool: NativePool, kind: str, experts_in: str, group: int
 ) -> None:

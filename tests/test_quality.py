@@ -36,7 +36,7 @@ QUALITY = Quality("whole", "default-held-out", 2, 100, 9.5, 9.25, 0.0125, 0.75, 
 @pytest.fixture
 def models(tiny: str, tiny_home: Path) -> Iterator[tuple[StoredModel, StoredModel, Store]]:
     store = Store(tiny_home)
-    yield quantize_model(store.open(tiny), "small", ExpertForm("int4", 32), store=store), store.open(tiny), store
+    yield quantize_model(store.open(tiny), "small", ExpertForm("int4", 16), store=store), store.open(tiny), store
     store.remove("small")
 
 
@@ -101,8 +101,8 @@ def test_in_float32_nothing_is_rounded_but_the_numbers(models: tuple[StoredModel
         for module in filter(is_experts_module, reference.modules()):
             for parameter in module.parameters(recurse=False):
                 for weight in parameter.data:
-                    about = Quantization("int4", 32, "F32", {})
-                    weight.copy_(dequantize(*quantize(weight, 4, 32), about, weight.shape[1], torch.float32))
+                    about = Quantization("int4", 16, "F32", {})
+                    weight.copy_(dequantize(*quantize(weight, 4, 16), about, weight.shape[1], torch.float32))
         for ids, wanted in zip(texts, of_whole, strict=True):
             logits = reference(torch.tensor([ids])).logits[0, :-1]
             p, q = (both.double().log_softmax(-1) for both in (wanted, logits))

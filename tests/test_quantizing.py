@@ -41,7 +41,7 @@ FAMILIES = (
     *("minimax_m2", "mixtral", "nemotron_h", "qwen3_moe"),
 )
 """Gates first, in turn and none; weights both ways round; biases; an activation that the library does not have."""
-INT4, INT8 = ExpertForm("int4", 32), ExpertForm("int8", 64)
+INT4, INT8 = ExpertForm("int4", 16), ExpertForm("int8", 64)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_stored_model_gives_what_a_pull_gives(plain: StoredModel, checkpoint: 
     assert contents(made) == contents(pull(str(checkpoint), store=store, name="pulled", experts="int4"))
     there, of = made.manifest, plain.manifest
     assert (there.source, there.dtype, there.layers) == (of.source, of.dtype, of.layers)
-    assert there.precision == "int4 experts (groups of 32), from bfloat16"
+    assert there.precision == "int4 experts (groups of 16), from bfloat16"
     with TensorFile.open(made.path / expert_path(1, 7)) as file:
         assert list(file.entries) == ["gate_up_proj_scales", "down_proj_scales", "gate_up_proj", "down_proj"]
 
@@ -230,11 +230,14 @@ def test_what_is_here_is_not_made_again(plain: StoredModel, checkpoint: Path, st
 
 def test_what_cannot_be_quantised(plain: StoredModel, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made = quantize_model(plain, "small", INT4, store=store)
-    with pytest.raises(UnsupportedError, match=r"small has int4 experts \(groups of 32\) already"):
+    with pytest.raises(UnsupportedError, match=r"small has int4 experts \(groups of 16\) already"):
         quantize_model(made, "smaller", INT8, store=store)
     with pytest.raises(UsageError, match="mix is the model itself"):
         quantize_model(plain, "mix", INT4, store=store)
-    for experts, group, complaint in (("int3", None, "--experts int3 is not known"), ("int4", 48, "--group 48 is not")):
+    for experts, group, complaint in (
+        ("int3", None, "--experts int3 is not known"),
+        ("int4", 32, "--group 32 is none that int4"),
+    ):
         with pytest.raises(UsageError, match=complaint):
             ExpertForm.read(experts, group)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500))
@@ -289,7 +292,7 @@ def test_a_pull_has_a_name_of_its_own(checkpoint: Path, store: Store) -> None:
 
 
 def test_what_a_pull_refuses(checkpoint: Path, store: Store) -> None:
-    with pytest.raises(UsageError, match="--group says how int8 and int4 experts are grouped"):
+    with pytest.raises(UsageError, match="--group says how int8 experts are grouped"):
         pull(str(checkpoint), store=store, group=32)
     with pytest.raises(UsageError, match="--experts bf16: the model is float32"):
         pull(str(checkpoint), store=store, dtype="float32", experts="bf16")
@@ -306,6 +309,6 @@ def test_the_demo_is_never_taken_for_its_quantised_self(store: Store, monkeypatc
 def test_what_is_learned_of_one_is_not_believed_of_the_other(plain: StoredModel, store: Store) -> None:
     made = quantize_model(plain, "small", INT4, store=store)
     whole, small = (ModelIdentity.of(model.name, model.manifest) for model in (plain, made))
-    assert whole.difference(small) == "it has int4 experts (groups of 32), not plain experts"
-    assert small.difference(whole) == "it has plain experts, not int4 experts (groups of 32)"
+    assert whole.difference(small) == "it has int4 experts (groups of 16), not plain experts"
+    assert small.difference(whole) == "it has plain experts, not int4 experts (groups of 16)"
     assert small.difference(small) is None

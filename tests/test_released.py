@@ -146,10 +146,10 @@ def test_traces_of_either_form_serve_both(checkpoint: Path, store: Store) -> Non
 def test_they_are_quantised_while_pulling_and_not_later(checkpoint: Path, store: Store) -> None:
     packed = pull(str(checkpoint), store=store)
     with pytest.raises(UnsupportedError, match=r"oss has mxfp4 experts \(as released\) already") as caught:
-        quantize_model(packed, "small", ExpertForm("int4", 64), store=store)
+        quantize_model(packed, "small", ExpertForm("int4", 16), store=store)
     assert caught.value.hint == f"moeinf pull {checkpoint} --experts int4 --name small"
-    small = pull(str(checkpoint), store=store, name="small", experts="int4", group=64)
-    assert small.manifest.precision == "int4 experts (groups of 64), from mxfp4 expanded to bfloat16"
+    small = pull(str(checkpoint), store=store, name="small", experts="int4")
+    assert small.manifest.precision == "int4 experts (groups of 16), from mxfp4 expanded to bfloat16"
 
 
 # What is refused

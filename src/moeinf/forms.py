@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertForm", "name_calibration", "name_precision"]
 
-_DEFAULT_GROUPS = {LOSSLESS: PANEL_ROWS, "int8": 64, "int4": 32}
-"""Smaller groups are worth their factors for 4 bits (docs/quantization.md)."""
+_DEFAULT_GROUPS = {LOSSLESS: PANEL_ROWS} | {kind: groups[0] for kind, groups in GROUPS.items()}
 _CALIBRATED = ", calibrated on "
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertForm:
-    """Experts that are packed here: `kind` is one of NUMBER_BITS, `group` one of GROUPS; or LOSSLESS, whose group is
-    what it is.
+    """Experts that are packed here: `kind` is one of NUMBER_BITS, `group` one of its GROUPS; or LOSSLESS, whose group
+    is what it is.
     """
 
     kind: str
@@ -32,13 +31,14 @@ class ExpertForm:
 
     @classmethod
     def read(cls, experts: str, group: int | None) -> ExpertForm:
-        """What a person asks for; without a `group` it is 64 for int8, and 32 for int4. Raises UsageError."""
+        """What a person asks for, with the usual `group` if None. Raises UsageError."""
         if experts not in _DEFAULT_GROUPS:
             raise UsageError(f"--experts {experts} is not known", hint=f"choose one of: {', '.join(_DEFAULT_GROUPS)}")
         if experts == LOSSLESS and group is not None:
-            raise UsageError("--group says how int8 and int4 experts are grouped", hint="leave it out")
-        if group not in (None, *GROUPS):
-            raise UsageError(f"--group {group} is not known", hint=f"choose one of: {', '.join(map(str, GROUPS))}")
+            raise UsageError("--group says how int8 experts are grouped", hint="leave it out")
+        if group is not None and group not in GROUPS[experts]:
+            known = ", ".join(map(str, sorted(GROUPS[experts])))
+            raise UsageError(f"--group {group} is none that {experts} experts have", hint=f"choose one of: {known}")
         return cls(experts, group or _DEFAULT_GROUPS[experts])
 
     @classmethod
@@ -56,7 +56,7 @@ class ExpertForm:
     @property
     def options(self) -> list[str]:
         """How a command line asks for it."""
-        group = [] if self.kind == LOSSLESS else ["--group", str(self.group)]
+        group = ["--group", str(self.group)] if self.kind == "int8" else []
         return ["--experts", self.kind, *group]
 
     def encoder(self, layout: ExpertLayout, *, is_transposed: bool) -> Encoder:

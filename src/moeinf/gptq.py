@@ -1,4 +1,4 @@
-"""Whole numbers for weights whose inputs are known: error feedback, then descent.
+"""Numbers for weights whose inputs are known: error feedback, then descent.
 
 Rows w of a matrix that become v cost (w - v) H (w - v)ᵀ in squares of their outputs, where H is the second moments of
 the inputs: the sum of x xᵀ. Numbers are chosen input by input, each one making up for the errors before it as far as
@@ -13,20 +13,25 @@ from dataclasses import dataclass
 
 import torch
 
+from .codebook import nearest, round_factors
+
 __all__ = ["Choice", "Feedback"]
 
 _BLOCK = 64
-"""Inputs whose errors are moved on together."""
+"""Inputs whose errors are moved on together, a whole number of groups."""
 _PASSES = 4
 """Of descent; more gain nothing (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Numbers [rows, inputs], whole ones as floats, and the factors [rows, groups] of each `group` of a row."""
+    """Numbers [rows, inputs], the factors [rows, groups] of each `group` of a row, and what these are multiples of, if
+    anything [rows, 1]; all as floats.
+    """
 
     numbers: torch.Tensor
     factors: torch.Tensor
+    units: torch.Tensor | None
 
     def values(self, group: int) -> torch.Tensor:
         """What the numbers stand for."""
@@ -40,8 +45,7 @@ class Feedback:
 
     def __init__(self, moments: torch.Tensor, bits: int, group: int) -> None:
         self._moments = moments
-        self._group = group
-        self._least, self._most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+        self._bits, self._group = bits, group
         self._order = moments.diagonal().argsort(descending=True)
         turned = self._order.flip(0)
         upper = torch.linalg.cholesky(moments[turned][:, turned].double()).flip(0, 1)
@@ -56,17 +60,18 @@ class Feedback:
         """How much a squared error at each input counts by itself [inputs]."""
         return self._moments.diagonal()
 
-    def choose(self, weight: torch.Tensor, factors: torch.Tensor, plain: Choice) -> Choice:
+    def choose(self, weight: torch.Tensor, factors: torch.Tensor, units: torch.Tensor | None, plain: Choice) -> Choice:
         """Numbers and factors for `weight` [rows, inputs], starting from these `factors`; of rows that `plain` has at
         less cost, its own.
         """
         columns = weight.float().t().contiguous()
-        codes = self._feed_back(columns, factors.float())
-        found = self._descend(columns, codes, factors.float().t().contiguous())
-        is_better = self.cost(weight, found) < self.cost(weight, plain)
+        codes = self._feed_back(columns, factors)
+        found = self._descend(columns, codes, factors.t().contiguous(), units)
+        is_better = (self.cost(weight, found) < self.cost(weight, plain))[:, None]
         return Choice(
-            torch.where(is_better[:, None], found.numbers, plain.numbers),
-            torch.where(is_better[:, None], found.factors, plain.factors),
+            torch.where(is_better, found.numbers, plain.numbers),
+            torch.where(is_better, found.factors, plain.factors),
+            None if units is None or plain.units is None else torch.where(is_better, units, plain.units),
         )
 
     def cost(self, weight: torch.Tensor, choice: Choice) -> torch.Tensor:
@@ -83,48 +88,57 @@ class Feedback:
             end = min(begin + _BLOCK, len(ordered))
             wanted = ordered[begin:end] + self._feedback[:begin, begin:end].t() @ errors[:begin]
             for at in range(begin, end):
-                codes[at] = self._nearest(wanted[at - begin] / steps[at])
+                codes[at] = nearest(wanted[at - begin] / steps[at], self._bits)
                 torch.sub(ordered[at], codes[at] * steps[at], out=errors[at])
                 wanted[at - begin + 1 :] += torch.outer(self._feedback[at, at + 1 : end], errors[at])
         return torch.empty_like(codes).index_copy_(0, self._order, codes)
 
-    def _descend(self, columns: torch.Tensor, codes: torch.Tensor, factors: torch.Tensor) -> Choice:
+    def _descend(
+        self, columns: torch.Tensor, codes: torch.Tensor, factors: torch.Tensor, units: torch.Tensor | None
+    ) -> Choice:
         """Move each number, and after those of a group its factor, to where the cost is least if all others stay;
         `codes` [inputs, rows] and `factors` [groups, rows] are changed in place.
         """
+        row_units = None if units is None else units[:, 0]
         values = codes * factors.repeat_interleave(self._group, 0)[: len(codes)]
         downhill = self._moments @ (columns - values)
         for _ in range(_PASSES):
-            for number, factor in enumerate(factors):
-                inputs = slice(number * self._group, (number + 1) * self._group)
-                moments, local = self._moments[inputs, inputs], downhill[inputs].clone()
-                self._move_numbers(codes[inputs], factor, moments, local)
-                self._move_factor(codes[inputs], factor, moments, local)
-                moved = codes[inputs] * factor
-                downhill -= self._moments[:, inputs] @ (moved - values[inputs])
-                values[inputs] = moved
-        return Choice(codes.t().contiguous(), factors.t().half())
+            for begin in range(0, len(codes), _BLOCK):
+                block = slice(begin, begin + _BLOCK)
+                moments, slopes, before = self._moments[block, block], downhill[block].clone(), values[block].clone()
+                for first in range(0, len(before), self._group):
+                    inputs = slice(first, first + self._group)
+                    some, factor = codes[block][inputs], factors[(begin + first) // self._group]
+                    own, local = moments[inputs, inputs], slopes[inputs].clone()
+                    self._move_numbers(some, factor, own, local)
+                    self._move_factor(some, factor, row_units, own, local)
+                    moved = some * factor
+                    slopes -= moments[:, inputs] @ (moved - values[block][inputs])
+                    values[block][inputs] = moved
+                downhill -= self._moments[:, block] @ (values[block] - before)
+        return Choice(codes.t().contiguous(), factors.t(), units)
 
     def _move_numbers(
         self, codes: torch.Tensor, factor: torch.Tensor, moments: torch.Tensor, local: torch.Tensor
     ) -> None:
         for at, code in enumerate(codes):
-            best = self._nearest(code + local[at] / (factor * moments[at, at]))
+            best = nearest(code + local[at] / (factor * moments[at, at]), self._bits)
             local -= torch.outer(moments[at], (best - code) * factor)
             code.copy_(best)
 
     def _move_factor(
-        self, codes: torch.Tensor, factor: torch.Tensor, moments: torch.Tensor, local: torch.Tensor
+        self,
+        codes: torch.Tensor,
+        factor: torch.Tensor,
+        units: torch.Tensor | None,
+        moments: torch.Tensor,
+        local: torch.Tensor,
     ) -> None:
         square = torch.linalg.vecdot(codes, moments @ codes, dim=0)
-        best = (factor + torch.linalg.vecdot(codes, local, dim=0) / square).half().float()
+        best = round_factors(factor + torch.linalg.vecdot(codes, local, dim=0) / square, units)
         factor.copy_(torch.where(best.isfinite() & (best != 0), best, factor))
-
-    def _nearest(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Whole numbers of those that there are; 0 where a factor of 0 leaves none."""
-        return numbers.nan_to_num_(0, self._most, self._least).round_().clamp_(self._least, self._most)
 
 
 def _spread(factors: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
     """The factor of each weight [rows, inputs]."""
-    return factors.float().repeat_interleave(group, 1)[:, :inputs]
+    return factors.repeat_interleave(group, 1)[:, :inputs]

@@ -64,8 +64,8 @@ DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16"
 """Bytes per element of each dtype, under the names that safetensors uses."""
 
 NUMBER_BITS = {"int8": 8, "int4": 4}
-GROUPS = (32, 64)
-"""Weights of a row that share a factor."""
+GROUPS = {"int8": (64, 32), "int4": (16,)}
+"""Weights of a row that share a factor, the usual number of them first."""
 RELEASED_BITS = {"fp8": 8, "mxfp4": 4}
 """Packed weights that are kept as they were released, so that they stand for what they always did."""
 RELEASED_GROUPS = {"fp8": 128, "mxfp4": 32}
@@ -81,8 +81,10 @@ EXCEPTION_SHARE = 256
 """A lossless weight has room for one exception, whose upper byte the table lacks, among so many weights."""
 AS_RELEASED = "as released"
 _NUMBER_DTYPES = {"fp8": "F8_E4M3"}
-_SCALE_DTYPES = {"fp8": "F32", "mxfp4": "U8"}
+_SCALE_DTYPES = {"fp8": "F32", "mxfp4": "U8", "int4": "U8"}
 _QUANTIZATION_VERSION = 1
+_FORMER_GROUPS = (32, 64)
+"""Of int4 as it once was: whole numbers from -8 to 7, each group with a float16."""
 
 
 def expert_path(layer: int, expert: int) -> str:
@@ -125,7 +127,7 @@ def are_whole_panels(rows: int, width: int) -> bool:
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """How the weights of experts are numbers of few bits with a factor for each `group` of a row; `dtype` is what they
-    are expanded to. `kind` is one of NUMBER_BITS, whole numbers that are near what the weights were, or one of
+    are expanded to. `kind` is one of NUMBER_BITS, numbers that are near what the weights were, or one of
     RELEASED_BITS, which are the weights, or LOSSLESS, which is the weights too. Of "fp8", up to `group` rows have their
     factors in common; of LOSSLESS, `group` rows lie together.
 
@@ -185,7 +187,7 @@ class Quantization:
 
     @property
     def scales_dtype(self) -> str:
-        """Of factors, as safetensors calls it: float16, float32, or bytes that are exponents of 2."""
+        """Of factors, as safetensors calls it: float16, float32, or bytes."""
         return _SCALE_DTYPES.get(self.kind, "F16")
 
     def row_bytes(self, weight: str) -> int:
@@ -195,6 +197,10 @@ class Quantization:
     def row_groups(self, weight: str) -> int:
         """Factors of a row."""
         return -(-self.widths[weight] // self.group)
+
+    def row_scales(self, weight: str) -> int:
+        """Elements that a row's factors take: those of int4 have a float16 in common, two bytes before them."""
+        return self.row_groups(weight) + (2 if self.kind == "int4" else 0)
 
     def has_blocks(self, weight: str, rows: int, scale_rows: int) -> bool:
         """Whether so many rows of factors cut `rows` and columns into blocks of one size, as transformers wants them,
@@ -417,8 +423,12 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
     if raw is None:
         return None
     made = Quantization(**raw)
-    groups = dict.fromkeys(NUMBER_BITS, GROUPS) | {kind: (group,) for kind, group in RELEASED_GROUPS.items()}
-    groups[LOSSLESS] = (PANEL_ROWS,)
+    groups = GROUPS | {kind: (group,) for kind, group in RELEASED_GROUPS.items()} | {LOSSLESS: (PANEL_ROWS,)}
+    if made.kind == "int4" and made.group in _FORMER_GROUPS:
+        raise UnsupportedError(
+            f"its experts are int4 in groups of {made.group}, a form that this program does not read any more",
+            hint="quantise or pull the model again, with --force if it is to keep its name",
+        )
     if made.version != _QUANTIZATION_VERSION or made.group not in groups.get(made.kind, ()):
         raise UnsupportedError(
             f"its experts are {made.kind} in groups of {made.group}, version {made.version}, which this program does"
@@ -439,7 +449,7 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
             scale_rows = rows
         for tensor, dtype, shape in (
             (name, made.numbers_dtype, (rows, made.row_bytes(name))),
-            (scales_name(name), made.scales_dtype, (scale_rows, made.row_groups(name))),
+            (scales_name(name), made.scales_dtype, (scale_rows, made.row_scales(name))),
         ):
             if (specs[tensor].dtype, specs[tensor].shape) != (dtype, shape):
                 raise ValueError(f"{tensor} is not {dtype} of {shape[0]} x {shape[1]}")

@@ -250,7 +250,7 @@ def _read_request(
 ) -> _Request:
     form = None if experts in (None, "bf16") else ExpertForm.read(experts, group)
     if form is None and group is not None:
-        raise UsageError("--group says how int8 and int4 experts are grouped", hint="add --experts int4, for example")
+        raise UsageError("--group says how int8 experts are grouped", hint="add --experts int8, or leave it out")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype} is not known", hint=f"choose one of: {', '.join(_DTYPES)}")
     if name is not None:

@@ -1,4 +1,4 @@
-"""Weights as whole numbers of 8 or 4 bits with a factor for every group of them within a row: into that form, and back.
+"""Weights as numbers of 8 or 4 bits with a factor for every group of them within a row: into that form, and back.
 And weights that were released packed, which are kept as they are, and expanded like the others.
 
 Owns how the numbers are chosen (docs/quantization.md), and how an expert of them lies in its file
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from .codebook import BOOK, UNIT, find_units, nearest, round_factors, to_codes
 from .dtypes import TORCH_DTYPES, bytes_of
 from .errors import IntegrityError, UnsupportedError
 from .files import Bytes
@@ -30,11 +31,9 @@ _FEEDBACK_WEIGHTS = 1 << 22
 """Rows together, for choosing input by input takes a few operations per input of each part."""
 _LARGEST_FLOAT16 = 65504.0
 _LARGEST_INT8 = 127
-_EXTREMES = tuple(8.0 - 0.25 * step for step in range(-3, 13))
-"""The numbers, not all of them whole, that the largest weight of a group is tried as."""
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-_FP4_PAIRS = torch.stack((_FP4.repeat(16), _FP4.repeat_interleave(16)), -1).view(torch.int64).flatten()
-"""The two weights of every byte, as one number, so that they are looked up at once."""
+_EXTREMES = tuple(end * (1.09375 - step / 16) for end in (BOOK[0], BOOK[-1]) for step in range(8))
+"""What the largest weight of a group is tried as: somewhat more or less than either end of the book."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
 _DRAWN_WEIGHTS = 1 << 20
 _DRAWN_EXPONENTS = (118, 126)
@@ -86,7 +85,7 @@ class Quantizer:
     def _check(self, weight: torch.Tensor, what: str) -> None:
         if not weight.isfinite().all():
             raise IntegrityError(
-                f"{what} holds NaN or infinity, which no whole number stands for",
+                f"{what} holds NaN or infinity, which no number stands for",
                 hint="the checkpoint is damaged, or runs without quantised experts only",
             )
         largest = float(weight.abs().max())
@@ -155,12 +154,13 @@ class Packer:
 def quantize(
     weight: torch.Tensor, bits: int, group: int, moments: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` [out, in] as (numbers uint8 [out, bytes], factors float16 [out, groups]).
+    """`weight` [out, in] as (numbers uint8 [out, bytes], factors [out, ...]), as they are stored.
 
-    Of 8 bits, the largest weight of a group becomes 127 or -127. Of 4 bits it becomes -8, or a little less or more: of
-    several factors the one with the least squared error is taken, each fitted to the numbers that it gives; it may be
-    below 0. Numbers are two's complement; of 4 bits there are two in a byte, the first one in its lower half. A row's
-    last group may be shorter.
+    Of 8 bits, the largest weight of a group becomes 127 or -127; factors are float16. Of 4 bits it becomes about the
+    first or the last number of `codebook.BOOK`: of several factors the one with the least squared error is taken, each
+    fitted to the numbers that it gives; it may be below 0. Two numbers are in a byte then, the first one in its lower
+    half; factors are bytes: a row's unit, a float16, then what each is times it, an int8. A row's last group may be
+    shorter.
 
     With the second `moments` of the inputs [in, in], positive definite, errors count as they do in the outputs, and
     `gptq` goes on from there.
@@ -235,8 +235,21 @@ def _pack_randomly(tensors: Mapping[str, torch.Tensor], quantization: Quantizati
 
 
 @cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return _FP4_PAIRS.to(device), _POWERS.to(device)
+def _pairs(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """The two of these values that every byte stands for, as one number, so that they are looked up at once."""
+    table = torch.tensor(values, dtype=torch.float32)
+    return torch.stack((table.repeat(16), table.repeat_interleave(16)), -1).view(torch.int64).flatten().to(device)
+
+
+@cache
+def _powers(device: torch.device) -> torch.Tensor:
+    return _POWERS.to(device)
+
+
+def _look_up(numbers: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
+    """Numbers of 4 bits [rows, bytes] as what they stand for [rows, 2 * bytes]."""
+    pairs = torch.index_select(_pairs(values, numbers.device), 0, numbers.flatten().int())
+    return pairs.view(torch.float32).view(len(numbers), -1)
 
 
 def _expand_float8_rows(
@@ -262,24 +275,23 @@ def _expand_mxfp4_rows(
     numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor
 ) -> None:
     """MXFP4, as transformers expands it (transformers/integrations/mxfp4.py)."""
-    fp4_pairs, powers = _tables(numbers.device)
-    pairs = torch.index_select(fp4_pairs, 0, numbers.flatten().int())
-    values = pairs.view(torch.float32).view(*factors.shape, quantization.group)
-    values *= torch.index_select(powers, 0, factors.flatten().int()).view(*factors.shape, 1)
+    values = _look_up(numbers, _FP4).view(*factors.shape, quantization.group)
+    values *= torch.index_select(_powers(numbers.device), 0, factors.flatten().int()).view(*factors.shape, 1)
     into.copy_(values.flatten(1))
 
 
 def _dequantize_rows(
     numbers: torch.Tensor, factors: torch.Tensor, quantization: Quantization, into: torch.Tensor
 ) -> None:
-    signed, factors = numbers.view(torch.int8), factors.float()
     if quantization.bits == 4:
-        signed = torch.stack(((numbers << 4).view(torch.int8) >> 4, signed >> 4), -1).flatten(1)
+        numbers, factors = _look_up(numbers, BOOK), _unpack_factors(factors)
+    else:
+        numbers, factors = numbers.view(torch.int8), factors.float()
     group = quantization.group
     whole = into.shape[1] // group * group
     for begin, end, size in ((0, whole, group), (whole, into.shape[1], into.shape[1] - whole)):
         if end > begin:
-            values = signed[:, begin:end].reshape(len(into), -1, size).float()
+            values = numbers[:, begin:end].reshape(len(into), -1, size).float()
             values *= factors[:, begin // group : -(-end // group), None]
             into[:, begin:end] = values.flatten(1)
 
@@ -289,44 +301,61 @@ def _quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, width = weight.shape
     groups = -(-width // group)
-    padded = F.pad(weight.float(), (0, groups * group - width)).view(out, groups, group)
-    factors = _find_factors(padded, bits)
-    numbers = _numbers(padded, factors.float(), bits).view(out, -1)
-    chosen = Choice(numbers[:, :width], factors.squeeze(-1))
+    missing = groups * group - width
+    padded = F.pad(weight.float(), (0, missing)).view(out, groups, group)
+    shares = F.pad(torch.ones(width), (0, missing)).view(groups, group) if missing else None
+    factors, units = _find_factors(padded, bits, shares)
+    scaled = padded / factors[..., None]
+    numbers = torch.where(factors[..., None] != 0, nearest(scaled, bits), 0).view(out, -1)
+    chosen = Choice(numbers[:, :width], factors, units)
     if feedback is not None:
-        shares = F.pad(feedback.shares, (0, groups * group - width)).view(groups, group)
-        chosen = feedback.choose(weight, _find_factors(padded, bits, shares).squeeze(-1), chosen)
-    flat = F.pad(chosen.numbers, (0, width % (8 // bits))).to(torch.int8).view(torch.uint8)
-    if bits == 4:
-        flat = (flat[:, ::2] & 15) | (flat[:, 1::2] << 4)
-    return flat.contiguous(), chosen.factors
+        shares = F.pad(feedback.shares, (0, missing)).view(groups, group)
+        chosen = feedback.choose(weight, *_find_factors(padded, bits, shares), chosen)
+    codes = to_codes(chosen.numbers, bits)
+    if bits == 8:
+        return codes, chosen.factors.half()
+    codes = F.pad(codes, (0, width % 2))
+    return codes[:, ::2] | codes[:, 1::2] << 4, _pack_factors(chosen)
 
 
-def _find_factors(weights: torch.Tensor, bits: int, shares: torch.Tensor | None = None) -> torch.Tensor:
-    """For groups [..., group], the factors [..., 1] in float16 that lose least; squared errors count by `shares`.
+def _pack_factors(chosen: Choice) -> torch.Tensor:
+    """Factors as uint8 [rows, 2 + groups]."""
+    units = chosen.units
+    assert units is not None
+    multiples = (chosen.factors / units).nan_to_num_(0).round_().to(torch.int8)
+    return torch.cat(((units / UNIT).half().view(torch.uint8), multiples.view(torch.uint8)), 1)
+
+
+def _unpack_factors(factors: torch.Tensor) -> torch.Tensor:
+    """Factors [rows, groups] in float32, which holds them."""
+    units = factors[:, :2].clone(memory_format=torch.contiguous_format).view(torch.float16).float() * UNIT
+    return factors[:, 2:].view(torch.int8) * units
+
+
+def _find_factors(
+    weights: torch.Tensor, bits: int, shares: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For groups [rows, groups, group], the factors [rows, groups] that lose least, and their units; squared errors
+    count by `shares`.
 
     With numbers n, weights w lose |w|² - (w·n)² / |n|² at the best factor, w·n / |n|².
     """
     largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
     if bits == 8:
-        return (largest.abs() / _LARGEST_INT8).half()
-    inverse = torch.where(largest != 0, -1 / largest, 0)
+        return round_factors(largest.abs() / _LARGEST_INT8, None).squeeze(-1), None
+    inverse = torch.where(largest != 0, 1 / largest, 0)
     best, most = torch.zeros_like(largest), torch.zeros_like(largest)
     for extreme in _EXTREMES:
-        numbers = (weights * (inverse * extreme)).round_().clamp_(-8, 7)
+        numbers = nearest(weights * (inverse * extreme), bits)
         counted = numbers if shares is None else numbers * shares
         product = torch.linalg.vecdot(weights, counted)[..., None]
         square = torch.linalg.vecdot(numbers, counted)[..., None]
         kept = product * product / square
         is_better = kept > most
         best, most = torch.where(is_better, product / square, best), torch.where(is_better, kept, most)
-    return best.half()
-
-
-def _numbers(weights: torch.Tensor, factors: torch.Tensor, bits: int) -> torch.Tensor:
-    """The whole numbers nearest to weights / factors, as floats; 0 where the factor is."""
-    largest = 2.0 ** (bits - 1)
-    return torch.where(factors != 0, weights / factors, 0).round_().clamp_(-largest, largest - 1)
+    factors = best.squeeze(-1)
+    units = find_units(factors, bits)
+    return round_factors(factors, units), units
 
 
 def _to_float32(scales: torch.Tensor, what: str) -> torch.Tensor:
@@ -357,7 +386,7 @@ def _lay_out(
     if made.is_in_blocks:
         counts = {name: (pieces or {}).get(name, 1) for name in widths}
         scale_rows = {name: count * -(-rows[name] // (count * group)) for name, count in counts.items()}
-    scales = [(scales_name(name), made.scales_dtype, (scale_rows[name], made.row_groups(name))) for name in widths]
+    scales = [(scales_name(name), made.scales_dtype, (scale_rows[name], made.row_scales(name))) for name in widths]
     numbers = [(name, made.numbers_dtype, (rows[name], made.row_bytes(name))) for name in widths]
     specs, offset = [], 0
     for name, dtype, shape in sorted([*others, *scales, *numbers], key=lambda tensor: -DTYPE_BYTES[tensor[1]]):

@@ -78,7 +78,7 @@ ExpertKind = Annotated[
     str, typer.Option("--experts", metavar="lossless|int8|int4", help="How experts are to be stored.")
 ]
 Group = Annotated[
-    int | None, typer.Option(metavar="32|64", help="Weights that share a factor; by default 64 for int8, 32 for int4.")
+    int | None, typer.Option(metavar="32|64", help="Weights of int8 experts that share a factor; by default 64.")
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="After an answer, say on stderr what it cost.")]
 

@@ -19,7 +19,7 @@ from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativeMaths, NativePool
 from moeinf.lossless import LosslessPacker
 from moeinf.machine import MathsRate
-from moeinf.manifest import LOSSLESS, NUMBER_BITS, RELEASED_BITS, ExpertLayout, TensorSpec
+from moeinf.manifest import GROUPS, LOSSLESS, RELEASED_BITS, ExpertLayout, TensorSpec
 from moeinf.progress import Task
 from moeinf.quantized import Encoder, Packer, Quantizer, fill_randomly
 from moeinf.timing import Call, best_of_each, best_s
@@ -38,8 +38,7 @@ __all__ = [
 HIDDEN, INNER, TOP_K = 2048, 768, 8
 """The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
 TOKENS = (1, 16, 256)
-_GROUP = 64
-_PACKED = (LOSSLESS, *NUMBER_BITS, *RELEASED_BITS)
+_PACKED = (LOSSLESS, *GROUPS, *RELEASED_BITS)
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
@@ -123,8 +122,8 @@ class Experts:
         first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
         self._plain = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
         self._encoder: Encoder | None = None
-        if weights in NUMBER_BITS:
-            self._encoder = Quantizer(self._plain, False, weights, _GROUP)
+        if weights in GROUPS:
+            self._encoder = Quantizer(self._plain, False, weights, GROUPS[weights][0])
         elif weights == LOSSLESS:
             self._encoder = LosslessPacker(self._plain, False)
         elif weights in RELEASED_BITS:

@@ -1,6 +1,6 @@
 #include "library.h"
 
-/* A row of whole numbers as bfloat16: the products with their factors, in float32, rounded. */
+/* A row of numbers as bfloat16: the products with their factors, in float32, rounded. */
 void expand_int8_plain(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
     for (size_t begin = 0; begin < width; begin += group) {
         float scale = from_f16(*scales++);
@@ -10,16 +10,11 @@ void expand_int8_plain(const uint8_t *w, const uint16_t *scales, size_t width, s
     }
 }
 
-void expand_int4_plain(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
-    for (size_t begin = 0; begin < width; begin += group) {
-        float scale = from_f16(*scales++);
-        size_t end = smaller(begin + group, width);
-        for (size_t i = begin / 2; i < end / 2; i++) {
-            out[2 * i] = to_bf16((float)((int8_t)(w[i] << 4) >> 4) * scale);
-            out[2 * i + 1] = to_bf16((float)((int8_t)w[i] >> 4) * scale);
-        }
-        if (end % 2 != 0)
-            out[end - 1] = to_bf16((float)((int8_t)(w[end / 2] << 4) >> 4) * scale);
+void expand_int4_plain(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out) {
+    float unit = unit_of(scales);
+    for (size_t i = 0; i < width; i++) {
+        float factor = unit * (int8_t)scales[UNIT_BYTES + i / INT4_GROUP];
+        out[i] = to_bf16(INT4_VALUES[w[i / 2] >> i % 2 * 4 & 15] * factor);
     }
 }
 
@@ -54,21 +49,23 @@ TARGET void expand_int8_avx512(const uint8_t *w, const uint16_t *scales, size_t 
     }
 }
 
-/* What the 16 numbers stand for in a group is computed once, and looked up. */
-TARGET void expand_int4_avx512(const uint8_t *w, const uint16_t *scales, size_t width, size_t group,
-                                   uint16_t *out) {
-    const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    __m512i values = _mm512_setzero_si512();
+/* What the 16 numbers stand for in two groups is computed once, and looked up. */
+TARGET void expand_int4_avx512(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out) {
+    const __m512 numbers = _mm512_loadu_ps(INT4_VALUES);
+    const __m512i nibbles = _mm512_set1_epi32(0xf000f);
+    const __m512i second = _mm512_mask_set1_epi32(_mm512_setzero_si512(), 0xff00, 0x100010);
+    const int8_t *factors = (const int8_t *)scales + UNIT_BYTES;
+    float unit = unit_of(scales);
     for (size_t i = 0; i < width; i += STEP) {
-        if (i % group == 0) {
-            __m512 scale = _mm512_set1_ps(_cvtsh_ss(*scales++));
-            values = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(numbers, scale)));
-        }
+        size_t group = i / INT4_GROUP;
+        float low = unit * factors[group], high = i + INT4_GROUP < width ? unit * factors[group + 1] : 0;
+        __m512i values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(numbers, _mm512_set1_ps(high)),
+                                                      _mm512_mul_ps(numbers, _mm512_set1_ps(low)));
         __mmask16 bytes = (__mmask16)first_bits((width - i + 1) / 2);
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(bytes, w + i / 2));
         __m512i each = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
-        __m512i looked_up = _mm512_permutexvar_epi16(_mm512_and_si512(each, _mm512_set1_epi32(0xf000f)), values);
-        _mm512_mask_storeu_epi16(out + i, first_bits(width - i), looked_up);
+        __m512i places = _mm512_or_si512(_mm512_and_si512(each, nibbles), second);
+        _mm512_mask_storeu_epi16(out + i, first_bits(width - i), _mm512_permutexvar_epi16(places, values));
     }
 }
 
@@ -76,33 +73,38 @@ TARGET void expand_int4_avx512(const uint8_t *w, const uint16_t *scales, size_t 
 
 /* One call of moe_expand_int. A ticket is PAD rows. */
 typedef struct {
-    expand_int *expand;
+    const kernels *kernels;
+    bool is_int8;
     const uint8_t *weights;
-    const uint16_t *scales;
+    const void *scales;
     size_t rows, width, group;
-    size_t row_bytes;
     uint16_t *output;
 } expansion;
 
 static void run_ticket(void *job, size_t ticket) {
     const expansion *all = job;
-    size_t first = ticket * PAD, end = smaller(first + PAD, all->rows), groups = ceil_div(all->width, all->group);
-    for (size_t r = first; r < end; r++)
-        all->expand(all->weights + r * all->row_bytes, all->scales + r * groups, all->width, all->group,
-                    all->output + r * all->width);
+    size_t first = ticket * PAD, end = smaller(first + PAD, all->rows), width = all->width;
+    for (size_t r = first; r < end; r++) {
+        uint16_t *out = all->output + r * width;
+        if (all->is_int8)
+            all->kernels->expand_int8(all->weights + r * width, (const uint16_t *)all->scales + r * ceil_div(width, all->group),
+                                      width, all->group, out);
+        else
+            all->kernels->expand_int4(all->weights + r * ceil_div(width, 2),
+                                      (const uint8_t *)all->scales + r * int4_factor_bytes(width), width, out);
+    }
 }
 
 void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales, int64_t rows,
                     int64_t width, void *output) {
-    bool is_int8 = kind == MOE_INT8;
     expansion all = {
-        .expand = is_int8 ? pool->kernels->expand_int8 : pool->kernels->expand_int4,
+        .kernels = pool->kernels,
+        .is_int8 = kind == MOE_INT8,
         .weights = weights,
         .scales = scales,
         .rows = (size_t)rows,
         .width = (size_t)width,
         .group = (size_t)group,
-        .row_bytes = is_int8 ? (size_t)width : ceil_div((size_t)width, 2),
         .output = output,
     };
     pool_run(pool->threads, run_ticket, &all, ceil_div(all.rows, PAD));

@@ -69,12 +69,12 @@ static void dot(const step *step, const projection *projection, const char *expe
     } else if (layer->weights == MOE_LOSSLESS) {
         lossless packed = make_lossless(w, expert + projection->scales, projection->outputs, inputs);
         kernels->dot_lossless(&packed, inputs, first, count, x, out);
-    } else if (layer->weights != MOE_PLAIN) {
-        bool is_int8 = layer->weights == MOE_INT8;
-        size_t row = is_int8 ? inputs : ceil_div(inputs, 2);
+    } else if (layer->weights == MOE_INT8) {
         const uint16_t *scales = (const uint16_t *)(expert + projection->scales) + first * ceil_div(inputs, group);
-        (is_int8 ? kernels->dot_int8 : kernels->dot_int4)((const uint8_t *)w + first * row, scales, inputs, group,
-                                                          count, x, out);
+        kernels->dot_int8((const uint8_t *)w + first * inputs, scales, inputs, group, count, x, out);
+    } else if (layer->weights == MOE_INT4) {
+        const uint8_t *scales = (const uint8_t *)expert + projection->scales + first * int4_factor_bytes(inputs);
+        kernels->dot_int4((const uint8_t *)w + first * ceil_div(inputs, 2), scales, inputs, count, x, out);
     } else if (layer->dtype == MOE_BF16)
         kernels->dot_bf16((const uint16_t *)w + first * inputs, inputs, count, x, out);
     else

@@ -55,6 +55,25 @@ static inline float from_e8m0(uint8_t exponent) {
     return value;
 }
 
+/* Weights of 4 bits: places in a table of whole numbers, two in a byte, the first one in its lower half. Those of INT4_GROUP
+ * share a factor, a whole number of a byte times what a row has in common: a float16 UNIT_SCALE times as large, which lies
+ * before the row's factors. codebook.py says what the numbers are. */
+enum { INT4_GROUP = 16, UNIT_BYTES = 2 };
+#define UNIT_SCALE 0x1p12f
+#define INT4_NUMBERS -127, -89, -71, -55, -41, -28, -16, -5, 5, 16, 27, 39, 53, 69, 88, 110
+static const int8_t INT4_BYTES[16] = {INT4_NUMBERS};
+static const float INT4_VALUES[16] = {INT4_NUMBERS};
+
+static inline size_t int4_factor_bytes(size_t width) {
+    return UNIT_BYTES + (width + INT4_GROUP - 1) / INT4_GROUP;
+}
+
+static inline float unit_of(const uint8_t *factors) {
+    uint16_t half;
+    memcpy(&half, factors, sizeof half);
+    return from_f16(half) / UNIT_SCALE;
+}
+
 /* float8 (e4m3fn): a sign, four bits of exponent, three of fraction; no infinities, all ones being NaN. Moved to where
  * float32 has them, its exponent is 120 too small. */
 static inline float from_e4m3(uint8_t byte) {
@@ -113,8 +132,9 @@ static inline size_t row_of(uint32_t exception) {
 }
 
 /* `dot_*`: out[r] = sum of w[r * width + i] x[i] for r < rows, i < width; x as the packing of that name lays it out.
- * dot_int*: weights are whole numbers of 8 or 4 bits, the lower half of a byte first, rows beginning at whole bytes; a
- * group of 32 or 64 in a row has a common factor in float16 in `scales`, and scales of a row stand together.
+ * dot_int8: weights are whole numbers of 8 bits; a group of 32 or 64 in a row has a common factor in float16 in `scales`,
+ * and scales of a row stand together.
+ * dot_int4: weights of 4 bits, rows beginning at whole bytes.
  * dot_mxfp4: `width` is a multiple of FP4_GROUP, and x laid out and added as by dot_bf16, so that the sums are those of
  * dot_bf16 with the weights that expand_mxfp4 writes, out[r * width + i]. `turn_mxfp4`: out[i * stride + r], for up to PAD
  * rows.
@@ -123,10 +143,10 @@ static inline size_t row_of(uint32_t exception) {
  * dot_lossless: likewise with the weights that expand_lossless writes; rows are taken from `first` on, by fours in both.
  * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
-typedef void dot_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
-                     const void *packed, float *out);
+typedef void dot_bytes(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
+                       const void *packed, float *out);
 
-typedef void dot_fp4(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out);
+typedef void dot_nibbles(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out);
 
 typedef void dot_blocks(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows,
                         const void *packed, float *out);
@@ -153,16 +173,19 @@ typedef struct {
                      const uint32_t *packed, size_t tile, size_t tiles, float *sums);
 } tiling;
 
-typedef void expand_int(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
+typedef void expand_bytes(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
+
+typedef void expand_nibbles(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out);
 
 typedef struct kernels {
     const char *name;
     packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4, _fp8 and _lossless, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
-    dot_int *dot_int8, *dot_int4;
-    expand_int *expand_int8, *expand_int4; /* of one row */
-    dot_fp4 *dot_mxfp4;
+    dot_bytes *dot_int8;
+    dot_nibbles *dot_int4, *dot_mxfp4;
+    expand_bytes *expand_int8; /* of one row */
+    expand_nibbles *expand_int4;
     void (*expand_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
     void (*turn_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, size_t stride,
                        uint16_t *out);
@@ -187,14 +210,15 @@ void pack_pairs(const float *values, size_t count, void *packed);
 void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
 void pack_vnni8(const float *values, size_t count, void *packed);
 void pack_vnni4(const float *values, size_t count, void *packed);
-dot_int dot_vnni8, dot_vnni4;
-dot_fp4 dot_mxfp4;
+dot_bytes dot_vnni8;
+dot_nibbles dot_vnni4, dot_mxfp4;
 dot_blocks dot_fp8;
 dot_packed dot_lossless;
 void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
 void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words);
 
-expand_int expand_int8_avx512, expand_int4_avx512;
+expand_bytes expand_int8_avx512;
+expand_nibbles expand_int4_avx512;
 void pack_tile(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
 void multiply_tiles(const kernels *kernels, const matrix *w, size_t first, size_t outputs, size_t chain,
                     const uint32_t *packed, size_t tile, size_t tiles, float *sums);
@@ -208,7 +232,8 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #define HAS_DOT_NEON
 void pack_neon8(const float *values, size_t count, void *packed);
 void pack_neon4(const float *values, size_t count, void *packed);
-dot_int dot_neon8, dot_neon4;
+dot_bytes dot_neon8;
+dot_nibbles dot_neon4;
 enum { NEON_BYTES = 68 }; /* of x for 32 weights */
 #endif
 
@@ -220,7 +245,8 @@ static inline size_t chain_for(size_t x, size_t width) {
     return x > 1 && width > LONG_CHAIN ? LONG_CHAIN : CHAIN;
 }
 
-expand_int expand_int8_plain, expand_int4_plain;
+expand_bytes expand_int8_plain;
+expand_nibbles expand_int4_plain;
 
 /* The set of that number, the one that every processor has being 0; NULL when the processor has no such set. */
 const kernels *find_kernels(int number);

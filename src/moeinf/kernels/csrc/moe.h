@@ -15,9 +15,10 @@ enum moe_dtype { MOE_F32, MOE_BF16 };
 
 enum moe_activation { MOE_SILU, MOE_GELU, MOE_GELU_TANH, MOE_RELU2 };
 
-/* Weights are of the layer's dtype, or whole numbers with a factor (float16) for each group of them within a row; a byte
- * holds one, or two, the first one in its lower half. Such weights are [out, in]; rows begin at whole bytes. MXFP4 lies
- * like whole numbers of 4 bits in groups of 32, with a power of two (a byte) for each; the layer is of bfloat16, and its
+/* Weights are of the layer's dtype, or numbers with a factor for each group of them within a row: of 8 bits, with factors in
+ * float16; or of 4 bits, in groups of 16, with what kernels.h says; two are in a byte, the first one in its lower half. Such
+ * weights are [out, in]; rows begin at whole bytes. MXFP4 is numbers of 4 bits in groups of 32, with a power of two (a byte)
+ * for each; the layer is of bfloat16, and its
  * widths are multiples of 32. float8 (e4m3fn) has a scale (float32) for every block of so many rows and 128 columns, or
  * as many as there are where they are fewer; the layer is of bfloat16, and its widths are multiples of 128, or less.
  * Lossless weights are bfloat16 in panels, with their upper bytes instead of scales (lossless.py); rows of a matrix are a
@@ -37,7 +38,7 @@ enum moe_gate { MOE_NONE, MOE_PRODUCT, MOE_CLAMPED, MOE_SIGMOID };
 typedef struct {
     int32_t dtype;          /* of biases and hidden states, and of plain weights */
     int32_t weights;
-    int32_t group;          /* 32 or 64; of use to whole numbers alone */
+    int32_t group;          /* 32 or 64; of use to MOE_INT8 alone */
     int32_t gate;
     int32_t activation;     /* of use to float32 alone, as alpha is */
     int32_t is_transposed;  /* weights are [in, out] */
@@ -52,7 +53,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 12 };
+enum { MOE_INTERFACE = 13 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -97,7 +98,7 @@ MOE_API void moe_expand(moe_pool *pool, const void *weights, const void *scales,
 MOE_API void moe_expand_fp8(moe_pool *pool, int64_t block, const void *weights, const void *scales, int64_t rows,
                             int64_t width, void *output);
 
-/* Expands whole numbers of that kind, [rows, width], to bfloat16, [rows, width]. */
+/* Expands weights of that kind, MOE_INT8 or MOE_INT4, [rows, width], to bfloat16, [rows, width]. */
 MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void *weights, const void *scales,
                             int64_t rows, int64_t width, void *output);
 

@@ -13,7 +13,7 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,f16c")))
 
-enum { DEPTH = 512, PANEL = DEPTH / 2, SMALL_TILE = 12, GROUPS = DEPTH / 32 };
+enum { DEPTH = 512, PANEL = DEPTH / 2, SMALL_TILE = 12, GROUPS = DEPTH / INT4_GROUP };
 
 /* Lays `rows` x out as words of two numbers, the words of all rows for the first two inputs first. `tile` is how many
  * rows there is room for; those behind the last are 0. */
@@ -65,10 +65,9 @@ static void expand_part(const kernels *kernels, const matrix *w, size_t row, siz
     }
 }
 
-/* Whole numbers of 4 bits as bfloat16, which has them exactly: two of each row, in the lowest byte of each word. */
+/* Numbers of 4 bits as bfloat16, which has them exactly: two of each row, in the lowest byte of each word. */
 TARGET static inline __m512i two_of_four_bits(__m512i words) {
-    const __m512i numbers = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(
-        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)));
+    const __m512i numbers = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(INT4_VALUES)));
     const __m512i lower = _mm512_set1_epi32(0xffff), nibbles = _mm512_set1_epi32(0xf000f);
     __m512i two = _mm512_ternarylogic_epi32(lower, words, _mm512_slli_epi32(words, 12), 0xca);
     return _mm512_permutexvar_epi16(_mm512_and_si512(two, nibbles), numbers);
@@ -94,6 +93,33 @@ TARGET static void turn(const char *from, size_t stride, size_t rows, size_t byt
     transpose(rest[0], LINE_BYTES, words);
 }
 
+/* Writes the factors of a panel of whole numbers of 8 bits, those of a group in each vector. */
+TARGET static void write_halves(const matrix *w, size_t row, size_t rows, size_t start, size_t inputs, __m512 *factors) {
+    size_t groups = (w->width + w->group - 1) / w->group, count = (inputs + w->group - 1) / w->group;
+    const uint16_t *scales = (const uint16_t *)w->scales + row * groups + start / w->group;
+    __m512i turned[16];
+    turn((const char *)scales, groups * sizeof *scales, rows, count * sizeof *scales, turned);
+    for (size_t g = 0; g < count; g++) {
+        __m512i halves = g % 2 == 0 ? turned[g / 2] : _mm512_srli_epi32(turned[g / 2], 16);
+        factors[g] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves));
+    }
+}
+
+/* The same for numbers of 4 bits. */
+TARGET static void write_bytes(const matrix *w, size_t row, size_t rows, size_t start, size_t inputs, __m512 *factors) {
+    size_t stride = int4_factor_bytes(w->width), count = (inputs + INT4_GROUP - 1) / INT4_GROUP;
+    const uint8_t *scales = (const uint8_t *)w->scales + row * stride;
+    float units[ROWS] = {0};
+    for (size_t r = 0; r < rows; r++)
+        units[r] = unit_of(scales + r * stride);
+    __m512i turned[16];
+    turn((const char *)scales + UNIT_BYTES + start / INT4_GROUP, stride, rows, count, turned);
+    for (size_t g = 0; g < count; g++) {
+        __m512i bytes = _mm512_srai_epi32(_mm512_slli_epi32(turned[g / 4], 24 - 8 * (unsigned)(g % 4)), 24);
+        factors[g] = _mm512_mul_ps(_mm512_cvtepi32_ps(bytes), _mm512_loadu_ps(units));
+    }
+}
+
 /* Writes a panel of whole numbers, and its factors, those of a group in each. */
 TARGET static void write_ints(const matrix *w, size_t row, size_t rows, size_t start, size_t inputs, __m512i *words,
                               __m512 *factors) {
@@ -114,13 +140,10 @@ TARGET static void write_ints(const matrix *w, size_t row, size_t rows, size_t s
                 words[3] = two_of_four_bits(_mm512_srli_epi32(turned[k], 24));
             }
     }
-    size_t groups = (w->width + w->group - 1) / w->group, count = (inputs + w->group - 1) / w->group;
-    const uint16_t *scales = (const uint16_t *)w->scales + row * groups + start / w->group;
-    turn((const char *)scales, groups * sizeof *scales, rows, count * sizeof *scales, turned);
-    for (size_t g = 0; g < count; g++) {
-        __m512i halves = g % 2 == 0 ? turned[g / 2] : _mm512_srli_epi32(turned[g / 2], 16);
-        factors[g] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves));
-    }
+    if (is_int8)
+        write_halves(w, row, rows, start, inputs, factors);
+    else
+        write_bytes(w, row, rows, start, inputs, factors);
 }
 
 /* Writes the panel of a lossless weight's rows from `row` on, which may be in two of its own. */
@@ -269,7 +292,7 @@ TARGET void multiply_tiles(const kernels *kernels, const matrix *w, size_t first
                                           : look_ahead(w, first_row, end_row, end, panels);
             /* A second panel that is not there gives sums that nobody reads. */
             for (size_t t = 0; t < tiles; t++, next.lines = 0)
-                add_tile(words, has_factors(w) ? factors : NULL, w->group / 2, (inputs + 1) / 2,
+                add_tile(words, has_factors(w) ? factors : NULL, (w->kind == MOE_INT4 ? INT4_GROUP : w->group) / 2, (inputs + 1) / 2,
                          x + t * tile_words + start / 2 * tile, tile, start % chain == 0, &next,
                          chains + t * tile * BLOCK_OUTPUTS + first);
         }
