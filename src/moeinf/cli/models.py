@@ -118,7 +118,8 @@ def list_models(output_flags: OutputFlags) -> None:
         try:
             models.append(store.open(name))
         except MoeinfError as error:
-            output.warn(f"{name}: {error}" + (f" ({error.hint})" if error.hint else ""))
+            told = str(error).removeprefix(f"{name}: ")
+            output.warn(f"{name}: {told}" + (f" ({error.hint})" if error.hint else ""))
     head = ("NAME", "ARCHITECTURE", "EXPERTS", "PRECISION", "SIZE", "SOURCE")
     rows = [_row(model) for model in models]
     output.result(
