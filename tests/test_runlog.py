@@ -96,10 +96,10 @@ def test_a_run_never_fails_for_its_log(tiny: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_engine_and_a_forecast_divide_memory_alike(tiny: str) -> None:
-    from moeinf import memory
+    from moeinf.placement import place
     from moeinf.settings import EngineOptions
 
     options = EngineOptions(host_memory="200MiB", context=64)
     subject = find_subject(tiny, Store())
     with moeinf.load(tiny, host_memory="200MiB", context=64) as engine:
-        assert engine.plan == memory.plan_memory(subject.manifest, subject.shape, options)
+        assert engine.plan == place(subject.manifest, subject.shape, options).plan
