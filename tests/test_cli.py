@@ -127,7 +127,7 @@ def test_list_shows_what_is_damaged_or_unfinished(stored: CommandLine) -> None:
         Store(stored.home).open("tiny")
     stored.check(f"""
         $ moeinf list
-        ! warning: tiny: {caught.value} ({caught.value.hint})
+        ! warning: {caught.value} ({caught.value.hint})
         ! half is only partly here: run the command that makes it again to go on, or `moeinf rm half`
         = 0
     """)
