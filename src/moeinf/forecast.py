@@ -428,7 +428,7 @@ def disk_rate(machine: Machine, size: int) -> float:
 def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     """Bytes of experts per second for one token, with the kernels that the engine would choose."""
     kind, quantization = _kind_of(layout), layout.quantization
-    is_exact = kind == "bfloat16" and machine.processor.kernels == "avx512bf16"
+    is_exact = kind == "bfloat16" and machine.processor.adds_as_torch_does
     is_native = kernels == "native" or (kernels == "auto" and (is_exact or not layout.is_exact))
     if quantization is None:
         return _rate(machine, kind, 1, "native" if is_native else "torch")
@@ -445,14 +445,14 @@ def _weights_of(layout: ExpertLayout) -> str:
 
 def _takes_prompts(machine: Machine, layout: ExpertLayout, kernels: str) -> bool:
     """Whether the library would compute the experts of prompts, and was measured doing it."""
-    if kernels == "torch" or machine.processor.kernels != "avx512bf16" or _kind_of(layout) != "bfloat16":
+    if kernels == "torch" or not machine.processor.adds_as_torch_does or _kind_of(layout) != "bfloat16":
         return False
     return any(r.kernels == "native" and r.weights == _weights_of(layout) and r.tokens > 1 for r in machine.maths)
 
 
 def _expanding_s(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
     """What an expert takes beside torch's maths. The library does not expand lossless ones where it has its own."""
-    has_own = kernels != "torch" and machine.processor.kernels == "avx512bf16"
+    has_own = kernels != "torch" and machine.processor.adds_as_torch_does
     if layout.quantization is None or (layout.quantization.is_lossless and has_own):
         return 0.0
     has_library = kernels != "torch" and any(rate.kernels == "native" for rate in machine.maths)

@@ -21,6 +21,7 @@ from .units import KIB, MIB, align_up, format_bytes, parse_size
 __all__ = [
     "BAND_BYTES",
     "SPARE_WINDOW",
+    "WHOLE_BYTES",
     "HostPlan",
     "Libraries",
     "MemoryPlan",
@@ -55,8 +56,9 @@ SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
 _WORKSPACE_SHARE = 8
 """A GPU has a workspace for the longest pieces of a prompt that take this part of its budget at most."""
-BAND_BYTES = 16 * MIB
-"""Of a dense weight that is packed, so much is unpacked at a time, for a long prompt."""
+WHOLE_BYTES, BAND_BYTES = 64 * MIB, 16 * MIB
+"""For a long prompt a dense weight that is packed is unpacked as a whole up to the first, and so much at a time beyond:
+such is the output layer. Of parts of a weight torch may add up products of many rows in another order."""
 _PASSING_SLOTS = 32
 """Of host memory, for experts that a GPU keeps for good once it has them."""
 _COPIES_KEPT, _COPIES_ANEW, _COPIES_ON_DEVICE = 3, 24, 4
@@ -428,8 +430,9 @@ def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widenin
     repeated = shape.sharing * widening * context * manifest.kv_token_bytes // len(manifest.layers)
     repeated += copies * context * shape.expanded_bytes
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
-    dense = max((2 * rows * width for rows, width in manifest.packed_dense.values()), default=0)
-    expanded = max(manifest.layout.expanded_bytes, min(dense, BAND_BYTES)) + _wide_bytes(manifest, widening)
+    dense = (2 * rows * width for rows, width in manifest.packed_dense.values())
+    unpacked = max((size if size <= WHOLE_BYTES else BAND_BYTES for size in dense), default=0)
+    expanded = max(manifest.layout.expanded_bytes, unpacked) + _wide_bytes(manifest, widening)
     return repeated + spare + shape.vocabulary * 4 * 6 + expanded
 
 

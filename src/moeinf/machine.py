@@ -83,6 +83,11 @@ class Processor:
     no_kernels: str = ""
     governor: str | None = None
 
+    @property
+    def adds_as_torch_does(self) -> bool:
+        """Whether the native library adds products of bfloat16 in the order in which torch does."""
+        return self.kernels in ("avx512bf16", "avx512amx")
+
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:

@@ -22,13 +22,12 @@ from torch import nn
 
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
-from .native import LEAST_PRODUCTS, MOST_ROWS, LinearLayer, NativePool
+from .native import LEAST_PRODUCTS, MOST_ROWS, LinearLayer, NativePool, telling_rows
 from .packed import LosslessLinear
 
 __all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
 
 _TRIALS = 4
-_TRIAL_ROWS = (2, 40)
 _ALIKE_INPUTS = 1024
 """Up to so many inputs the orders of csrc/dot_pairs.c and csrc/tiles.c are the same."""
 _MOST_NUMBERS = 1 << 15
@@ -148,6 +147,7 @@ class NativeLinear(_Native):
         also = (None if tensor is None else tensor.data_ptr() for tensor in (bias, uppers))
         self.layer = LinearLayer(self._inputs, self._outputs, weight.data_ptr(), *also)
         self._most_rows = 1
+        self._weight, self._uppers = weight, uppers
 
     def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:
         """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
@@ -155,14 +155,21 @@ class NativeLinear(_Native):
             return False
         shape = (self._inputs, self._outputs, self._has_bias)
         if shape not in known:
-            known[shape] = int(self.gives_the_same(torch.randn(_TRIALS, 1, self._inputs, generator=_generator())))
+            most = min(MOST_ROWS, self._pool.most_rows)
+            rows = telling_rows(self._last_outputs(), most)
+            known[shape] = int(self.gives_the_same(torch.split(rows[:_TRIALS], 1)))
             if known[shape]:
-                self._most_rows = MOST_ROWS
-                rows = torch.randn(max(_TRIAL_ROWS), self._inputs, generator=_generator())
-                if self.gives_the_same(rows[:count] for count in _TRIAL_ROWS):
-                    known[shape] = MOST_ROWS
+                self._most_rows = most
+                if self.gives_the_same(rows[:count] for count in (2, most)):
+                    known[shape] = most
         self._most_rows = known[shape]
         return self._most_rows > 0
+
+    def _last_outputs(self) -> torch.Tensor:
+        """Some of the matrix [16 or fewer, inputs]."""
+        if self._uppers is None:
+            return self._weight[-PANEL_ROWS:]
+        return self._pool.unpack(self._weight, self._uppers, self._outputs - PANEL_ROWS, PANEL_ROWS)
 
     @property
     def adds_rows_alike(self) -> bool:

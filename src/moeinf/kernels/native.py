@@ -2,21 +2,24 @@
 
 Owns the library's pool of threads, and says which layers the library can compute: weights of float32 or bfloat16, or
 packed ones; no norm behind the experts; and an activation that it has, which is found out by trying it. It rounds
-where torch rounds, and adds in torch's order where the processor has AVX-512 BF16. There prompts are its, too;
+where torch rounds, and adds in torch's order where the processor has AVX-512 BF16 or AMX. There prompts are its, too;
 elsewhere they are left to torch, for which it expands packed weights, but for quantised experts of a few rows.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from functools import cache, cached_property, partial
 from itertools import count, product, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
@@ -32,7 +35,10 @@ __all__ = [
     "NativeLayer",
     "NativeMaths",
     "NativePool",
+    "best_variant",
     "can_add_as_torch_does",
+    "telling_rows",
+    "variant_of_torch",
     "variants",
 ]
 
@@ -54,8 +60,19 @@ _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one where there are no products of many rows
 (docs/quantization.md)."""
 
-_TORCH_S_ORDER = "avx512bf16"
-"""The variant whose products of bfloat16 are added up as torch adds them on such a processor."""
+_TORCH_S_ORDERS = ("avx512bf16", "avx512amx")
+"""The variants whose products of bfloat16 torch has, too."""
+
+_KNOWN_ROWS = {"avx512amx": 32}
+"""How torch adds up the products of more rows is not known of these variants (docs/experiments.md)."""
+
+_IN_COLUMNS = "avx512bf16"
+"""The one of them that adds weights [in, out] up as torch does."""
+
+_TRIED = (256, 1100)
+"""A matrix wider than two chains of csrc/dot_pairs.c."""
+_FAR = 2.0**40
+"""Beside numbers so large no bias counts."""
 
 _PROBE = 1024
 """Values that an activation is tried on."""
@@ -139,12 +156,44 @@ def variants(path: Path | None = None) -> list[str]:
     return [name.decode() for name in takewhile(bool, map(library.moe_variant, count()))]
 
 
+def best_variant(path: Path | None = None) -> str:
+    """The one that adds as torch does, or else the fastest."""
+    return variant_of_torch(path) or variants(path)[-1]
+
+
 def can_add_as_torch_does() -> bool:
-    """Whether a pool of the best variant would: `NativePool.adds_as_torch_does`."""
+    """Whether the library can: `NativePool.adds_as_torch_does`."""
     try:
-        return variants()[-1] == _TORCH_S_ORDER
+        return variant_of_torch() is not None
     except NotNativeError:
         return False
+
+
+@cache
+def variant_of_torch(path: Path | None = None) -> str | None:
+    """The one that adds products of bfloat16 as torch does on this processor; None if there is none."""
+    for variant in set(variants(path)).intersection(_TORCH_S_ORDERS):
+        pool = NativePool(1, variant, path)
+        try:
+            if pool.adds_as_torch_does:
+                return variant
+        finally:
+            pool.close()
+    return None
+
+
+def telling_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [count, in] in bfloat16 whose products with `weight` [out, in] show in which order they were added up. Each
+    all but cancels with one of the outputs, so that little but roundings is left of the sum. Of random numbers so few
+    results depend on the order that a trial could miss it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = weight[torch.randint(len(weight), (count,), generator=generator)].float() * _FAR
+    inputs = weight.shape[1]
+    one, other = torch.randperm(inputs, generator=generator)[: inputs // 2 * 2].view(2, -1)
+    rows = torch.zeros(count, inputs)
+    rows[:, one], rows[:, other] = chosen[:, other], -chosen[:, one]
+    return rows.bfloat16()
 
 
 class NativePool:
@@ -152,26 +201,41 @@ class NativePool:
 
     Args:
         threads: how many compute.
-        variant: the instruction set, by its name in `variants`; the best one if None.
+        variant: the instruction set, by its name in `variants`; `best_variant` if None.
         path: of another library than the package's own.
     """
 
     def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
         self.lib = load_library(_FUNCTIONS, path)
         known = variants(path)
-        self.variant = variant or known[-1]
+        self.variant = variant or best_variant(path)
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
         self._kept: list[torch.Tensor] = []
 
-    @property
+    @cached_property
     def adds_as_torch_does(self) -> bool:
-        """Whether products of bfloat16 are added in the order in which torch adds them on such a processor. Where they
-        are not, so few results differ that a trial can miss it.
+        """Whether products of bfloat16 are added in the order in which torch adds them on this processor."""
+        weight = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0)).bfloat16()
+        return self.variant in _TORCH_S_ORDERS and self.adds_alike(weight, (1,), partial(F.linear, weight=weight))
+
+    @property
+    def most_rows(self) -> int:
+        """Products of as many rows are added as torch adds them, if those of one row are."""
+        return _KNOWN_ROWS.get(self.variant, sys.maxsize)
+
+    def adds_alike(
+        self, weight: torch.Tensor, counts: Iterable[int], product: Callable[[torch.Tensor], torch.Tensor]
+    ) -> bool:
+        """Whether for so many rows at a time `product` is `multiply` by `weight` [out, in], to the last bit. That is
+        tried on the outputs at both ends.
         """
-        return self.variant == _TORCH_S_ORDER
+        ends = list(dict.fromkeys([*range(PANEL_ROWS), *range(-PANEL_ROWS, 0)]))[: len(weight)]
+        some = weight[ends].contiguous()
+        rows = telling_rows(some, max(counts))
+        return all(torch.equal(self.multiply(rows[:n], some), product(rows[:n])[:, ends]) for n in counts)
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
@@ -227,7 +291,8 @@ class NativePool:
 
     def multiply(self, rows: torch.Tensor, weight: torch.Tensor, uppers: torch.Tensor | None = None) -> torch.Tensor:
         """`F.linear` of `rows` [n, in] and `weight` [out, in], both in bfloat16 and contiguous, or `weight`
-        lossless with its `uppers`; added in torch's order. Only where the variant `adds_as_torch_does`.
+        lossless with its `uppers`; added in torch's order where the pool `adds_as_torch_does`, up to `most_rows`. Only
+        in variants that have products of many rows.
         """
         inputs = rows.shape[1]
         outputs = len(weight) * (1 if uppers is None else PANEL_ROWS)
@@ -289,6 +354,24 @@ class NativeMaths(ExpandingMaths):
             and not self.layer.is_transposed
             and products > LEAST_PRODUCTS
         )
+
+    @property
+    def most_rows(self) -> int:
+        """Of more rows of an expert that is exact torch computes the products."""
+        return self.pool.most_rows if self._quantization is None or self._quantization.is_exact else sys.maxsize
+
+    def adds_alike(self, tensors: Tensors, counts: Sequence[int]) -> bool:
+        """Whether for so many rows its products with the expert's matrices are torch's to the last bit, in bfloat16."""
+        if self.layer.is_transposed and self.pool.variant != _IN_COLUMNS:
+            return False
+        for name, width in ((self.up, self.layer.hidden), ("down_proj", self.layer.inner)):
+            rows, weight = torch.empty(0, width, dtype=torch.bfloat16), tensors[name]
+            if self._quantization is not None:
+                weight = self._expand(weight, tensors[self._quantization.partner(name)], rows)
+            outputs = weight.t() if self._is_transposed else weight
+            if not self.pool.adds_alike(outputs, counts, partial(F.linear, weight=outputs)):
+                return False
+        return True
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):
@@ -486,7 +569,7 @@ class _NativePrompt:
     def __init__(self, maths: NativeMaths, hidden: torch.Tensor, routed: Routed, weights: torch.Tensor) -> None:
         self._maths, self._hidden = maths, hidden.contiguous()
         self._spans, self._tokens = routed.spans, routed.tokens
-        self._weights = routed.weights.float()
+        self._routed, self._weights = routed, routed.weights.float()
         self.experts: Collection[int] = routed.experts
         self._row_dtype, self._sum_dtype = maths.rounding[weights.dtype]
         self._total = maths.zeros(hidden, weights)
@@ -495,6 +578,20 @@ class _NativePrompt:
         self._unadded, self._added = deque(routed.experts), 0
 
     def compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
+        few: list[tuple[int, Tensors]] = []
+        for expert, there in zip(experts, tensors, strict=True):
+            begin, end = self._spans[expert]
+            if end - begin <= self._maths.most_rows:
+                few.append((expert, there))
+                continue
+            tokens, weights = self._routed[expert]
+            self._rows[begin:end] = self._maths.expert(self._hidden[tokens], there, weights)
+        if few:
+            self._compute(*zip(*few, strict=True))
+        self._computed.update(experts)
+        self._add()
+
+    def _compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
         maths, size = self._maths, len(experts)
         begins, ends = zip(*(self._spans[expert] for expert in experts), strict=True)
         failed = maths.pool.lib.moe_prompt(
@@ -513,8 +610,6 @@ class _NativePrompt:
         )
         if failed:
             raise MemoryError("no memory for the rows of a prompt's experts")
-        self._computed.update(experts)
-        self._add()
 
     def _add(self) -> None:
         """Add the rows of all experts before which none is missing."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeinf.errors import IntegrityError
-from moeinf.ledger import BAND_BYTES
+from moeinf.ledger import BAND_BYTES, WHOLE_BYTES
 from moeinf.lossless import expand
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
@@ -57,7 +57,7 @@ class LosslessLinear(nn.Linear):
         if self.pool is None or self.pool.handle is None:
             return F.linear(x, self.weight, self.bias)
         band = max(1, BAND_BYTES // (2 * self.in_features * PANEL_ROWS)) * PANEL_ROWS
-        if self.out_features <= band:
+        if 2 * self.in_features * self.out_features <= WHOLE_BYTES:
             return F.linear(x, self.pool.unpack(self.panels, self.uppers), self.bias)
         output = x.new_empty(*x.shape[:-1], self.out_features)
         for first in range(0, self.out_features, band):

@@ -21,7 +21,7 @@ from moeinf import hardware, memory
 from moeinf.errors import IntegrityError
 from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem, explained, publish
-from moeinf.kernels.native import variants
+from moeinf.kernels.native import best_variant
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Disk, Gpu, HostMemory, Machine, Processor, ReadRate
 from moeinf.progress import NO_PROGRESS, Progress
@@ -163,7 +163,7 @@ def _differences(kept: Machine, now: Machine, gpus: list[str]) -> list[str]:
 
 def _processor() -> Processor:
     try:
-        kernels, no_kernels = variants()[-1], ""
+        kernels, no_kernels = best_variant(), ""
     except NotNativeError as error:
         kernels, no_kernels = "", str(error)
     return Processor(

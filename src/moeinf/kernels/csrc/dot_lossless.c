@@ -112,22 +112,41 @@ TARGET static inline void put_rows(const __m512i *pairs, uint16_t *out, size_t s
     }
 }
 
-/* Whole panels. */
-TARGET void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out) {
-    for (size_t r = first; r < first + rows; r += PANEL_ROWS, out += PANEL_ROWS * width) {
-        for (size_t i = 0; i < width; i += STEP) {
-            __m512i pairs[16] = {0};
-            size_t count = width - i < STEP ? width - i : STEP;
-            write_lossless(w, r / PANEL_ROWS, width, i, count, pairs);
-            if (count == STEP) {
-                put_rows(pairs, out + i, width);
-                continue;
-            }
-            uint16_t last[PANEL_ROWS][STEP];
-            put_rows(pairs, last[0], STEP);
-            for (size_t k = 0; k < PANEL_ROWS; k++)
-                memcpy(out + k * width + i, last[k], count * sizeof *out);
+/* Columns of one panel. */
+TARGET static void put_panel(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, uint16_t *out,
+                             size_t stride) {
+    for (size_t i = 0; i < inputs; i += STEP) {
+        __m512i pairs[16] = {0};
+        size_t count = inputs - i < STEP ? inputs - i : STEP;
+        write_lossless(w, panel, width, start + i, count, pairs);
+        if (count == STEP) {
+            put_rows(pairs, out + i, stride);
+            continue;
         }
+        uint16_t last[PANEL_ROWS][STEP];
+        put_rows(pairs, last[0], STEP);
+        for (size_t k = 0; k < PANEL_ROWS; k++)
+            memcpy(out + k * stride + i, last[k], count * sizeof *out);
+    }
+}
+
+/* Whole panels. */
+void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out) {
+    for (size_t r = first; r < first + rows; r += PANEL_ROWS, out += PANEL_ROWS * width)
+        put_panel(w, r / PANEL_ROWS, width, 0, width, out, width);
+}
+
+void put_lossless(const lossless *w, size_t row, size_t rows, size_t width, size_t start, size_t inputs, uint16_t *out,
+                  size_t stride) {
+    for (size_t end = row + rows; row < end;) {
+        uint16_t panel[PANEL_ROWS][DEPTH];
+        size_t inside = row % PANEL_ROWS, count = end - row < PANEL_ROWS - inside ? end - row : PANEL_ROWS - inside;
+        bool is_whole = count == PANEL_ROWS;
+        put_panel(w, row / PANEL_ROWS, width, start, inputs, is_whole ? out : panel[0], is_whole ? stride : DEPTH);
+        for (size_t k = 0; k < count && !is_whole; k++)
+            memcpy(out + k * stride, panel[inside + k], inputs * sizeof *out);
+        out += count * stride;
+        row += count;
     }
 }
 

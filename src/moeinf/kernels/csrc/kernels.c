@@ -1,4 +1,5 @@
 #include "kernels.h"
+#include "moe.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -38,6 +39,19 @@
 #include "kernels.inc"
 
 #ifdef HAS_DOT_PAIRS
+void expand_part(const matrix *w, size_t row, size_t start, size_t inputs, uint16_t *out) {
+    const uint8_t *numbers = w->numbers;
+    size_t at = row * w->width + start;
+    if (w->kind == MOE_MXFP4) {
+        const uint8_t *scales = (const uint8_t *)w->scales + at / FP4_GROUP;
+        expand_mxfp4_avx512(numbers + at / 2, scales, inputs, 1, out);
+    } else {
+        const fp8_blocks blocks = {w->scales, w->group};
+        const fp8_blocks part = {scales_of(&blocks, row, w->width) + start / FP8_BLOCK, 1};
+        expand_fp8_avx512(numbers + at, &part, inputs, 0, 1, out);
+    }
+}
+
 static const kernels avx512bf16 = {
     .name = "avx512bf16",
     .pairs = {pack_pairs, PAD * sizeof(uint16_t)},
@@ -61,6 +75,31 @@ static const kernels avx512bf16 = {
     .tiles = {pack_tile, multiply_tiles},
     .read = read_avx512,
 };
+#ifdef HAS_DOT_AMX
+static const kernels avx512amx = {
+    .name = "avx512amx",
+    .pairs = {pack_pairs, PAD * sizeof(uint16_t)},
+    .bytes = {pack_vnni8, PAD / 64 * VNNI_BYTES},
+    .nibbles = {pack_vnni4, PAD / 128 * VNNI_BYTES},
+    .dot_bf16 = dot_amx,
+    .dot_f32 = dot_f32_avx512,
+    .dot_int8 = dot_vnni8,
+    .dot_int4 = dot_vnni4,
+    .expand_int8 = expand_int8_avx512,
+    .expand_int4 = expand_int4_avx512,
+    .dot_mxfp4 = dot_mxfp4_amx,
+    .expand_mxfp4 = expand_mxfp4_avx512,
+    .turn_mxfp4 = turn_mxfp4_avx512,
+    .dot_fp8 = dot_fp8_amx,
+    .expand_fp8 = expand_fp8_avx512,
+    .dot_lossless = dot_lossless_amx,
+    .expand_lossless = expand_lossless,
+    .columns_bf16 = columns_bf16_avx512,
+    .columns_f32 = columns_f32_avx512,
+    .tiles = {pack_tile, multiply_amx},
+    .read = read_avx512,
+};
+#endif
 #endif
 
 /* Not every clang knows the name of that. */
@@ -124,6 +163,10 @@ const kernels *find_kernels(int number) {
     if (number == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16") &&
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         return &avx512bf16;
+#endif
+#ifdef HAS_DOT_AMX
+    if (number == 4 && find_kernels(3) != NULL && has_amx())
+        return &avx512amx;
 #endif
     return NULL;
 }

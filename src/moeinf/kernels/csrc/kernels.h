@@ -2,6 +2,7 @@
 #ifndef KERNELS_H
 #define KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -166,18 +167,17 @@ typedef struct {
  * i] x[i] for r < outputs, i < width, and the x of all tiles, in chains of that many inputs; there are BLOCK_OUTPUTS and
  * BLOCK_ROWS at most. */
 enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
-struct kernels;
 typedef struct {
     void (*pack)(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-    void (*multiply)(const struct kernels *kernels, const matrix *w, size_t first, size_t outputs, size_t chain,
-                     const uint32_t *packed, size_t tile, size_t tiles, float *sums);
+    void (*multiply)(const matrix *w, size_t first, size_t outputs, size_t chain, const uint32_t *packed, size_t tile,
+                     size_t tiles, float *sums);
 } tiling;
 
 typedef void expand_bytes(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
 
 typedef void expand_nibbles(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out);
 
-typedef struct kernels {
+typedef struct {
     const char *name;
     packing pairs, bytes, nibbles; /* for dot_bf16, _mxfp4, _fp8 and _lossless, dot_int8, dot_int4; x is plain for dot_f32 */
     void (*dot_bf16)(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
@@ -202,7 +202,8 @@ typedef struct kernels {
 
 /* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, dot_fp8.c, dot_lossless.c, tiles.c)
  * and bytes (dot_vnni.c). expand_lossless takes whole panels; write_lossless writes `inputs` columns of one, from `start`
- * on, as pairs with an output in each lane. */
+ * on, as pairs with an output in each lane; put_lossless as rows, `stride` numbers apart. expand_part: inputs from `start` on
+ * of one row of a weight that was released packed, as bfloat16. */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
 #define TILES_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
@@ -216,15 +217,31 @@ dot_blocks dot_fp8;
 dot_packed dot_lossless;
 void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
 void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words);
+void put_lossless(const lossless *w, size_t row, size_t rows, size_t width, size_t start, size_t inputs, uint16_t *out,
+                  size_t stride);
+void expand_part(const matrix *w, size_t row, size_t start, size_t inputs, uint16_t *out);
 
 expand_bytes expand_int8_avx512;
 expand_nibbles expand_int4_avx512;
 void pack_tile(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-void multiply_tiles(const kernels *kernels, const matrix *w, size_t first, size_t outputs, size_t chain,
-                    const uint32_t *packed, size_t tile, size_t tiles, float *sums);
+void multiply_tiles(const matrix *w, size_t first, size_t outputs, size_t chain, const uint32_t *packed, size_t tile,
+                    size_t tiles, float *sums);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #else
 #define TILES_TARGET
+#endif
+
+/* Likewise where it multiplies tiles of them (amx.c), which a process has to ask the system for: has_amx does. x is laid out
+ * as for the others. */
+#if defined(HAS_DOT_PAIRS) && defined(__linux__)
+#define HAS_DOT_AMX
+bool has_amx(void);
+void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
+dot_nibbles dot_mxfp4_amx;
+dot_blocks dot_fp8_amx;
+dot_packed dot_lossless_amx;
+void multiply_amx(const matrix *w, size_t first, size_t outputs, size_t chain, const uint32_t *packed, size_t tile,
+                  size_t tiles, float *sums);
 #endif
 
 /* Likewise where a 64-bit ARM multiplies bytes (dot_neon.c). clang has the instruction in a function alone from 16 on. */

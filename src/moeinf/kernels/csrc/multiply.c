@@ -30,7 +30,7 @@ TILES_TARGET static void multiply(const block *block, size_t first) {
     int kind = layer->uppers == NULL ? MOE_PLAIN : MOE_LOSSLESS;
     matrix w = {.kind = kind, .numbers = layer->weight, .scales = layer->uppers, .rows = outputs, .width = inputs};
     const kernels *kernels = block->pool->kernels;
-    kernels->tiles.multiply(kernels, &w, first, count, chain_for(2, inputs), block->packed, block->tile, block->tiles, sums);
+    kernels->tiles.multiply(&w, first, count, chain_for(2, inputs), block->packed, block->tile, block->tiles, sums);
     for (size_t r = 0; r < block->rows; r++) {
         float *sum = sums + r * BLOCK_OUTPUTS;
         uint16_t *output = block->output + r * outputs + first;

@@ -1,4 +1,4 @@
-/* What dot_pairs.c, dot_mxfp4.c and dot_fp8.c share: one output per lane, of weights that lie one output per row. */
+/* What the kernels for pairs of bfloat16 share: one output per lane, of weights that lie one output per row. */
 #ifndef PAIRS_H
 #define PAIRS_H
 
@@ -14,6 +14,8 @@ enum {
     ROWS = 16, /* lanes */
     STEP = 32, /* inputs in a vector of pairs */
     LINE_BYTES = 64,
+    DEPTH = 512, /* inputs that are unpacked or transposed at a time */
+    WIDE = 4096, /* rows of more inputs are fetched part by part: 16 whole ones would crowd the cache */
 };
 
 /* One chain of one row, the slow way: for rows that are left over, and to be read. */

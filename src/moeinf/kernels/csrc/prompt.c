@@ -57,7 +57,7 @@ static void multiply(const call *call, const task *task, bool is_up, size_t firs
         .width = is_up ? hidden : inner,
         .group = (size_t)(layer->weights == MOE_FP8 ? block : layer->group),
     };
-    kernels->tiles.multiply(kernels, &w, first, count, chain_for(task->all_rows, w.width), is_up ? task->x : task->inner,
+    kernels->tiles.multiply(&w, first, count, chain_for(task->all_rows, w.width), is_up ? task->x : task->inner,
                             task->tile, task->tiles, sums);
 }
 

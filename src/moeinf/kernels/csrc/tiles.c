@@ -13,7 +13,7 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16,f16c")))
 
-enum { DEPTH = 512, PANEL = DEPTH / 2, SMALL_TILE = 12, GROUPS = DEPTH / INT4_GROUP };
+enum { PANEL = DEPTH / 2, SMALL_TILE = 12, GROUPS = DEPTH / INT4_GROUP };
 
 /* Lays `rows` x out as words of two numbers, the words of all rows for the first two inputs first. `tile` is how many
  * rows there is room for; those behind the last are 0. */
@@ -49,20 +49,6 @@ TARGET static void write_panel(const char *w, size_t stride, size_t rows, size_t
 
 static inline bool has_factors(const matrix *w) {
     return w->kind == MOE_INT8 || w->kind == MOE_INT4;
-}
-
-/* Inputs from `start` on of one row of a weight that was released packed, as bfloat16. */
-static void expand_part(const kernels *kernels, const matrix *w, size_t row, size_t start, size_t inputs, uint16_t *out) {
-    const uint8_t *numbers = w->numbers;
-    size_t at = row * w->width + start;
-    if (w->kind == MOE_MXFP4) {
-        const uint8_t *scales = (const uint8_t *)w->scales + at / FP4_GROUP;
-        kernels->expand_mxfp4(numbers + at / 2, scales, inputs, 1, out);
-    } else {
-        const fp8_blocks blocks = {w->scales, w->group};
-        const fp8_blocks part = {scales_of(&blocks, row, w->width) + start / FP8_BLOCK, 1};
-        kernels->expand_fp8(numbers + at, &part, inputs, 0, 1, out);
-    }
 }
 
 /* Numbers of 4 bits as bfloat16, which has them exactly: two of each row, in the lowest byte of each word. */
@@ -164,7 +150,7 @@ TARGET static void write_rows(const matrix *w, size_t row, size_t rows, size_t s
 }
 
 /* Writes the panel of some rows from `row` on, of any weight; `factors` are of use to whole numbers alone. */
-TARGET static void write_any(const kernels *kernels, const matrix *w, size_t row, size_t rows, size_t start, size_t inputs,
+TARGET static void write_any(const matrix *w, size_t row, size_t rows, size_t start, size_t inputs,
                              __m512i *words, __m512 *factors) {
     size_t width = w->width;
     if (w->kind == MOE_PLAIN) {
@@ -177,7 +163,7 @@ TARGET static void write_any(const kernels *kernels, const matrix *w, size_t row
     } else {
         uint16_t expanded[ROWS][DEPTH];
         for (size_t r = 0; r < rows; r++)
-            expand_part(kernels, w, row + r, start, inputs, expanded[r]);
+            expand_part(w, row + r, start, inputs, expanded[r]);
         write_panel((const char *)expanded, sizeof expanded[0], rows, inputs, words);
     }
 }
@@ -271,7 +257,7 @@ static ahead look_ahead(const matrix *w, size_t row, size_t end, size_t start, s
     return next;
 }
 
-TARGET void multiply_tiles(const kernels *kernels, const matrix *w, size_t first_row, size_t outputs, size_t chain,
+TARGET void multiply_tiles(const matrix *w, size_t first_row, size_t outputs, size_t chain,
                            const uint32_t *x, size_t tile, size_t tiles, float *sums) {
     size_t width = w->width, tile_words = (width + 1) / 2 * tile, panels = tile <= SMALL_TILE ? 2 : 1;
     float chains[BLOCK_ROWS * BLOCK_OUTPUTS];
@@ -284,7 +270,7 @@ TARGET void multiply_tiles(const kernels *kernels, const matrix *w, size_t first
         for (size_t first = 0; first < outputs; first += panels * ROWS) {
             for (size_t p = 0; p < panels && first + p * ROWS < outputs; p++) {
                 size_t row = first + p * ROWS, left = outputs - row;
-                write_any(kernels, w, first_row + row, left < ROWS ? left : ROWS, start, inputs, words + p * PANEL,
+                write_any(w, first_row + row, left < ROWS ? left : ROWS, start, inputs, words + p * PANEL,
                           factors + p * GROUPS);
             }
             size_t behind = first + panels * ROWS, end_row = first_row + outputs;

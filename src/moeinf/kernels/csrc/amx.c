@@ -1,0 +1,253 @@
+/* Products of bfloat16 in the very order in which torch adds them up where a processor has AMX: by the instruction that
+ * oneDNN takes there. It adds 32 products to a sum at a time, the 16 even and the 16 odd ones each in a chain of its own
+ * from 0 on, then both; numbers too small to be normal are 0.
+ *
+ * A tile of 16 rows of weights is loaded as they lie in memory; what they are multiplied with lies in words of two inputs,
+ * as tiles.c packs it. Lossless weights are unpacked into such words, and multiplied the other way round; other packed ones
+ * are expanded to rows of bfloat16 first. */
+#define _GNU_SOURCE /* syscall */
+#include "moe.h"
+#include "pairs.h"
+
+#ifdef HAS_DOT_AMX
+
+#include <stdbool.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
+
+enum { DEPTH_LINES = DEPTH * sizeof(uint16_t) / LINE_BYTES, WORD = 4 };
+enum { REQUEST_STATE = 0x1023, TILE_STATE = 18 }; /* ARCH_REQ_XCOMP_PERM and the data of tiles, of asm/prctl.h */
+
+/* What a processor is told of its eight tiles: their rows, and the bytes of each. */
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} shapes;
+
+bool has_amx(void) {
+    return syscall(SYS_arch_prctl, REQUEST_STATE, TILE_STATE) == 0;
+}
+
+/* oneDNN, in the same thread, may count on the shapes that it set. */
+#define BEGIN(shapes_of_this)                                                                                          \
+    shapes before;                                                                                                     \
+    _tile_storeconfig(&before);                                                                                        \
+    _tile_loadconfig(&(shapes_of_this))
+#define END() _tile_loadconfig(&before)
+
+/* Up to 16 rows of any weight, and DEPTH inputs from `start` on, `stride` bytes apart; what lies behind is 0, up to a whole
+ * step. `room` is for those that do not lie so in memory. */
+TARGET static const char *rows_of(const matrix *w, size_t row, size_t rows, size_t start, size_t inputs,
+                                  uint16_t room[ROWS][DEPTH], size_t *stride) {
+    const char *plain = (const char *)w->numbers + (row * w->width + start) * sizeof(uint16_t);
+    if (w->kind == MOE_PLAIN && rows == ROWS && inputs % STEP == 0) {
+        *stride = w->width * sizeof(uint16_t);
+        return plain;
+    }
+    *stride = sizeof room[0];
+    if (rows < ROWS || inputs % STEP != 0)
+        memset(room, 0, ROWS * sizeof room[0]);
+    if (w->kind == MOE_LOSSLESS) {
+        lossless packed = make_lossless(w->numbers, w->scales, w->rows, w->width);
+        put_lossless(&packed, row, rows, w->width, start, inputs, room[0], DEPTH);
+        return (const char *)room;
+    }
+    for (size_t r = 0; r < rows; r++)
+        if (w->kind == MOE_PLAIN)
+            memcpy(room[r], plain + r * w->width * sizeof(uint16_t), inputs * sizeof(uint16_t));
+        else
+            expand_part(w, row + r, start, inputs, room[r]);
+    return (const char *)room;
+}
+
+/* Asks memory for as much as a step reads, of what comes next: of the next rows as they lie, or, where 32 rows would crowd the
+ * cache, of these ones' next inputs, row after row. A tile is loaded from 16 places, which the processor does not guess. */
+static inline void fetch_step(const matrix *w, size_t row, size_t start, size_t step) {
+    size_t stride = w->width * sizeof(uint16_t), lines = 2 * ROWS, first = step * lines;
+    const char *from = (const char *)w->numbers + row * stride;
+    for (size_t line = first; line < first + lines; line++) {
+        size_t at = (2 * ROWS * stride) + start / STEP * lines * LINE_BYTES + line * LINE_BYTES;
+        if (w->width > WIDE)
+            at = line / DEPTH_LINES * stride + (start + DEPTH) * sizeof(uint16_t) + line % DEPTH_LINES * LINE_BYTES;
+        _mm_prefetch(from + at, _MM_HINT_T1);
+    }
+}
+
+/* One x, which is followed by zeros. Tiles: 0 and 1 are the sums of 16 rows each, 2 and 3 the rows, 4 the x. */
+TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uint16_t *x, float *out) {
+    static const shapes SHAPES = {
+        .palette = 1,
+        .bytes = {WORD, WORD, LINE_BYTES, LINE_BYTES, WORD},
+        .rows = {ROWS, ROWS, ROWS, ROWS, ROWS},
+    };
+    uint16_t room[2][ROWS][DEPTH];
+    BEGIN(SHAPES);
+    for (size_t r = 0; r < rows; r += 2 * ROWS) {
+        size_t left = rows - r, some = left < ROWS ? left : ROWS, more = left - some < ROWS ? left - some : ROWS;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (size_t start = 0; start < w->width; start += DEPTH) {
+            size_t inputs = w->width - start < DEPTH ? w->width - start : DEPTH, stride, other = 0;
+            const char *a = rows_of(w, first + r, some, start, inputs, room[0], &stride), *b = NULL;
+            if (more > 0)
+                b = rows_of(w, first + r + ROWS, more, start, inputs, room[1], &other);
+            for (size_t i = 0; i < inputs; i += STEP) {
+                if (w->kind == MOE_PLAIN)
+                    fetch_step(w, first + r, start, i / STEP);
+                _tile_loadd(4, x + start + i, WORD);
+                _tile_loadd(2, a + i * sizeof *x, stride);
+                _tile_dpbf16ps(0, 2, 4);
+                if (b != NULL) {
+                    _tile_loadd(3, b + i * sizeof *x, other);
+                    _tile_dpbf16ps(1, 3, 4);
+                }
+            }
+        }
+        float sums[2 * ROWS];
+        _tile_stored(0, sums, WORD);
+        _tile_stored(1, sums + ROWS, WORD);
+        memcpy(out + r, sums, (some + more) * sizeof *out);
+    }
+    END();
+}
+
+void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out) {
+    matrix plain = {.kind = MOE_PLAIN, .numbers = w, .rows = rows, .width = width};
+    dot_any(&plain, 0, rows, packed, out);
+}
+
+void dot_mxfp4_amx(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
+    matrix released = {.kind = MOE_MXFP4, .numbers = w, .scales = scales, .rows = rows, .width = width};
+    dot_any(&released, 0, rows, packed, out);
+}
+
+void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, const void *packed,
+                 float *out) {
+    matrix released = {.kind = MOE_FP8, .numbers = w, .scales = blocks->scales, .width = width, .group = blocks->rows};
+    dot_any(&released, first, rows, packed, out);
+}
+
+/* Tiles: 0 is the sums of a panel, 1 a step of the x, 2 the panel's words. */
+TARGET void dot_lossless_amx(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+    static const shapes SHAPES = {
+        .palette = 1,
+        .bytes = {LINE_BYTES, LINE_BYTES, LINE_BYTES},
+        .rows = {1, 1, ROWS},
+    };
+    const uint16_t *x = packed;
+    __m512i words[DEPTH / 2];
+    BEGIN(SHAPES);
+    for (size_t r = first, end = first + rows; r < end;) {
+        size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
+        _tile_zero(0);
+        for (size_t start = 0; start < width; start += DEPTH) {
+            size_t inputs = width - start < DEPTH ? width - start : DEPTH;
+            write_lossless(w, r / PANEL_ROWS, width, start, inputs, words);
+            if (inputs % STEP != 0)
+                memset(words + inputs / 2, 0, (STEP - inputs % STEP) / 2 * sizeof *words);
+            for (size_t i = 0; i < inputs; i += STEP) {
+                _tile_loadd(1, x + start + i, LINE_BYTES);
+                _tile_loadd(2, words + i / 2, LINE_BYTES);
+                _tile_dpbf16ps(0, 1, 2);
+            }
+        }
+        float panel[PANEL_ROWS];
+        _tile_stored(0, panel, LINE_BYTES);
+        memcpy(out + r - first, panel + inside, count * sizeof *out);
+        r += count;
+    }
+    END();
+}
+
+/* Tiles: 0 to 3 are the sums of 16 rows each with the x of a tile's first and second part, 4 and 5 the rows, 6 and 7 the x. */
+#define ADD_STEP(is_more, is_wide)                                                                                     \
+    do {                                                                                                               \
+        _tile_loadd(4, a + i * sizeof(uint16_t), strides[0]);                                                          \
+        _tile_loadd(6, from, apart);                                                                                   \
+        _tile_dpbf16ps(0, 4, 6);                                                                                       \
+        if (is_wide) {                                                                                                 \
+            _tile_loadd(7, from + ROWS, apart);                                                                        \
+            _tile_dpbf16ps(1, 4, 7);                                                                                   \
+        }                                                                                                              \
+        if (is_more) {                                                                                                 \
+            _tile_loadd(5, b + i * sizeof(uint16_t), strides[1]);                                                      \
+            _tile_dpbf16ps(2, 5, 6);                                                                                   \
+            if (is_wide)                                                                                               \
+                _tile_dpbf16ps(3, 5, 7);                                                                               \
+        }                                                                                                              \
+    } while (0)
+
+TARGET void multiply_amx(const matrix *w, size_t first_row, size_t outputs, size_t chain, const uint32_t *x, size_t tile,
+                         size_t tiles, float *sums) {
+    if (w->kind == MOE_INT8 || w->kind == MOE_INT4) {
+        multiply_tiles(w, first_row, outputs, chain, x, tile, tiles, sums);
+        return;
+    }
+    enum { APART = BLOCK_ROWS * sizeof(float) };
+    size_t width = w->width, tile_words = (width + 1) / 2 * tile, apart = tile * WORD;
+    uint16_t one = (uint16_t)(tile < ROWS ? apart : LINE_BYTES), two = (uint16_t)(apart - one);
+    bool is_wide = two > 0;
+    shapes shapes_of = {
+        .palette = 1,
+        .bytes = {one, two, one, two, LINE_BYTES, LINE_BYTES, one, two},
+        .rows = {ROWS, is_wide ? ROWS : 0, ROWS, is_wide ? ROWS : 0, ROWS, ROWS, ROWS, is_wide ? ROWS : 0},
+    };
+    float all[BLOCK_OUTPUTS][BLOCK_ROWS];
+    uint16_t room[2][ROWS][DEPTH];
+    BEGIN(shapes_of);
+    for (size_t start = 0; start < width; start += DEPTH) {
+        size_t inputs = width - start < DEPTH ? width - start : DEPTH, whole = inputs / STEP * STEP;
+        for (size_t first = 0; first < outputs; first += 2 * ROWS) {
+            size_t left = outputs - first, strides[2] = {0};
+            bool is_more = left > ROWS;
+            const char *a = rows_of(w, first_row + first, left < ROWS ? left : ROWS, start, inputs, room[0], &strides[0]);
+            const char *b = NULL;
+            if (is_more)
+                b = rows_of(w, first_row + first + ROWS, left < 2 * ROWS ? left - ROWS : ROWS, start, inputs, room[1],
+                            &strides[1]);
+            for (size_t t = 0; t < tiles; t++) {
+                float *tile_sums = all[first] + t * tile, *more_sums = all[is_more ? first + ROWS : first] + t * tile;
+                _tile_zero(0);
+                _tile_zero(2);
+                if (is_wide) {
+                    _tile_zero(1);
+                    _tile_zero(3);
+                }
+                if (start > 0) {
+                    _tile_loadd(0, tile_sums, APART);
+                    _tile_loadd(2, more_sums, APART);
+                    if (is_wide) {
+                        _tile_loadd(1, tile_sums + ROWS, APART);
+                        _tile_loadd(3, more_sums + ROWS, APART);
+                    }
+                }
+                const uint32_t *from = x + t * tile_words + start / 2 * tile;
+                for (size_t i = 0; i < whole; i += STEP, from += STEP / 2 * tile)
+                    ADD_STEP(is_more, is_wide);
+                if (whole < inputs) {
+                    uint32_t rest[STEP / 2 * TILE_ROWS] = {0};
+                    memcpy(rest, from, (inputs - whole + 1) / 2 * apart);
+                    from = rest;
+                    for (size_t i = whole; i < inputs; i += STEP)
+                        ADD_STEP(is_more, is_wide);
+                }
+                _tile_stored(0, tile_sums, APART);
+                if (is_wide)
+                    _tile_stored(1, tile_sums + ROWS, APART);
+                if (is_more)
+                    _tile_stored(2, more_sums, APART);
+                if (is_more && is_wide)
+                    _tile_stored(3, more_sums + ROWS, APART);
+            }
+        }
+    }
+    END();
+    for (size_t r = 0; r < tiles * tile; r++)
+        for (size_t i = 0; i < outputs; i++)
+            sums[r * BLOCK_OUTPUTS + i] = all[i][r];
+}
+
+#endif
