@@ -224,6 +224,38 @@ def test_a_replay_is_one_everywhere(processes: Processes, tmp_path: Path) -> Non
     assert [run["replay"] for run in found["runs"]] == [True, True]
 
 
+def test_a_model_of_more_layers_repeats_those_of_the_trace(
+    cli: CommandLine, processes: Processes, tmp_path: Path
+) -> None:
+    path = routed(tmp_path)
+    asked = ("bench", "tiny", *ASKED, "--repeat", "1", "--against", "mmap", "--replay", str(path))
+    whole = "tiny: 1 prompts, 4 new tokens each, 1 times · REPLAY of the routing of other"
+    assert cli.run(*asked)[0].splitlines()[0] == whole
+    trace = read_trace(path)
+    identity = replace(trace.identity, layer_sizes=(6,), top_k=(2,))
+    write_trace(replace(trace, identity=identity, experts=trace.experts[:, :1]), path)
+    assert cli.run(*asked)[0].splitlines()[0] == f"{whole}, 1 layers repeated to make 2"
+    found = json.loads(cli.run(*asked, "--json")[0])
+    assert found["same_tokens"]
+    shown = {name: found["replay"][name] for name in ("layers", "of_layers", "follows", "experts", "top_k")}
+    assert shown == {"layers": 2, "of_layers": 1, "follows": [0, 0], "experts": [6, 6], "top_k": [2, 2]}
+    assert found["replay"]["shares_are_of"] == 12
+    assert processes.jobs[-2][0].engine["experts"] == "6", "half of them"
+
+
+def test_shares_count_each_layer_as_recorded(tiny: str) -> None:
+    stored = Store().open(tiny)
+    first, second = stored.manifest.layers
+    deeper = replace(stored, manifest=replace(stored.manifest, layers=(first, second, second, second, second)))
+    trace = make_trace([[[0, 1], [2, 3], [4, 1]]])
+    trace = replace(trace, identity=replace(trace.identity, layer_sizes=(8, 7, 5), top_k=(2, 2, 2)))
+    found = bench_module._describe(trace, deeper, Wishes([OURS], [], TEXTS))
+    assert found["follows"] == [0, 1, 2, 1, 2]
+    assert found["experts"] == [8, 7, 5, 7, 5]
+    assert found["shares_are_of"] == 32
+    assert bench_module._slots("50%", deeper, trace) == "16"
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [

@@ -30,7 +30,7 @@ from .locks import exclusive_lock
 from .progress import NO_PROGRESS, Progress
 from .prompts import text_digest
 from .rates import Rates, measure_rates
-from .replay import check_replay
+from .replay import check_replay, recorded_layer
 from .scores import Measured, Score, belady_hit_rate, mark_same_tokens
 from .settings import EngineOptions, home_path, tune_libraries
 from .store import TRACES_FOLDER, StoredModel
@@ -449,18 +449,25 @@ def _slots(experts: str | None, stored: StoredModel, trace: Trace | None) -> str
 
 
 def _replayed_experts(trace: Trace, stored: StoredModel) -> int:
-    return sum(trace.layer_sizes[: len(stored.manifest.layers)])
+    """The experts that the trace can name, in all layers of the model."""
+    return sum(trace.layer_sizes[layer] for layer in _followed(trace, stored))
+
+
+def _followed(trace: Trace, stored: StoredModel) -> list[int]:
+    """The layer of the trace that each layer of the model follows."""
+    return [recorded_layer(layer, len(trace.layer_sizes)) for layer in range(len(stored.manifest.layers))]
 
 
 def _describe(trace: Trace, stored: StoredModel, wishes: Wishes) -> dict[str, Any]:
-    layers = len(stored.manifest.layers)
+    followed = _followed(trace, stored)
     return {
         "trace": str(wishes.trace),
         "model": trace.identity.model,
-        "layers": layers,
+        "layers": len(followed),
         "of_layers": len(trace.layer_sizes),
-        "experts": list(trace.layer_sizes[:layers]),
-        "top_k": list(trace.identity.top_k[:layers]),
+        "follows": followed,
+        "experts": [trace.layer_sizes[layer] for layer in followed],
+        "top_k": [trace.identity.top_k[layer] for layer in followed],
         "shares_are_of": _replayed_experts(trace, stored),
     }
 

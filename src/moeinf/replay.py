@@ -19,32 +19,40 @@ from .gate import GatePredictor
 from .manifest import Manifest
 from .trace import NO_EXPERT, Trace
 
-__all__ = ["Replay", "check_replay"]
+__all__ = ["Replay", "check_replay", "recorded_layer"]
+
+
+def recorded_layer(layer: int, recorded: int) -> int:
+    """Which of a trace's `recorded` MoE layers a model's layer `layer` follows: that of its number, and behind the last
+    one they repeat from the second on (0 1 2 1 2 1 ...). The first one's router sees little but the token itself, and
+    chooses as no other does; it repeats only where it is the only one.
+    """
+    if layer < recorded:
+        return layer
+    return 1 + (layer - 1) % (recorded - 1) if recorded > 1 else 0
 
 
 def check_replay(trace: Trace, manifest: Manifest) -> None:
-    """Raise UsageError, which says what does not fit, unless each layer of the model can follow that layer of the
-    trace; layers of the trace beyond the model's are left out.
+    """Raise UsageError, which says what does not fit, unless each layer of the model can follow its `recorded_layer`;
+    layers of the trace beyond the model's are left out.
     """
-    recorded, layers = trace.identity, manifest.layers
-    if len(recorded.layer_sizes) < len(layers):
-        raise _misfit(f"it has {len(recorded.layer_sizes)} MoE layers, the model {len(layers)}")
-    for number, layer in enumerate(layers):
-        if recorded.layer_sizes[number] > layer.num_experts:
-            raise _misfit(
-                f"its layer {number} has {recorded.layer_sizes[number]} experts, the model's {layer.num_experts}"
-            )
-        if recorded.top_k[number] > layer.top_k:
-            raise _misfit(f"its layer {number} asks for {recorded.top_k[number]} experts, the model's {layer.top_k}")
-    empty = (trace.experts[:, : len(layers)] == NO_EXPERT).all(axis=2)
+    sizes, top_k = trace.identity.layer_sizes, trace.identity.top_k
+    for number, layer in enumerate(manifest.layers):
+        followed = recorded_layer(number, len(sizes))
+        theirs, ours = f"its layer {followed}", f"layer {number} of the model"
+        if sizes[followed] > layer.num_experts:
+            raise _misfit(f"{theirs} has {sizes[followed]} experts, {ours} {layer.num_experts}")
+        if top_k[followed] > layer.top_k:
+            raise _misfit(f"{theirs} asks for {top_k[followed]} experts, {ours} for {layer.top_k}")
+    empty = (trace.experts[:, : len(manifest.layers)] == NO_EXPERT).all(axis=2)
     for token, number in np.argwhere(empty)[:1]:
         raise _misfit(f"token {token} asks for no expert of layer {number}")
 
 
 class Replay:
-    """Makes experts modules compute what a trace names. One thread uses it, the model's.
+    """Makes experts modules compute what a trace names for their `recorded_layer`. One thread uses it, the model's.
 
-    A layer that a `GatePredictor` asks gets what the trace has foreseen of it, which may be nothing.
+    A layer that a `GatePredictor` asks gets what the trace has foreseen of its recorded one, which may be nothing.
 
     Args:
         sequences: the requests that can be replayed, each a trace of its own, checked by `check_replay`.
@@ -79,18 +87,19 @@ class Replay:
                 self._token = end
             if self._now is None or end > self._now.num_tokens:
                 return None
+            followed = recorded_layer(layer, len(self._now.layer_sizes))
             if is_asked:
-                chosen = _foreseen(self._now, layer, begin)
+                chosen = _foreseen(self._now, followed, begin)
                 shares = torch.ones(chosen.shape)
             else:
-                chosen, shares = _choice(self._now, layer, begin, end)
+                chosen, shares = _choice(self._now, followed, begin, end)
             return (hidden, chosen.to(experts), shares.to(weights), *rest)
 
         return choose
 
 
 def _foreseen(trace: Trace, layer: int, token: int) -> torch.Tensor:
-    """What the layer's router named for a token before its turn [1, at most k]."""
+    """What the router of a recorded layer named for a token before its turn [1, at most k]."""
     if trace.foreseen is None:
         return torch.zeros(1, 0)
     named = trace.foreseen[token, layer]
@@ -98,8 +107,9 @@ def _foreseen(trace: Trace, layer: int, token: int) -> torch.Tensor:
 
 
 def _choice(trace: Trace, layer: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights of some tokens, both [tokens, k]; without weights in the trace all experts count alike. A
-    place that a token leaves empty is left out, or where other tokens fill it, names one expert again, at weight 0.
+    """Experts and weights of some tokens in a recorded layer, both [tokens, k]; without weights in the trace all
+    experts count alike. A place that a token leaves empty is left out, or where other tokens fill it, names one expert
+    again, at weight 0.
     """
     width = trace.identity.top_k[layer]
     experts = trace.experts[begin:end, layer, :width]
@@ -117,5 +127,5 @@ def _choice(trace: Trace, layer: int, begin: int, end: int) -> tuple[torch.Tenso
 def _misfit(what: str) -> UsageError:
     return UsageError(
         f"the trace cannot be replayed with this model: {what}",
-        hint="python -m moeinf.testing SHAPE FOLDER --layers N --experts N --top-k N makes a model that fits",
+        hint="python -m moeinf.testing SHAPE FOLDER --experts N --top-k N makes a model that fits",
     )

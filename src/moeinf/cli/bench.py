@@ -178,6 +178,8 @@ def _title(report: Report) -> str:
         title += f" · {report.quantization}"
     if report.replay:
         title += f" · REPLAY of the routing of {report.replay['model']}"
+        if report.replay["layers"] > report.replay["of_layers"]:
+            title += f", {report.replay['of_layers']} layers repeated to make {report.replay['layers']}"
     return title
 
 
