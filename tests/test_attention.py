@@ -4,7 +4,10 @@ not known to be so.
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,18 +19,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import Qwen3MoeConfig, modeling_qwen3_moe
 
 from moeinf import hooks
+from moeinf.kernels import attention as attention_module
 from moeinf.kernels.attention import NativeAttention
 from moeinf.kernels.native import NativePool
-from test_native import LIBRARY, VARIANTS
+from test_native import LIBRARY, TORCH_S
 
-pytestmark = pytest.mark.skipif(
-    "avx512bf16" not in VARIANTS, reason="torch may add in another order on such a processor"
-)
+pytestmark = pytest.mark.skipif(TORCH_S is None, reason="torch may add in another order on such a processor")
+
+SHAPES = [(4, 4, 16), (8, 2, 64), (12, 4, 80), (32, 4, 128), (2, 1, 256)]
+"""Heads, KV heads, size."""
 
 
 @pytest.fixture
 def attention() -> Iterator[NativeAttention]:
-    pool = NativePool(2, "avx512bf16", LIBRARY)
+    pool = NativePool(2, TORCH_S, LIBRARY)
     yield NativeAttention(pool)
     pool.close()
 
@@ -43,11 +48,15 @@ def expected(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
     return result.transpose(1, 2).contiguous()
 
 
+def skip_unless_known(attention: NativeAttention, heads: int, kv_heads: int, size: int) -> None:
+    if not attention.knows(heads, kv_heads, size):
+        pytest.skip("torch adds in another order on this processor")
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 15, 16, 17, 33, 48, 63, 255, 511, 512, 513, 700, 1024, 1100, 2051])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(4, 4, 16), (8, 2, 64), (12, 4, 80), (32, 4, 128), (2, 1, 256)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
 def test_it_is_torchs(heads: int, kv_heads: int, size: int, tokens: int, attention: NativeAttention) -> None:
+    skip_unless_known(attention, heads, kv_heads, size)
     torch.manual_seed(tokens)
     query, key, value = tensors(heads, kv_heads, size, tokens, random.Random(tokens).choice([0.3, 1, 4]))
     scale = size**-0.5
@@ -55,7 +64,61 @@ def test_it_is_torchs(heads: int, kv_heads: int, size: int, tokens: int, attenti
     assert torch.equal(attention.compute(query, key, value, scale), expected(query, key, value, scale))
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [*SHAPES, (6, 2, 48), (9, 1, 112)])
+def test_errors_of_rounding_are_torchs(
+    heads: int, kv_heads: int, size: int, attention: NativeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What remains of numbers that cancel out: there no other order could hide."""
+    skip_unless_known(attention, heads, kv_heads, size)
+    monkeypatch.setattr(attention_module, "_ORDER_HEADS", (heads, kv_heads))
+    monkeypatch.setattr(attention_module, "_ORDER_TRIALS", random.Random(size).sample(range(1, 1100), 15))
+    for states in attention_module._trials(heads, kv_heads, size):
+        assert torch.equal(attention.compute(*states, 1.0), expected(*states, 1.0))
+
+
+def test_another_order_is_not_taken(attention: NativeAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, or inputs, in another order: ordinary numbers seldom show it."""
+    skip_unless_known(attention, 8, 2, 64)
+    right = attention_module._attend_as_torch_does
+    for dim in (2, 3):
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, turned: int = dim) -> torch.Tensor:
+            both = (value.flip(2), key.flip(2)) if turned == 2 else (value, key.flip(3))
+            return right(query.flip(3) if turned == 3 else query, both[1], both[0])
+
+        monkeypatch.setattr(attention_module, "_attend_as_torch_does", attend)
+        assert not NativeAttention(attention.pool).knows(8, 2, 64)
+
+
+def test_the_order_is_known_where_mkl_has_no_kernels_for_the_processor() -> None:
+    """With MKL_CBWR=COMPATIBLE it adds like that anywhere."""
+    script = f"""
+from pathlib import Path
+from moeinf.kernels.attention import NativeAttention
+from moeinf.kernels.native import NativePool
+print(NativeAttention(NativePool(2, path=Path({str(LIBRARY)!r}))).knows(8, 2, 64))
+"""
+    environment = {**os.environ, "MKL_CBWR": "COMPATIBLE"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"
+
+
+def test_sums_of_chances_in_another_order_are_not_taken(
+    attention: NativeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_known(attention, 4, 4, 16)
+    right, shuffled = attention_module._attend_as_torch_does, torch.arange(530)
+    shuffled[:512] = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return right(query, key[:, :, shuffled], value[:, :, shuffled])
+
+    monkeypatch.setattr(attention_module, "_attend_as_torch_does", attend)
+    assert not NativeAttention(attention.pool).knows(4, 4, 16)
+
+
 def test_caches_need_not_be_contiguous(attention: NativeAttention) -> None:
+    skip_unless_known(attention, 8, 4, 32)
     torch.manual_seed(0)
     query, key, value = tensors(8, 4, 32, 600)
     key, value = key[:, :, 77:500], value.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 77:500]
@@ -64,6 +127,7 @@ def test_caches_need_not_be_contiguous(attention: NativeAttention) -> None:
 
 
 def test_far_scores_weigh_nothing(attention: NativeAttention) -> None:
+    skip_unless_known(attention, 4, 4, 64)
     torch.manual_seed(1)
     query, key, value = tensors(4, 4, 64, 530, spread=100.0)
     assert torch.equal(attention.compute(query, key, value, 1.0), expected(query, key, value, 1.0))
@@ -84,7 +148,7 @@ def test_far_scores_weigh_nothing(attention: NativeAttention) -> None:
 )
 def test_what_it_does_not_take(change: Any, attention: NativeAttention) -> None:
     query, key, value = tensors(4, 2, 32, 40)
-    assert attention.takes(query, key, value)
+    assert attention.takes(query, key, value) == attention.knows(4, 2, 32)
     assert not attention.takes(*change(query, key, value))
 
 
@@ -95,6 +159,7 @@ def test_what_fails_its_trial_is_not_taken(attention: NativeAttention, monkeypat
 
 
 def test_transformers_asks_it_for_plain_attention_only(attention: NativeAttention) -> None:
+    skip_unless_known(attention, 4, 4, 32)
     torch.manual_seed(2)
     query, key, value = tensors(4, 4, 32, 20)
     asked = []

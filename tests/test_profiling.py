@@ -86,7 +86,7 @@ def test_without_the_library_torch_does_everything(tmp_path: Path, monkeypatch: 
         raise NotNativeError("the native library is not built")
 
     monkeypatch.setattr(timing, "NativePool", missing)
-    monkeypatch.setattr(profiling, "variants", missing)
+    monkeypatch.setattr(profiling, "best_variant", missing)
     machine = measure_machine(tmp_path, effort=SMALL, accelerator=NO_GPUS)
     assert (machine.processor.kernels, machine.processor.no_kernels) == ("", "the native library is not built")
     assert {rate.kernels for rate in machine.maths} == {"torch"}

@@ -8,8 +8,9 @@ dozen small operations. Knows the tensors that transformers hands to such functi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_float, c_int64, c_void_p
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ _MOST_SIZE = 256
 """Heads that are larger take another way through transformers."""
 _TRIALS = (1, 7, 40, 100, 530)
 """Tokens in the caches that are tried: a few, whole vectors, more than a block."""
+_ORDER_TRIALS = (*range(1, 18), 40, 530)
+"""Tokens in the caches that tell orders apart, with all that whole vectors may leave over."""
+_ORDER_HEADS = 5, 1
+"""The order is that of every head. Of heads that share keys the library takes four together, or one."""
+_SPREAD = 24
+"""Powers of two that numbers which cancel out have: as many as float32 has bits."""
+_SUM_TRIAL = 8, 530, 128
+"""KV heads, tokens, and size of a head where the sums of chances are tried."""
+
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class AttentionCall(ctypes.Structure):
@@ -85,18 +96,67 @@ class NativeAttention:
         return output
 
     def _try(self, heads: int, kv_heads: int, size: int) -> bool:
-        if not self.pool.adds_as_torch_does:
+        if not self.pool.adds_as_torch_does or not self._sums_chances_alike:
             return False
+        trials = _trials(heads, kv_heads, size)
+        return all(torch.equal(self.compute(*states, 1.0), _attend_as_torch_does(*states)) for states in trials)
+
+    @cached_property
+    def _sums_chances_alike(self) -> bool:
+        """Whether chances have torch's sum to the last bit, whatever the order of products.
+
+        Their sum divides the totals of a head. These lie around where the quotient, rounded, goes from 1 to the number
+        after it, and closer together in every round; in the last one they follow each other in float32.
+        """
+        heads, tokens, size = _SUM_TRIAL
         generator = torch.Generator().manual_seed(0)
-        for tokens in _TRIALS:
-            query, key, value = (
-                torch.randn(1, number, length, size, generator=generator).to(torch.bfloat16)
-                for number, length in ((heads, 1), (kv_heads, tokens), (kv_heads, tokens))
-            )
-            expected = F.scaled_dot_product_attention(query, key, value, scale=0.2, enable_gqa=True)
-            if not torch.equal(self.compute(query, key, value, 0.2), expected.transpose(1, 2)):
+        query, key, value = (torch.zeros(1, heads, length, size).bfloat16() for length in (1, tokens, tokens))
+        query[..., 0] = 1
+        key[..., 0] = torch.rand(1, heads, tokens, generator=generator) * -3
+        key[..., :3, 0] = 0  # the chances of these are 1, and a float32 is a sum of three bfloat16
+        least, most = torch.full((heads, 1), 1.0), torch.full((heads, 1), 2.0 * tokens)
+        for _ in range(4):
+            totals = torch.lerp(least, most, torch.linspace(0, 1, size))
+            rest = totals
+            for token in range(3):
+                value[0, :, token] = rest.bfloat16()
+                rest = rest - value[0, :, token].float()
+            expected = _attend_as_torch_does(query, key, value)
+            if not torch.equal(self.compute(query, key, value, 1.0), expected):
                 return False
+            first_above = (expected[0, 0] <= 1).sum(1, keepdim=True).clamp(1, size - 1)
+            least, most = totals.gather(1, first_above - 1), totals.gather(1, first_above)
         return True
+
+
+def _attend_as_torch_does(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=True).transpose(1, 2)
+
+
+def _trials(heads: int, kv_heads: int, size: int) -> Iterator[States]:
+    """Queries, keys and values, for a scale of 1.
+
+    Another order changes one of some 10,000 ordinary results, because they are rounded to bfloat16. Where numbers
+    cancel out nothing but errors of rounding remains, and each order makes its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def ordinary(number: int, tokens: int) -> torch.Tensor:
+        return torch.randn(1, number, tokens, size, generator=generator).bfloat16()
+
+    def cancelling(number: int, tokens: int, dim: int) -> torch.Tensor:
+        """Sums along `dim` are 0."""
+        x = ordinary(number, tokens)
+        x *= 2.0 ** torch.randint(_SPREAD, x.shape, generator=generator)
+        return (x - x.flip(dim)).index_select(dim, torch.randperm(x.shape[dim], generator=generator))
+
+    for tokens in _TRIALS:
+        yield ordinary(heads, 1) / 5, ordinary(kv_heads, tokens), ordinary(kv_heads, tokens)
+    heads, kv_heads = _ORDER_HEADS
+    for tokens in _ORDER_TRIALS:
+        query = torch.ones(1, heads, 1, size).bfloat16()
+        yield query, cancelling(kv_heads, tokens, 3), ordinary(kv_heads, tokens)
+        yield 0 * query, ordinary(kv_heads, tokens), cancelling(kv_heads, tokens, 2)
 
 
 class NativeRotation:

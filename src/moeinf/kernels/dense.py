@@ -28,8 +28,6 @@ from .packed import LosslessLinear
 __all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
 
 _TRIALS = 4
-_ALIKE_INPUTS = 1024
-"""Up to so many inputs the orders of csrc/dot_pairs.c and csrc/tiles.c are the same."""
 _MOST_NUMBERS = 1 << 15
 """More than one token brings to a norm, heads and all; torch has threads for more."""
 
@@ -151,7 +149,8 @@ class NativeLinear(_Native):
 
     def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:
         """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
-        if self._outputs == 1 or self._inputs * self._outputs <= LEAST_PRODUCTS:
+        is_small = self._inputs * self._outputs <= LEAST_PRODUCTS or self._inputs < self._pool.least_inputs
+        if self._outputs == 1 or is_small:
             return False
         shape = (self._inputs, self._outputs, self._has_bias)
         if shape not in known:
@@ -176,7 +175,7 @@ class NativeLinear(_Native):
         """Whether an output is the same whatever else is computed with it: of wider matrices torch adds up one row in
         another order than many.
         """
-        return self._inputs <= _ALIKE_INPUTS
+        return self._inputs <= self._pool.alike_inputs
 
     def takes(self, x: torch.Tensor) -> bool:
         return 0 < x.numel() <= self._most_rows * self._inputs

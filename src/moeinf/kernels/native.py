@@ -63,8 +63,12 @@ _FEW_ROWS = 8
 _TORCH_S_ORDERS = ("avx512bf16", "avx512amx")
 """The variants whose products of bfloat16 torch has, too."""
 
-_KNOWN_ROWS = {"avx512amx": 32}
-"""How torch adds up the products of more rows is not known of these variants (docs/experiments.md)."""
+_KNOWN_ROWS, _KNOWN_INPUTS = {"avx512amx": 32}, {"avx512amx": 64}
+"""How torch adds up the products of more rows, or of fewer inputs, is not known of these variants
+(docs/experiments.md)."""
+
+_ALIKE_INPUTS = {"avx512bf16": 1024, "avx512amx": 448}
+"""Up to so many inputs an output is added up in one order, however many rows there are."""
 
 _IN_COLUMNS = "avx512bf16"
 """The one of them that adds weights [in, out] up as torch does."""
@@ -226,6 +230,16 @@ class NativePool:
         """Products of as many rows are added as torch adds them, if those of one row are."""
         return _KNOWN_ROWS.get(self.variant, sys.maxsize)
 
+    @property
+    def alike_inputs(self) -> int:
+        """Of products with as many inputs an output is the same whatever else is computed with it."""
+        return _ALIKE_INPUTS.get(self.variant, 0)
+
+    @property
+    def least_inputs(self) -> int:
+        """The same of products of as many inputs."""
+        return _KNOWN_INPUTS.get(self.variant, 1)
+
     def adds_alike(
         self, weight: torch.Tensor, counts: Iterable[int], product: Callable[[torch.Tensor], torch.Tensor]
     ) -> bool:
@@ -234,6 +248,8 @@ class NativePool:
         """
         ends = list(dict.fromkeys([*range(PANEL_ROWS), *range(-PANEL_ROWS, 0)]))[: len(weight)]
         some = weight[ends].contiguous()
+        if some.shape[1] < self.least_inputs:
+            return False
         rows = telling_rows(some, max(counts))
         return all(torch.equal(self.multiply(rows[:n], some), product(rows[:n])[:, ends]) for n in counts)
 
