@@ -119,40 +119,35 @@ void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, f
     dot_any(&plain, 0, rows, packed, out);
 }
 
-void dot_mxfp4_amx(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
-    matrix released = {.kind = MOE_MXFP4, .numbers = w, .scales = scales, .rows = rows, .width = width};
-    dot_any(&released, 0, rows, packed, out);
+/* Words of 16 rows, which an x is multiplied with from the left. Tiles: 0 is the rows' sums, 1 a step of the x, 2 of the words. */
+#define BEGIN_WORDS()                                                                                                  \
+    static const shapes SHAPES = {                                                                                     \
+        .palette = 1,                                                                                                  \
+        .bytes = {LINE_BYTES, LINE_BYTES, LINE_BYTES},                                                                 \
+        .rows = {1, 1, ROWS},                                                                                          \
+    };                                                                                                                 \
+    BEGIN(SHAPES)
+
+TARGET static inline void add_words(__m512i *words, size_t inputs, const uint16_t *x) {
+    if (inputs % STEP != 0)
+        memset(words + (inputs + 1) / 2, 0, (STEP - inputs % STEP) / 2 * sizeof *words);
+    for (size_t i = 0; i < inputs; i += STEP) {
+        _tile_loadd(1, x + i, LINE_BYTES);
+        _tile_loadd(2, words + i / 2, LINE_BYTES);
+        _tile_dpbf16ps(0, 1, 2);
+    }
 }
 
-void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, const void *packed,
-                 float *out) {
-    matrix released = {.kind = MOE_FP8, .numbers = w, .scales = blocks->scales, .width = width, .group = blocks->rows};
-    dot_any(&released, first, rows, packed, out);
-}
-
-/* Tiles: 0 is the sums of a panel, 1 a step of the x, 2 the panel's words. */
 TARGET void dot_lossless_amx(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
-    static const shapes SHAPES = {
-        .palette = 1,
-        .bytes = {LINE_BYTES, LINE_BYTES, LINE_BYTES},
-        .rows = {1, 1, ROWS},
-    };
-    const uint16_t *x = packed;
     __m512i words[DEPTH / 2];
-    BEGIN(SHAPES);
+    BEGIN_WORDS();
     for (size_t r = first, end = first + rows; r < end;) {
         size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
         _tile_zero(0);
         for (size_t start = 0; start < width; start += DEPTH) {
             size_t inputs = width - start < DEPTH ? width - start : DEPTH;
             write_lossless(w, r / PANEL_ROWS, width, start, inputs, words);
-            if (inputs % STEP != 0)
-                memset(words + inputs / 2, 0, (STEP - inputs % STEP) / 2 * sizeof *words);
-            for (size_t i = 0; i < inputs; i += STEP) {
-                _tile_loadd(1, x + start + i, LINE_BYTES);
-                _tile_loadd(2, words + i / 2, LINE_BYTES);
-                _tile_dpbf16ps(0, 1, 2);
-            }
+            add_words(words, inputs, (const uint16_t *)packed + start);
         }
         float panel[PANEL_ROWS];
         _tile_stored(0, panel, LINE_BYTES);
@@ -160,6 +155,44 @@ TARGET void dot_lossless_amx(const lossless *w, size_t width, size_t first, size
         r += count;
     }
     END();
+}
+
+/* Whole sixteens of rows of a weight that was released packed. */
+TARGET static void dot_released(const matrix *w, size_t first, size_t rows, const uint16_t *x, float *out) {
+    const fp8_blocks blocks = {w->scales, w->group};
+    size_t width = w->width;
+    __m512i words[DEPTH / 2];
+    BEGIN_WORDS();
+    for (size_t r = 0; r < rows; r += ROWS) {
+        size_t at = (first + r) * width;
+        _tile_zero(0);
+        for (size_t start = 0; start < width; start += DEPTH) {
+            size_t inputs = width - start < DEPTH ? width - start : DEPTH;
+            if (w->kind == MOE_MXFP4)
+                write_mxfp4((const uint8_t *)w->numbers + at / 2, (const uint8_t *)w->scales + at / FP4_GROUP, width, start,
+                            inputs, words);
+            else
+                write_fp8(w->numbers, &blocks, width, first + r, start, inputs, words);
+            add_words(words, inputs, x + start);
+        }
+        _tile_stored(0, out + r, LINE_BYTES);
+    }
+    END();
+}
+
+void dot_mxfp4_amx(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
+    matrix released = {.kind = MOE_MXFP4, .numbers = w, .scales = scales, .rows = rows, .width = width};
+    size_t whole = rows / ROWS * ROWS;
+    dot_released(&released, 0, whole, packed, out);
+    dot_any(&released, whole, rows - whole, packed, out + whole);
+}
+
+void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, const void *packed,
+                 float *out) {
+    matrix released = {.kind = MOE_FP8, .numbers = w, .scales = blocks->scales, .width = width, .group = blocks->rows};
+    size_t whole = rows / ROWS * ROWS;
+    dot_released(&released, first, whole, packed, out);
+    dot_any(&released, first + whole, rows - whole, packed, out + whole);
 }
 
 /* Tiles: 0 to 3 are the sums of 16 rows each with the x of a tile's first and second part, 4 and 5 the rows, 6 and 7 the x. */

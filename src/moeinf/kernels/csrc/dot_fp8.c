@@ -58,8 +58,8 @@ TARGET static inline table make_table(float scale) {
     return made;
 }
 
-/* Adds four weights of each of 16 rows, in words, to their chains. */
-VBMI_TARGET static inline __m512 add_four(__m512i words, const table *table, const uint16_t *x, __m512 chain) {
+/* Four weights of each of 16 rows, in words, as pairs. */
+VBMI_TARGET static inline void expand_four(__m512i words, const table *table, __m512i pairs[2]) {
     /* Lower and upper bytes of each word's first two weights, and of its others. */
     const __m512i words_begin = _mm512_mullo_epi32(lanes(), _mm512_set1_epi32(0x04040404));
     const __m512i first = _mm512_add_epi32(words_begin, _mm512_set1_epi32(0x41014000));
@@ -68,8 +68,8 @@ VBMI_TARGET static inline __m512 add_four(__m512i words, const table *table, con
     __m512i low = _mm512_permutex2var_epi8(table->low[0], words, table->low[1]);
     __m512i high = _mm512_permutex2var_epi8(table->high[0], words, table->high[1]);
     high = _mm512_ternarylogic_epi32(high, words, sign, 0x78); /* a ^ (b & c) */
-    chain = add_pair(_mm512_permutex2var_epi8(low, first, high), x, chain);
-    return add_pair(_mm512_permutex2var_epi8(low, second, high), x + 2, chain);
+    pairs[0] = _mm512_permutex2var_epi8(low, first, high);
+    pairs[1] = _mm512_permutex2var_epi8(low, second, high);
 }
 
 /* Adds a block of `sets` sixteens of rows that share it to their chains. Fetches as much as it reads, of `next`. */
@@ -83,7 +83,10 @@ VBMI_TARGET static inline void add_block(const uint8_t *w, size_t stride, float 
         for (int k = 0; k < 16; k++)
             for (size_t s = 0; s < sets; s++) {
                 _mm_prefetch((const char *)next + i + ((size_t)k * sets + s) * stride, _MM_HINT_T1);
-                chains[s] = add_four(words[s][k], &table, x + i + 4 * (size_t)k, chains[s]);
+                __m512i pairs[2];
+                expand_four(words[s][k], &table, pairs);
+                const uint16_t *four = x + i + 4 * (size_t)k;
+                chains[s] = add_pair(pairs[1], four + 2, add_pair(pairs[0], four, chains[s]));
             }
     }
 }
@@ -102,6 +105,37 @@ TARGET static void add_slowly(const uint8_t *w, const fp8_blocks *blocks, size_t
         expand(w + (first + r) * width + column, scales_of(blocks, first + r, width)[column / FP8_BLOCK], count, rows[r]);
     for (size_t i = 0; i < count; i += STEP)
         *chain = add_step((const char *)(rows[0] + i), sizeof rows[0], x + column + i, *chain);
+}
+
+/* Whole blocks, which all rows share. */
+VBMI_TARGET static void write_blocks(const uint8_t *w, const float *scales, size_t stride, size_t inputs, __m512i *words) {
+    for (size_t i = 0; i < inputs; i += FP8_BLOCK, scales++) {
+        table table = make_table(*scales);
+        for (size_t k = i; k < i + FP8_BLOCK; k += LINE_BYTES, words += LINE_BYTES / 2) {
+            __m512i fours[16];
+            transpose((const char *)w + k, stride, fours);
+            for (int j = 0; j < 16; j++)
+                expand_four(fours[j], &table, words + 2 * j);
+        }
+    }
+}
+
+TARGET void write_fp8(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t start, size_t inputs,
+                      void *words) {
+    const float *scales = scales_of(blocks, first, width) + start / FP8_BLOCK;
+    const uint8_t *from = w + first * width + start;
+    bool is_shared = blocks->rows - first % blocks->rows >= ROWS;
+    if (is_shared && inputs % FP8_BLOCK == 0 && width % FP8_BLOCK == 0 && __builtin_cpu_supports("avx512vbmi")) {
+        write_blocks(from, scales, width, inputs, words);
+        return;
+    }
+    for (size_t i = 0; i < inputs; i += STEP) {
+        uint16_t rows[ROWS][STEP] = {{0}};
+        size_t count = inputs - i < STEP ? inputs - i : STEP;
+        for (size_t r = 0; r < ROWS; r++)
+            expand(from + r * width + i, scales_of(blocks, first + r, width)[(start + i) / FP8_BLOCK], count, rows[r]);
+        transpose((const char *)rows, sizeof rows[0], (__m512i *)words + i / 2);
+    }
 }
 
 static float dot_row(const uint8_t *w, const float *scales, size_t width, const uint16_t *x) {

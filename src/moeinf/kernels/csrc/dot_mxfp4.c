@@ -58,24 +58,37 @@ static void expand(const uint8_t *w, uint8_t scale, uint16_t *out) {
         out[i] = to_bf16(FP4_VALUES[i % 2 ? w[i / 2] >> 4 : w[i / 2] & 15] * power);
 }
 
-/* Adds a group of `sets` sixteens of rows to their chains; `below`: how far their powers are below the table's, as
- * bfloat16 has exponents. */
+/* Four weights of each of 16 rows, which a word has in its half `half`, as pairs; `below`: how far the rows' powers are below
+ * the table's, as bfloat16 has exponents. */
+TARGET static inline void expand_four(__m512i words, int half, __m512i below, __m512i pairs[2]) {
+    /* Each half of a word has four weights: of the first two and of the others, one in each half is moved to the lowest bits,
+     * where the table is looked into; its second half makes it no matter what the next bit is. */
+    const __m512i table = _mm512_loadu_si512(TABLE);
+    __m512i four = spread(words, half * 2, half * 2 + 1);
+    __m512i early = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
+    __m512i late = _mm512_mulhi_epu16(four, _mm512_set1_epi32(1 << (4 + 16) | 1 << 8));
+    pairs[0] = _mm512_subs_epu16(_mm512_permutexvar_epi16(early, table), below);
+    pairs[1] = _mm512_subs_epu16(_mm512_permutexvar_epi16(late, table), below);
+}
+
+/* How far the rows' powers are below the table's, of a byte of each word; whether some are too small for its arithmetic. */
+TARGET static inline bool measure(__m512i exponents, int byte, __m512i *below) {
+    __m512i powers = spread(exponents, byte, 0x80);
+    *below = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(LARGEST), powers), 7);
+    return _mm512_cmplt_epu16_mask(powers, _mm512_set1_epi16(SMALLEST)) != 0;
+}
+
+/* Adds a group of `sets` sixteens of rows to their chains. */
 TARGET static inline void add_group(const uint8_t *w, size_t stride, size_t sets, const __m512i *below,
                                     const uint16_t *x, __m512 *chains) {
-    const __m512i table = _mm512_loadu_si512(TABLE);
     __m512i words[TOGETHER][4];
     for (size_t s = 0; s < sets; s++)
         transpose_few(w + s * ROWS * stride, stride, FP4_GROUP / 2, words[s]);
     for (int i = 0; i < FP4_GROUP / 4; i++, x += 4)
         for (size_t s = 0; s < sets; s++) {
-            /* Each half of a word has four weights: of the first two and of the others, one in each half is moved to the lowest
-             * bits, where the table is looked into; its second half makes it no matter what the next bit is. */
-            __m512i four = spread(words[s][i / 2], i % 2 * 2, i % 2 * 2 + 1);
-            __m512i early = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
-            __m512i late = _mm512_mulhi_epu16(four, _mm512_set1_epi32(1 << (4 + 16) | 1 << 8));
-            early = _mm512_subs_epu16(_mm512_permutexvar_epi16(early, table), below[s]);
-            late = _mm512_subs_epu16(_mm512_permutexvar_epi16(late, table), below[s]);
-            chains[s] = add_pair(late, x + 2, add_pair(early, x, chains[s]));
+            __m512i pairs[2];
+            expand_four(words[s][i / 2], i % 2, below[s], pairs);
+            chains[s] = add_pair(pairs[1], x + 2, add_pair(pairs[0], x, chains[s]));
         }
 }
 
@@ -100,17 +113,35 @@ TARGET static inline void add_chains(const uint8_t *w, size_t stride, const uint
     for (size_t g = 0; g < count; g++) {
         __m512i below[TOGETHER];
         bool is_tiny = false;
-        for (size_t s = 0; s < sets; s++) {
-            __m512i powers = spread(exponents[s][g / 4], (int)(g % 4), 0x80);
-            below[s] = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(LARGEST), powers), 7);
-            is_tiny |= _mm512_cmplt_epu16_mask(powers, _mm512_set1_epi16(SMALLEST)) != 0;
-        }
+        for (size_t s = 0; s < sets; s++)
+            is_tiny |= measure(exponents[s][g / 4], (int)(g % 4), &below[s]);
         for (size_t line = 0; line < sets * ROWS * FP4_GROUP / 2 / LINE_BYTES; line++, next += LINE_BYTES)
             _mm_prefetch(next, _MM_HINT_T1);
         if (is_tiny)
             add_tiny(w + g * FP4_GROUP / 2, stride, scales + g, scale_stride, sets, x + g * FP4_GROUP, chains);
         else
             add_group(w + g * FP4_GROUP / 2, stride, sets, below, x + g * FP4_GROUP, chains);
+    }
+}
+
+TARGET void write_mxfp4(const uint8_t *w, const uint8_t *scales, size_t width, size_t start, size_t inputs, void *words) {
+    size_t stride = width / 2, scale_stride = width / FP4_GROUP, groups = inputs / FP4_GROUP;
+    __m512i *pairs = words, exponents[4], below;
+    w += start / 2;
+    scales += start / FP4_GROUP;
+    transpose_few(scales, scale_stride, groups, exponents);
+    for (size_t g = 0; g < groups; g++, w += FP4_GROUP / 2, pairs += FP4_GROUP / 2) {
+        if (measure(exponents[g / 4], (int)(g % 4), &below)) {
+            uint16_t rows[ROWS][FP4_GROUP];
+            for (size_t r = 0; r < ROWS; r++)
+                expand(w + r * stride, scales[r * scale_stride + g], rows[r]);
+            transpose((const char *)rows, sizeof rows[0], pairs);
+            continue;
+        }
+        __m512i four[4];
+        transpose_few(w, stride, FP4_GROUP / 2, four);
+        for (int i = 0; i < FP4_GROUP / 4; i++)
+            expand_four(four[i / 2], i % 2, below, pairs + 2 * i);
     }
 }
 

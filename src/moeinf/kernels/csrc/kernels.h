@@ -202,7 +202,8 @@ typedef struct {
 
 /* As above, where the processor multiplies pairs of bfloat16 (dot_pairs.c, dot_mxfp4.c, dot_fp8.c, dot_lossless.c, tiles.c)
  * and bytes (dot_vnni.c). expand_lossless takes whole panels; write_lossless writes `inputs` columns of one, from `start`
- * on, as pairs with an output in each lane; put_lossless as rows, `stride` numbers apart. expand_part: inputs from `start` on
+ * on, as pairs with an output in each lane; write_mxfp4 and write_fp8 the same of 16 rows of theirs; put_lossless writes rows,
+ * `stride` numbers apart. expand_part: inputs from `start` on
  * of one row of a weight that was released packed, as bfloat16. */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
@@ -217,6 +218,9 @@ dot_blocks dot_fp8;
 dot_packed dot_lossless;
 void expand_lossless(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
 void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words);
+void write_mxfp4(const uint8_t *w, const uint8_t *scales, size_t width, size_t start, size_t inputs, void *words);
+void write_fp8(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t start, size_t inputs,
+               void *words);
 void put_lossless(const lossless *w, size_t row, size_t rows, size_t width, size_t start, size_t inputs, uint16_t *out,
                   size_t stride);
 void expand_part(const matrix *w, size_t row, size_t start, size_t inputs, uint16_t *out);
