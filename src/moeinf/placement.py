@@ -13,7 +13,8 @@ import torch
 from . import memory
 from .device import Device, find_device
 from .errors import CapacityError, UnsupportedError, UsageError
-from .kernels import is_native_exactly
+from .hardware import processor_features
+from .kernels import is_native_exactly, takes_long_prompts
 from .ledger import Libraries, MemoryPlan, ModelShape
 from .manifest import Manifest
 from .settings import FEW_PROGRAMS, MANY_PROGRAMS, EngineOptions, kept_programs
@@ -72,12 +73,15 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     held = manifest
     if not is_native:
         held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
-    libraries = _libraries(held, shape, dtype, is_native, options.threads or torch.get_num_threads())
+    takes_prompts = is_native and takes_long_prompts(options.kernels)
+    libraries = _libraries(held, shape, dtype, takes_prompts, options.threads or torch.get_num_threads())
     return Placement(None, held, shape, memory.plan_memory(held, shape, options, widening, libraries), dtype, notes)
 
 
-def _libraries(manifest: Manifest, shape: ModelShape, dtype: torch.dtype, is_native: bool, threads: int) -> Libraries:
-    """Who will compute the experts of prompts: the native library, if the dense part is its, and unless plain experts
+def _libraries(
+    manifest: Manifest, shape: ModelShape, dtype: torch.dtype, takes_prompts: bool, threads: int
+) -> Libraries:
+    """Who will compute the experts of prompts: the native library, if it `takes_prompts`, and unless plain experts
     lie [in, out]; and how many programs of matrix products will be kept: few if nothing else asks for many, and of
     float32, which makes none, none. A layer that the library turns out not to know takes longer for that, and no more
     memory for programs.
@@ -86,11 +90,12 @@ def _libraries(manifest: Manifest, shape: ModelShape, dtype: torch.dtype, is_nat
     shapes = {spec.name: spec.shape for spec in layout.tensors}
     up, down = shapes["gate_up_proj" if "gate_up_proj" in shapes else "up_proj"], shapes["down_proj"]
     lies_across = layout.quantization is None and up[0] == down[1] == shape.hidden
-    takes_prompts = is_native and not lies_across
+    takes_prompts &= not lies_across
     if dtype == torch.float32:
         return Libraries(0, takes_prompts, threads)
     has_few = takes_prompts and shape.has_plain_attention
-    return Libraries(kept_programs(FEW_PROGRAMS if has_few else MANY_PROGRAMS), takes_prompts, threads)
+    programs = kept_programs(FEW_PROGRAMS if has_few else MANY_PROGRAMS)
+    return Libraries(programs, takes_prompts, threads, "amx_bf16" in processor_features())
 
 
 def _widen(manifest: Manifest, is_wide: bool) -> tuple[torch.dtype, int]:

@@ -21,7 +21,7 @@ from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
 from .dense import NativeLinear, compute_packed, speed_up
-from .native import ExpandingMaths, NativeMaths, NativePool, can_add_as_torch_does
+from .native import ExpandingMaths, NativeMaths, NativePool, can_add_as_torch_does, computes_any_rows
 from .packed import LosslessLinear
 from .self_attention import SelfAttentions
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
@@ -40,6 +40,7 @@ __all__ = [
     "choose_maths",
     "is_native_exactly",
     "speed_up_dense",
+    "takes_long_prompts",
 ]
 
 _TRIALS = 2
@@ -103,6 +104,13 @@ def is_native_exactly(kernels: str) -> bool:
     Dense weights that are packed without loss then stay so.
     """
     return kernels != "torch" and can_add_as_torch_does()
+
+
+def takes_long_prompts(kernels: str) -> bool:
+    """Whether with these `kernels` the library may compute all of a long prompt's experts as torch does. Else torch
+    computes those with many rows, and makes programs for that.
+    """
+    return is_native_exactly(kernels) and computes_any_rows()
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:

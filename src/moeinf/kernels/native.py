@@ -37,6 +37,7 @@ __all__ = [
     "NativePool",
     "best_variant",
     "can_add_as_torch_does",
+    "computes_any_rows",
     "telling_rows",
     "variant_of_torch",
     "variants",
@@ -171,6 +172,11 @@ def can_add_as_torch_does() -> bool:
         return variant_of_torch() is not None
     except NotNativeError:
         return False
+
+
+def computes_any_rows() -> bool:
+    """Whether it can for products of any number of rows: `NativePool.most_rows`."""
+    return can_add_as_torch_does() and variant_of_torch() not in _KNOWN_ROWS
 
 
 @cache
