@@ -46,8 +46,8 @@ class RecordingReader(Reader):
 class StuckReader(Reader):
     """Never comes to what nobody waits for."""
 
-    def _next_piece(self) -> tuple[transfer._Job, int] | None:
-        queues, self._queues = self._queues, self._queues[:1]
+    def _next_piece(self) -> tuple[transfer._Job, int, Urgency] | None:
+        queues, self._queues = self._queues, [self._queues[0], {}, {}]
         try:
             return super()._next_piece()
         finally:

@@ -50,8 +50,10 @@ class Disk(Reader):
         with self._work:  # threads that are stuck sleep
             self._work.notify_all()
 
-    def _next_piece(self) -> tuple[transfer._Job, int] | None:
-        queues, self._queues = self._queues, self._queues[: 1 if self.is_stuck else None]
+    def _next_piece(self) -> tuple[transfer._Job, int, Urgency] | None:
+        queues = self._queues
+        if self.is_stuck:
+            self._queues = [queues[0], {}, {}]
         try:
             return super()._next_piece()
         finally:

@@ -165,12 +165,12 @@ def test_closing_drops_what_has_not_begun(tmp_path: Path) -> None:
 
 
 class GatedReader(Reader):
-    """One thread, which reads a piece whenever the test lets it, and notes which."""
+    """One thread or some, which read a piece whenever the test lets them, and note which."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
         self.turns = threading.Semaphore(0)
         self.order: list[tuple[int, int]] = []
-        super().__init__(threads=1, direct=False)
+        super().__init__(threads=threads, direct=False)
 
     def _read_piece(self, job: transfer._Job, start: int) -> None:
         self.order.append((job.key, start))
@@ -236,3 +236,53 @@ def test_a_cancelled_guess_reads_no_more_and_says_so(gated: Callable[..., GatedR
     reader.turns.release()
     assert reader.wait() == Arrival(3, 8192)
     assert [key for key, _ in reader.order] == [1, 3, 3]
+
+
+@pytest.mark.parametrize(("pieces", "reading"), [(3, 3), (4, 2), (9, 2)])
+def test_a_guess_that_could_keep_all_threads_busy_has_half_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, reading: int
+) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 4096)
+    reader = GatedReader(threads=4)
+    size = 4096 * pieces
+
+    def fetch(key: int, urgency: Urgency) -> None:
+        write_random(tmp_path / f"{key}", size)
+        reader.fetch(key, tmp_path / f"{key}", 0, size, memoryview(allocate_buffer(size)), urgency)
+
+    def settle(count: int) -> list[int]:
+        """The keys of what is read when as many reads as that began, and no more do."""
+        while len(reader.order) < count:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        return [key for key, _ in reader.order]
+
+    try:
+        fetch(1, GUESS)
+        assert settle(reading) == [1] * reading
+        fetch(2, DEMAND)
+        assert settle(4)[reading:] == [2] * (4 - reading)
+    finally:
+        for _ in range(100):
+            reader.turns.release()
+    assert {reader.wait().key, reader.wait().key} == {1, 2}
+    reader.close()
+    assert len(reader.order) == 2 * pieces
+
+
+def test_a_promoted_guess_gets_the_threads_that_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 4096)
+    reader = GatedReader(threads=4)
+    write_random(tmp_path / "file", 8 * 4096)
+    reader.fetch(1, tmp_path / "file", 0, 8 * 4096, memoryview(allocate_buffer(8 * 4096)), GUESS)
+    while len(reader.order) < 2:
+        time.sleep(0.001)
+    reader.promote(1)
+    deadline = time.monotonic() + 10
+    while len(reader.order) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(reader.order) == 4
+    for _ in range(100):
+        reader.turns.release()
+    assert reader.wait() == Arrival(1, 8 * 4096)
+    reader.close()

@@ -157,6 +157,7 @@ class _Job:
     end: int
     memory: memoryview
     piece_bytes: int
+    pieces: int
     pieces_left: int
     descriptor: int = -1
     read_bytes: int = 0
@@ -209,6 +210,8 @@ class Reader:
         self._piece_bytes = piece_bytes or PIECE_BYTES
         self._queues: list[dict[int, _Waiting]] = [{} for _ in Urgency]
         """By urgency: what nobody reads yet of each fetch, by its key."""
+        self._guessing = 0
+        """Threads that read for guesses."""
         self._work = threading.Condition()
         self._arrivals: SimpleQueue[Arrival] = SimpleQueue()
         self._is_closed = False
@@ -229,7 +232,7 @@ class Reader:
         pieces = max(round((end - begin) / self._piece_bytes), 1)
         piece_bytes = max(align_up(math.ceil((end - begin) / pieces), DIRECT_ALIGNMENT), DIRECT_ALIGNMENT)
         starts = range(begin, end, piece_bytes)
-        job = _Job(key, path, begin, end, memory, piece_bytes, len(starts))
+        job = _Job(key, path, begin, end, memory, piece_bytes, len(starts), len(starts))
         with self._work:
             self._queues[urgency][key] = (job, deque(starts))
             self._work.notify(len(starts))
@@ -240,6 +243,7 @@ class Reader:
             waiting = self._take(key)
             if waiting is not None:
                 self._queues[Urgency.DEMAND][key] = waiting
+                self._work.notify(len(waiting[1]))
 
     def cancel(self, key: int) -> None:
         """Read no more of this. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
@@ -275,7 +279,8 @@ class Reader:
                     self._work.wait()
                 if piece is None:
                     return
-                job, start = piece
+                job, start, urgency = piece
+                self._guessing += urgency is Urgency.GUESS
             try:
                 self._read_piece(job, start)
             except MoeinfError as error:
@@ -284,17 +289,28 @@ class Reader:
                 job.error = _read_error(job.path, error)
             except BaseException as error:  # whatever it is, somebody waits for this fetch
                 job.error = MoeinfError(f"{job.path}: reading failed: {error!r}")
+            with self._work:
+                self._guessing -= urgency is Urgency.GUESS
             self._end_pieces(job, 1)
 
-    def _next_piece(self) -> tuple[_Job, int] | None:
-        """The most urgent piece that nobody reads; the queues are locked."""
-        for queue in self._queues:
+    def _next_piece(self) -> tuple[_Job, int, Urgency] | None:
+        """The most urgent piece that nobody reads and that may be read now; the queues are locked."""
+        for urgency, queue in zip(Urgency, self._queues, strict=True):
             for key, (job, starts) in queue.items():
+                if urgency is Urgency.GUESS and self._guessing >= self._most_guessing(job):
+                    return None
                 start = starts.popleft()
                 if not starts:
                     del queue[key]
-                return job, start
+                return job, start, urgency
         return None
+
+    def _most_guessing(self, job: _Job) -> int:
+        """Of a fetch that could keep all threads busy, half of them read while it is a guess: what the next layer then
+        asks for waits for fewer pieces that nobody wants.
+        """
+        threads = len(self._threads)
+        return threads if job.pieces < threads else (threads + 1) // 2
 
     def _take(self, key: int) -> _Waiting | None:
         """Take what nobody reads yet of a fetch that nobody waits for out of its queue; the queues are locked."""
