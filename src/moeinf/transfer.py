@@ -196,7 +196,7 @@ class Fetcher(Protocol):
 
 class Reader:
     """A pool of threads that read files into memory: the urgent before the others, those alike in the order in which
-    they were asked for, all threads on the first fetch.
+    they were asked for, all threads on the first fetch, or half of them on a guess that could keep all of them busy.
 
     Args:
         threads: how many reads are in flight at most.
