@@ -3,8 +3,8 @@
  * from 0 on, then both; numbers too small to be normal are 0.
  *
  * A tile of 16 rows of weights is loaded as they lie in memory; what they are multiplied with lies in words of two inputs,
- * as tiles.c packs it. Lossless weights are unpacked into such words, and multiplied the other way round; other packed ones
- * are expanded to rows of bfloat16 first. */
+ * as tiles.c packs it. For one x packed weights are unpacked into such words, and multiplied the other way round; for many
+ * they are expanded to rows of bfloat16 first. */
 #define _GNU_SOURCE /* syscall */
 #include "moe.h"
 #include "pairs.h"

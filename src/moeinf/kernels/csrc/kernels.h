@@ -237,7 +237,7 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 
 /* Likewise where it multiplies tiles of them (amx.c), which a process has to ask the system for: has_amx does. x is laid out
  * as for the others. */
-#if defined(HAS_DOT_PAIRS) && defined(__linux__)
+#if defined(HAS_DOT_PAIRS) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 12)
 #define HAS_DOT_AMX
 bool has_amx(void);
 void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
