@@ -92,6 +92,7 @@ def test_small_layers_are_torchs_for_every_token(inputs: int, outputs: int) -> N
 def test_one_token_and_some_are_tried_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose rows come out otherwise when there are some of them is native for one."""
     pool, layer = NativePool(1, TORCH_S, LIBRARY), nn.Linear(64, 96).bfloat16()
+    assert pool.adds_as_torch_does
     apply, calls = NativePool.apply, list[int]()
 
     def spoil(pool: NativePool, linear: LinearLayer, rows: torch.Tensor, result: torch.Tensor) -> None:
