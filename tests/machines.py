@@ -39,6 +39,7 @@ def make_machine(
         ),
         dense_bytes_per_s=15 * GB,
         layer_s=5e-4,
+        program_s=1e-3,
     )
 
 
@@ -99,6 +100,7 @@ def random_machine(chance: random.Random) -> Machine:
         ),
         dense_bytes_per_s=rate(1 * GB, 300 * GB),
         layer_s=rate(1e-6, 1e-2),
+        program_s=rate(1e-5, 1e-2),
     )
 
 

@@ -93,6 +93,7 @@ def test_a_machine_in_tables(cli: CommandLine, measured: Measured) -> None:
         | torch, bfloat16        20.00 GB/s  1.25 GB/s
         | dense layers, bfloat16, 1 token  20.00 GB/s
         | a layer beside its weights       0.50 ms
+        | torch's program of a product     1.00 ms
         |
         | GPU 0       A GPU, 24.0 GiB, 23.0 GiB free
         | its memory  900.00 GB/s

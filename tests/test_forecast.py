@@ -221,6 +221,31 @@ def test_a_prompt_is_computed_from_what_is_packed_where_that_was_measured(kind: 
     assert foretell(by_torch, plan, prompt_tokens=1000).ttft_s > short_s
 
 
+def test_a_long_prompt_waits_for_programs_where_torch_computes_it() -> None:
+    """It makes two for each of the 1024 experts, which have 125 rows each, or 4."""
+    situation, plan = small("100%")
+
+    def first_token_s(program_s: float, tokens: int, instructions: str, kernels: str = "auto") -> float:
+        machine = dataclasses.replace(
+            situation.machine,
+            processor=dataclasses.replace(situation.machine.processor, kernels=instructions),
+            disk=make_machine(disk=1e6 * GB).disk,
+            maths=(*situation.machine.maths, MathsRate("native", "bfloat16", 64, 3 * GB)),
+            program_s=program_s,
+        )
+        there = dataclasses.replace(situation, machine=machine, kernels=kernels)
+        return foretell(there, plan, prompt_tokens=tokens).ttft_s
+
+    for tokens, instructions, kernels, made in (
+        (1000, "avx512bf16", "auto", 0),
+        (1000, "avx512bf16", "torch", 2048),
+        (1000, "avx512amx", "auto", 2048),
+        (32, "avx512amx", "auto", 0),
+    ):
+        without, with_it = (first_token_s(each, tokens, instructions, kernels) for each in (0.0, 3e-3))
+        assert with_it - without == pytest.approx(made * 3e-3, rel=0.01)
+
+
 def test_a_prompt_reads_every_expert_it_needs_once_per_piece() -> None:
     situation, plan = small("100%")
     situation = dataclasses.replace(situation, machine=make_machine(disk=0.1 * GB))

@@ -47,7 +47,7 @@ from .pull import resolve
 from .qualityfile import QUALITY_FILE, Quality, read_quality
 from .runlog import RunLog
 from .runtime import ExpertRuntime
-from .settings import DEFAULT_POLICY, EngineOptions, keep_programs, tune_libraries
+from .settings import DEFAULT_POLICY, EngineOptions, tune_libraries
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
@@ -295,8 +295,6 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         tokenizer = load_tokenizer(stored)
     libraries_bytes = memory.rss_bytes()
     placement = place(manifest, shape, options, is_wide=is_wide)
-    if programs := placement.plan.libraries.programs:
-        keep_programs(programs)
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     is_as_stored = placement.manifest.packed_dense == manifest.packed_dense

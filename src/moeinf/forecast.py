@@ -59,6 +59,9 @@ tokens that do not see each other (docs/planning.md)."""
 BETWEEN_S = 8e-9
 """What norms, rotary embedding and sums take per layer and number in the hidden states of a prompt
 (docs/planning.md)."""
+PROGRAMS, FEW_ROWS = 2, 32
+"""torch makes a program for each of an expert's products of a new number of rows; those of few it has met before, and
+where the library leaves long prompts to it, that computes them itself."""
 COPIES = 3
 """An expert that comes from the page cache is read and written by a copy, and read again by the maths."""
 
@@ -339,12 +342,18 @@ class _ProcessorCosts:
         return max(compute_s, read_s), "disk" if read_s > compute_s and not self._reads_files else "host"
 
     def _expert_s(self, tokens: float) -> float:
-        """An expert for so many tokens of a prompt: by the library, or by torch, which expands a packed one first."""
+        """An expert for so many tokens of a prompt: by the library, or by torch, which expands a packed one first, and
+        makes programs, since each expert has another number of tokens.
+        """
         layout, machine = self._manifest.layout, self._machine
+        makes_programs = self._kind == "bfloat16" and tokens > FEW_ROWS
+        programs_s = PROGRAMS * machine.program_s if makes_programs else 0.0
         if _takes_prompts(machine, layout, self._kernels):
-            return layout.nbytes / _step_rate(machine, _weights_of(layout), tokens, "native") / SUSTAINED
+            computing_s = layout.nbytes / _step_rate(machine, _weights_of(layout), tokens, "native") / SUSTAINED
+            return computing_s + (programs_s if machine.processor.leaves_long_prompts and layout.is_exact else 0.0)
         expanding_s = _expanding_s(machine, layout, self._kernels)
         at_once_s = (layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s) / SUSTAINED
+        at_once_s += programs_s
         return at_once_s if layout.is_exact else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
     def prompt_s(self, tokens: int) -> float:

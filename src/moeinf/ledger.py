@@ -51,8 +51,6 @@ _THREAD_BYTES = 512 * KIB
 """A thread's stack, its part of the heap, and what it keeps of programs."""
 _HOLES_TOKENS, _MORE_HOLES_TOKENS = 64, 256
 """The activations of so many tokens, for the holes that they leave in the heap; and where they are torch's."""
-_TILE_BYTES, _TILE_TOKENS = 70 * MIB, 400
-"""What more torch takes where it computes bfloat16 by tiles (AMX), and the activations of so many tokens for holes."""
 _DEFAULT_CONTEXT = 4096
 SPARE_WINDOW = 16
 """What a layer keeps of a sliding window has room for a sixteenth more, so that it does not move for every token."""
@@ -105,14 +103,12 @@ class ModelShape:
 @dataclass(frozen=True, slots=True)
 class Libraries:
     """What the memory that libraries take depends on beside the model: so many `programs` of matrix products are kept
-    at most, the native library `takes_prompts`, or torch computes their experts, so many `threads` compute, and torch
-    `has_tiles` to multiply by.
+    at most, the native library `takes_prompts`, or torch computes their experts, and so many `threads` compute.
     """
 
     programs: int = MANY_PROGRAMS
     takes_prompts: bool = False
     threads: int = 1
-    has_tiles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,8 +419,7 @@ def _library_bytes(manifest: Manifest, shape: ModelShape, libraries: Libraries) 
     code = _CODE_BYTES + (0 if is_usual else _MORE_CODE_BYTES)
     holes = (_HOLES_TOKENS if libraries.takes_prompts else _MORE_HOLES_TOKENS) * _row_bytes(manifest, shape)
     shared = min(_LIBRARY_BYTES, code + libraries.programs * _PROGRAM_BYTES + holes)
-    tiles = _TILE_BYTES + _TILE_TOKENS * _row_bytes(manifest, shape) if libraries.has_tiles else 0
-    return shared + libraries.threads * _THREAD_BYTES + tiles
+    return shared + libraries.threads * _THREAD_BYTES
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:

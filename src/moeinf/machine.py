@@ -17,7 +17,7 @@ from .errors import IntegrityError
 
 __all__ = ["MEASURED_BYTES", "Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
-SCHEMA = 4
+SCHEMA = 5
 MEASURED_BYTES = 3 * 2048 * 768 * 2
 """Of an expert whose maths is measured: one of Qwen3-30B-A3B's, in bfloat16."""
 
@@ -87,6 +87,11 @@ class Processor:
     def adds_as_torch_does(self) -> bool:
         """Whether the native library adds products of bfloat16 in the order in which torch does."""
         return self.kernels in ("avx512bf16", "avx512amx")
+
+    @property
+    def leaves_long_prompts(self) -> bool:
+        """Whether it does so for few rows alone, and leaves exact experts of more to torch."""
+        return self.kernels == "avx512amx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +167,10 @@ class Gpu:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """`dense_bytes_per_s`: weights of the dense part, computed for one token. `layer_s`: what one layer of a forward
-    pass of one token takes beside reading weights. `measured_at`: ISO 8601, UTC. `left_out`: what was not measured,
-    and why, in sentences. `load`: cores that other programs took meanwhile, on average.
+    pass of one token takes beside reading weights. `program_s`: what torch takes to make the program of a product of
+    bfloat16, which it does for each number of rows that it has not met, or not lately. `measured_at`: ISO 8601, UTC.
+    `left_out`: what was not measured, and why, in sentences. `load`: cores that other programs took meanwhile, on
+    average.
     """
 
     measured_at: str
@@ -173,14 +180,16 @@ class Machine:
     maths: tuple[MathsRate, ...]
     dense_bytes_per_s: float
     layer_s: float
+    program_s: float
     gpus: tuple[Gpu, ...] = ()
     left_out: tuple[str, ...] = ()
     load: float = 0.0
 
     def __post_init__(self) -> None:
         _check_rates(self.dense_bytes_per_s)
-        if not 0 <= self.layer_s < math.inf:
-            raise ValueError(f"{self.layer_s} is no time")
+        for seconds in (self.layer_s, self.program_s):
+            if not 0 <= seconds < math.inf:
+                raise ValueError(f"{seconds} is no time")
 
     def age_s(self, now: datetime) -> float:
         """How old the figures are, in seconds; never below 0, whatever the clock says."""

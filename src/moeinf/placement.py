@@ -13,11 +13,10 @@ import torch
 from . import memory
 from .device import Device, find_device
 from .errors import CapacityError, UnsupportedError, UsageError
-from .hardware import processor_features
-from .kernels import is_native_exactly, takes_long_prompts
+from .kernels import is_native_exactly, may_take_long_prompts, takes_long_prompts
 from .ledger import Libraries, MemoryPlan, ModelShape
 from .manifest import Manifest
-from .settings import FEW_PROGRAMS, MANY_PROGRAMS, EngineOptions, kept_programs
+from .settings import FEW_PROGRAMS, MANY_PROGRAMS, EngineOptions, keep_programs, kept_programs
 from .tiers import DevicePool
 from .units import format_bytes
 
@@ -51,6 +50,9 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     Raises what `find_device` and the plans raise, and UsageError or UnsupportedError for options that do not go with
     the device.
     """
+    programs = _wanted_programs(manifest, shape, options, is_wide)
+    if programs:
+        keep_programs(programs)
     device = find_device(options.device)
     notes: tuple[str, ...] = ()
     if device is not None:
@@ -73,29 +75,31 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     held = manifest
     if not is_native:
         held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
-    takes_prompts = is_native and takes_long_prompts(options.kernels)
-    libraries = _libraries(held, shape, dtype, takes_prompts, options.threads or torch.get_num_threads())
+    libraries = Libraries(
+        programs and kept_programs(programs),
+        is_native and takes_long_prompts(options.kernels) and not _lies_across(manifest, shape),
+        options.threads or torch.get_num_threads(),
+    )
     return Placement(None, held, shape, memory.plan_memory(held, shape, options, widening, libraries), dtype, notes)
 
 
-def _libraries(
-    manifest: Manifest, shape: ModelShape, dtype: torch.dtype, takes_prompts: bool, threads: int
-) -> Libraries:
-    """Who will compute the experts of prompts: the native library, if it `takes_prompts`, and unless plain experts
-    lie [in, out]; and how many programs of matrix products will be kept: few if nothing else asks for many, and of
-    float32, which makes none, none. A layer that the library turns out not to know takes longer for that, and no more
-    memory for programs.
+def _wanted_programs(manifest: Manifest, shape: ModelShape, options: EngineOptions, is_wide: bool) -> int:
+    """How many programs of matrix products to keep: few if the native library computes the experts of prompts and
+    nothing else asks for many, and of float32, which makes none, none. Where the library turns out not to take them,
+    that takes longer, and no more memory: libraries are told before the first product, and so before its trial.
     """
+    if _widen(manifest, is_wide)[0] == torch.float32:
+        return 0
+    is_usual = shape.has_plain_attention and not _lies_across(manifest, shape)
+    return FEW_PROGRAMS if is_usual and may_take_long_prompts(options.kernels) else MANY_PROGRAMS
+
+
+def _lies_across(manifest: Manifest, shape: ModelShape) -> bool:
+    """Whether plain experts lie [in, out], which torch computes for prompts."""
     layout = manifest.layout
     shapes = {spec.name: spec.shape for spec in layout.tensors}
     up, down = shapes["gate_up_proj" if "gate_up_proj" in shapes else "up_proj"], shapes["down_proj"]
-    lies_across = layout.quantization is None and up[0] == down[1] == shape.hidden
-    takes_prompts &= not lies_across
-    if dtype == torch.float32:
-        return Libraries(0, takes_prompts, threads)
-    has_few = takes_prompts and shape.has_plain_attention
-    programs = kept_programs(FEW_PROGRAMS if has_few else MANY_PROGRAMS)
-    return Libraries(programs, takes_prompts, threads, "amx_bf16" in processor_features())
+    return layout.quantization is None and up[0] == down[1] == shape.hidden
 
 
 def _widen(manifest: Manifest, is_wide: bool) -> tuple[torch.dtype, int]:

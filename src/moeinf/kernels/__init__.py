@@ -21,7 +21,14 @@ from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
 from .dense import NativeLinear, compute_packed, speed_up
-from .native import ExpandingMaths, NativeMaths, NativePool, can_add_as_torch_does, computes_any_rows
+from .native import (
+    ExpandingMaths,
+    NativeMaths,
+    NativePool,
+    can_add_as_torch_does,
+    computes_any_rows,
+    may_compute_any_rows,
+)
 from .packed import LosslessLinear
 from .self_attention import SelfAttentions
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
@@ -39,6 +46,7 @@ __all__ = [
     "choose_device_maths",
     "choose_maths",
     "is_native_exactly",
+    "may_take_long_prompts",
     "speed_up_dense",
     "takes_long_prompts",
 ]
@@ -111,6 +119,11 @@ def takes_long_prompts(kernels: str) -> bool:
     computes those with many rows, and makes programs for that.
     """
     return is_native_exactly(kernels) and computes_any_rows()
+
+
+def may_take_long_prompts(kernels: str) -> bool:
+    """Whether that may turn out so: the same without a trial."""
+    return kernels != "torch" and may_compute_any_rows()
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:

@@ -38,6 +38,7 @@ __all__ = [
     "best_variant",
     "can_add_as_torch_does",
     "computes_any_rows",
+    "may_compute_any_rows",
     "telling_rows",
     "variant_of_torch",
     "variants",
@@ -177,6 +178,15 @@ def can_add_as_torch_does() -> bool:
 def computes_any_rows() -> bool:
     """Whether it can for products of any number of rows: `NativePool.most_rows`."""
     return can_add_as_torch_does() and variant_of_torch() not in _KNOWN_ROWS
+
+
+def may_compute_any_rows() -> bool:
+    """Whether it might, by what the processor has: for those who must know before the first product."""
+    try:
+        orders = set(variants()).intersection(_TORCH_S_ORDERS)
+    except NotNativeError:
+        return False
+    return bool(orders) and orders.isdisjoint(_KNOWN_ROWS)
 
 
 @cache

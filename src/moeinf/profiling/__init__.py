@@ -32,7 +32,7 @@ from .disk import measure_disk
 from .effort import Effort
 from .gpu import GPU_RATES, Accelerator, Cuda, measure_gpus
 from .layer import measure_layer
-from .maths import MATHS, measure_dense, measure_maths
+from .maths import MATHS, measure_dense, measure_maths, measure_program
 
 __all__ = ["Effort", "load_or_measure", "measure_machine"]
 
@@ -57,7 +57,7 @@ def measure_machine(
         reads = measure_disk(home, shutil.disk_usage(home).free, available // _MEMORY_SHARE, effort, progress)
         pool = open_pool(torch.get_num_threads(), stack)
         working_set = min(effort.working_set, available // _WORKING_SET_SHARE)
-        count = sum(pool is not None or kernels == "torch" for kernels, _, _ in MATHS) + 3
+        count = sum(pool is not None or kernels == "torch" for kernels, _, _ in MATHS) + 4
         with progress.task("memory and maths", count, "rates") as task:
             nbytes = min(effort.memory, available // _MEMORY_SHARE)
             fresh_rate = measure_fresh_memory(nbytes)
@@ -65,6 +65,8 @@ def measure_machine(
             task.advance(1)
             maths, late = measure_maths(pool, working_set, effort, task)
             dense = measure_dense(pool, working_set, effort.maths_s)
+            task.advance(1)
+            program_s = measure_program(effort.maths_s)
             task.advance(1)
             layer_s = measure_layer(effort.layer_s)
             task.advance(1)
@@ -77,6 +79,7 @@ def measure_machine(
         maths=maths,
         dense_bytes_per_s=dense,
         layer_s=layer_s,
+        program_s=program_s,
         gpus=gpus,
         left_out=(*reads.left_out, *late, *failed),
         load=load.of_others(),

@@ -6,6 +6,7 @@ engine's own kernels compute.
 
 from __future__ import annotations
 
+import statistics
 import time
 from functools import partial
 
@@ -33,11 +34,14 @@ __all__ = [
     "Experts",
     "measure_dense",
     "measure_maths",
+    "measure_program",
 ]
 
 HIDDEN, INNER, TOP_K = 2048, 768, 8
 """The experts measured are those of Qwen3-30B-A3B: 9 MiB in bfloat16, 8 for a token."""
 TOKENS = (1, 16, 256)
+MANY_ROWS = 250
+"""The most for which the making of programs is measured; others are fewer."""
 _PACKED = (LOSSLESS, *GROUPS, *RELEASED_BITS)
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
@@ -90,6 +94,32 @@ def measure_dense(pool: NativePool | None, working_set: int, seconds: float) -> 
             speed_up(both, pool)
         calls = [partial(pair, _noise((1, narrow))) for pair in both]
         return 2 * weights[0, 0].nbytes / best_s(calls, seconds)
+
+
+def measure_program(seconds: float) -> float:
+    """Seconds that torch takes to make the program of a product of bfloat16 whose number of rows is new to it: the mean
+    of an expert's two.
+    """
+    end = time.perf_counter() + seconds
+    pairs = [
+        (_noise((2 * INNER, HIDDEN)), _noise((MANY_ROWS, HIDDEN))),
+        (_noise((HIDDEN, INNER)), _noise((MANY_ROWS, INNER))),
+    ]
+    making: list[list[float]] = [[] for _ in pairs]
+    with torch.inference_mode():
+        for rows in range(MANY_ROWS, 1, -1):
+            for (weight, hidden), taken in zip(pairs, making, strict=True):
+                first, again = (_seconds(partial(F.linear, hidden[:rows], weight)) for _ in range(2))
+                taken.append(first - again)
+            if time.perf_counter() > end and len(making[0]) > 2:
+                break
+    return max(0.0, statistics.fmean(map(statistics.median, making)))
+
+
+def _seconds(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _layers(weights: torch.Tensor) -> list[nn.Linear]:
