@@ -39,6 +39,8 @@ def make_machine(
         ),
         dense_bytes_per_s=15 * GB,
         layer_s=5e-4,
+        fetch_s=8e-5,
+        foresee_s=2e-4,
         program_s=1e-3,
     )
 
@@ -100,6 +102,8 @@ def random_machine(chance: random.Random) -> Machine:
         ),
         dense_bytes_per_s=rate(1 * GB, 300 * GB),
         layer_s=rate(1e-6, 1e-2),
+        fetch_s=rate(1e-6, 1e-3),
+        foresee_s=rate(1e-6, 1e-3),
         program_s=rate(1e-5, 1e-2),
     )
 

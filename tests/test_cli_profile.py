@@ -93,6 +93,8 @@ def test_a_machine_in_tables(cli: CommandLine, measured: Measured) -> None:
         | torch, bfloat16        20.00 GB/s  1.25 GB/s
         | dense layers, bfloat16, 1 token  20.00 GB/s
         | a layer beside its weights       0.50 ms
+        | a miss beside its reading        0.10 ms
+        | asking a router early            0.20 ms
         | torch's program of a product     1.00 ms
         |
         | GPU 0       A GPU, 24.0 GiB, 23.0 GiB free

@@ -22,7 +22,7 @@ from moeinf.manifest import expert_path
 from moeinf.pull import pull
 from moeinf.settings import FEW_PROGRAMS, MANY_PROGRAMS
 from moeinf.store import Store
-from moeinf.transfer import can_read_direct
+from moeinf.transfer import READERS, can_read_direct
 
 MIB = 1 << 20
 
@@ -110,7 +110,7 @@ def test_an_unknown_model_is_refused() -> None:
 def test_closing_ends_threads_and_gives_up_the_lock(tiny: str) -> None:
     before = threading.active_count()
     engine = moeinf.load(tiny)
-    assert threading.active_count() == before + engine_module.READERS
+    assert threading.active_count() == before + READERS
     engine.close()
     engine.close()
     assert threading.active_count() == before

@@ -192,7 +192,7 @@ def test_resident_is_computing_alone() -> None:
     assert (expected.regime, expected.stall_s, expected.by) == ("resident", 0.0, "device")
     assert expected.experts_s == pytest.approx(128 * ASKED_S)
     assert expected.dense_s == pytest.approx(138 * MIB / (900 * GB) / forecast.SUSTAINED)
-    assert expected.layers_s == pytest.approx(16 * 5e-4 + forecast.TOKEN_S)
+    assert expected.layers_s == pytest.approx(16 * 5e-4 / forecast.SUSTAINED + forecast.TOKEN_S)
     assert expected.tpot_s == pytest.approx(expected.experts_s + expected.dense_s + expected.layers_s)
     assert expected.bound_s == pytest.approx((138 + 384) * MIB / (900 * GB))
 
@@ -202,7 +202,7 @@ def test_host_cached_waits_for_the_link() -> None:
     assert (expected.regime, expected.by, expected.hit_rate) == ("host-cached", "link", 0.5)
     assert expected.bound_s == pytest.approx(64 * EXPERT / (25 * GB))
     assert expected.read_s == pytest.approx(expected.bound_s / forecast.SUSTAINED)
-    assert expected.bookkeeping_s == pytest.approx(64 * forecast.FETCH_S)
+    assert expected.bookkeeping_s == pytest.approx(64 * 8e-5 / forecast.SUSTAINED)
     assert expected.stall_s == pytest.approx(max(0.0, expected.read_s + 16 * ASKED_S - expected.experts_s))
     assert expected.stall_s > 0
 

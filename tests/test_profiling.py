@@ -76,6 +76,9 @@ def test_a_machine_is_measured(tmp_path: Path) -> None:
     if built_library():
         assert {("native", weights, 1) for weights in ("bfloat16", "float32", "int8", "int4")} <= kinds
     assert machine.layer_s > 0
+    assert machine.fetch_s > 0
+    assert machine.foresee_s > 0
+    assert machine.program_s >= 0
     assert machine.gpus[0].name == "A GPU 0"
     assert machine.disk.rate(3 * MIB, direct=machine.disk.reads_direct) > 0
     assert files(tmp_path / "home") == {"profile.lock"}

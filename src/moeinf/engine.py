@@ -53,7 +53,7 @@ from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
 from .tiers import DevicePool, HostTier
 from .trace import ModelIdentity
-from .transfer import ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
+from .transfer import READERS, ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load", "load_tokenizer"]
@@ -61,9 +61,6 @@ __all__ = ["Engine", "load", "load_tokenizer"]
 _NOT_PINNED = (
     "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
 )
-
-READERS = 8
-"""Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
 
 
 class Engine:

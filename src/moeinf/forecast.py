@@ -19,7 +19,6 @@ from .manifest import DTYPE_BYTES, ExpertLayout, Manifest
 
 __all__ = [
     "EXPANDING",
-    "FETCH_S",
     "PASS_S",
     "PUBLISHED",
     "SUSTAINED",
@@ -42,10 +41,6 @@ Bound = Literal["disk", "host", "link", "device"]
 
 PASS_S = 100e-6
 """Taking the tokens of a step to one of their experts and their rows back, on a GPU."""
-FETCH_S = 75e-6
-"""What a miss takes beside the reading: choosing a victim, handing the file to the readers, noticing its arrival."""
-FORESEE_S = 200e-6
-"""Asking the next layer's router (docs/experiments.md)."""
 TOKEN_S = 1.2e-3
 """What transformers' `generate` takes per token beside the model."""
 SUSTAINED = 0.8
@@ -309,13 +304,13 @@ class _ProcessorCosts:
         self._dense_rate = SUSTAINED * min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
         self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
         self.dense_s = self.dense_bytes / self._dense_rate
-        self.layers_s = shape.layers * machine.layer_s + TOKEN_S
+        self.layers_s = shape.layers * machine.layer_s / SUSTAINED + TOKEN_S
         best = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
         self._expert_rate = SUSTAINED * best
         self.experts_s = self.token_bytes / self._expert_rate
 
     def bookkeeping_s(self, hits: float) -> float:
-        return self._manifest.token_experts * (1 - hits) * FETCH_S
+        return self._manifest.token_experts * (1 - hits) * self._machine.fetch_s / SUSTAINED
 
     def read_s(self, hits: float) -> float:
         return (1 - hits) * self.token_bytes / self._fetch_rate
@@ -334,6 +329,7 @@ class _ProcessorCosts:
             experts_s=self.experts_s / layers,
             last_s=self.experts_s / self._manifest.token_experts * min(1.0, missing),
             other_s=(self.dense_s + self.layers_s + self.bookkeeping_s(hits) - self._head_s) / layers,
+            asking_s=self._machine.foresee_s / SUSTAINED,
         )
 
     def bound(self, hits: float) -> tuple[float, Bound]:
@@ -392,25 +388,34 @@ class _ProcessorCosts:
 
 
 def waiting_s(
-    foreseen: float, layers: int, *, is_optional: bool, read_s: float, experts_s: float, last_s: float, other_s: float
+    foreseen: float,
+    layers: int,
+    *,
+    is_optional: bool,
+    read_s: float,
+    experts_s: float,
+    last_s: float,
+    other_s: float,
+    asking_s: float,
 ) -> float:
     """What a token waits in all of its MoE `layers`, when one of them takes `read_s` to read its misses, `experts_s` to
     compute all of its experts, `last_s` for the one that arrives last, and `other_s` for the rest of its work. This
-    share of a layer's choice is `foreseen`, unless that is optional and not worth it.
+    share of a layer's choice is `foreseen` by `asking_s` of asking, unless that is optional and not worth it.
     """
-    foreseeing = _waiting_s(foreseen, layers, read_s, experts_s, last_s, other_s)
+    foreseeing = _waiting_s(foreseen, layers, read_s, experts_s, last_s, other_s, asking_s if foreseen else 0.0)
     if not is_optional:
         return foreseeing
-    return min(_waiting_s(0.0, layers, read_s, experts_s, last_s, other_s), foreseeing)
+    return min(_waiting_s(0.0, layers, read_s, experts_s, last_s, other_s, 0.0), foreseeing)
 
 
-def _waiting_s(foreseen: float, layers: int, read: float, experts: float, last: float, other: float) -> float:
+def _waiting_s(
+    foreseen: float, layers: int, read: float, experts: float, last: float, other: float, asking: float
+) -> float:
     """Waiting, and asking, when this share of a layer's choice is `foreseen` while the layer before is computed.
 
     Between two choices what fetches brings what was not foreseen, and what is left of what was; in the time after that,
     guesses, of which the same share is right. The first layer's choice cannot be foreseen.
     """
-    asking = FORESEE_S if foreseen else 0.0
     idle = max(0.0, other + asking) + last
     behind = (1 - foreseen) * read + max(0.0, foreseen * read - foreseen * idle)
     return max(0.0, read + last - experts) + (layers - 1) * (max(0.0, behind + last - experts) + asking)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from .errors import MoeinfError
 from .forecast import (
     EXPANDING,
-    FETCH_S,
     PASS_S,
     SUSTAINED,
     TOKEN_S,
@@ -63,6 +62,7 @@ class _GpuCosts:
         assert plan.host is not None, "a plan without a GPU"
         machine, manifest, shape = situation.machine, situation.manifest, situation.shape
         self._gpu, self._manifest, self._shape, self._plan = situation.gpu, manifest, shape, plan
+        self._fetch_s, self._foresee_s = machine.fetch_s / SUSTAINED, machine.foresee_s / SUSTAINED
         self._prefetch, self._foreseen = situation.prefetch, situation.foreseen
         self._is_grouped = situation.kernels == "triton"
         self._widening = plan.dense // manifest.dense_bytes if manifest.dense_bytes else 1
@@ -75,11 +75,11 @@ class _GpuCosts:
         self._read_share = 1 - min(1.0, plan.host.slots / plan.all_experts)
         self.dense_s = self._weights_s(self._dense_bytes, 1)
         self._head_s = self._weights_s(min(self._dense_bytes, self._widening * shape.head_bytes), 1) + TOKEN_S
-        self.layers_s = shape.layers * machine.layer_s + TOKEN_S
+        self.layers_s = shape.layers * machine.layer_s / SUSTAINED + TOKEN_S
         self.experts_s = sum(self._experts_s(layer.top_k, 1) for layer in manifest.layers)
 
     def bookkeeping_s(self, hits: float) -> float:
-        return self._manifest.token_experts * (1 - hits) * FETCH_S
+        return self._manifest.token_experts * (1 - hits) * self._fetch_s
 
     def read_s(self, hits: float) -> float:
         return max(self._fetching((1 - hits) * self.token_bytes, self._read_share).values()) / SUSTAINED
@@ -97,6 +97,7 @@ class _GpuCosts:
             experts_s=self.experts_s / layers,
             last_s=last_s,
             other_s=(self.dense_s + self.layers_s + self.bookkeeping_s(hits) - self._head_s) / layers,
+            asking_s=self._foresee_s,
         )
 
     def bound(self, hits: float) -> tuple[float, Bound]:

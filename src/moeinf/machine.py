@@ -167,10 +167,11 @@ class Gpu:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """`dense_bytes_per_s`: weights of the dense part, computed for one token. `layer_s`: what one layer of a forward
-    pass of one token takes beside reading weights. `program_s`: what torch takes to make the program of a product of
-    bfloat16, which it does for each number of rows that it has not met, or not lately. `measured_at`: ISO 8601, UTC.
-    `left_out`: what was not measured, and why, in sentences. `load`: cores that other programs took meanwhile, on
-    average.
+    pass of one token takes beside reading weights; `fetch_s`: what an expert that it misses takes beside its reading:
+    room made, the file handed to the readers, its arrival noticed; `foresee_s`: asking the next layer's router early.
+    `program_s`: what torch takes to make the program of a product of bfloat16, which it does for each number of rows
+    that it has not met, or not lately. `measured_at`: ISO 8601, UTC. `left_out`: what was not measured, and why, in
+    sentences. `load`: cores that other programs took meanwhile, on average.
     """
 
     measured_at: str
@@ -180,6 +181,8 @@ class Machine:
     maths: tuple[MathsRate, ...]
     dense_bytes_per_s: float
     layer_s: float
+    fetch_s: float
+    foresee_s: float
     program_s: float
     gpus: tuple[Gpu, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -187,7 +190,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         _check_rates(self.dense_bytes_per_s)
-        for seconds in (self.layer_s, self.program_s):
+        for seconds in (self.layer_s, self.fetch_s, self.foresee_s, self.program_s):
             if not 0 <= seconds < math.inf:
                 raise ValueError(f"{seconds} is no time")
 

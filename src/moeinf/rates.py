@@ -14,11 +14,10 @@ from itertools import cycle
 
 import torch
 
-from .engine import READERS
 from .manifest import EXPERT_ALIGNMENT, expert_path
 from .store import StoredModel
 from .timing import measure_memory, open_pool
-from .transfer import Reader, allocate_buffer, can_read_direct
+from .transfer import READERS, Reader, allocate_buffer, can_read_direct
 from .units import MIB
 
 __all__ = ["Rates", "disk_rate", "measure_rates", "memory_rate"]

@@ -32,6 +32,7 @@ from .steps import Arrival
 from .units import MIB, align_up
 
 __all__ = [
+    "READERS",
     "ExpertReader",
     "Fetcher",
     "Pool",
@@ -43,6 +44,8 @@ __all__ = [
     "can_read_direct",
 ]
 
+READERS = 8
+"""Reads in flight. More gains nothing on the disks measured (docs/experiments.md)."""
 DIRECT_ALIGNMENT = 4096
 PIECE_BYTES = 1 * MIB
 """An expert is read in pieces of about this size, all alike, so that all readers work on the one that is needed first

@@ -68,7 +68,7 @@ def measure_machine(
             task.advance(1)
             program_s = measure_program(effort.maths_s)
             task.advance(1)
-            layer_s = measure_layer(effort.layer_s)
+            layer = measure_layer(effort.layer_s)
             task.advance(1)
         gpus, failed = _measure_gpus(accelerator, effort, progress)
     return Machine(
@@ -78,7 +78,9 @@ def measure_machine(
         disk=_disk(home, reads.reads_direct, reads.rates),
         maths=maths,
         dense_bytes_per_s=dense,
-        layer_s=layer_s,
+        layer_s=layer.layer_s,
+        fetch_s=layer.fetch_s,
+        foresee_s=layer.foresee_s,
         program_s=program_s,
         gpus=gpus,
         left_out=(*reads.left_out, *late, *failed),

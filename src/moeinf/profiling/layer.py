@@ -1,15 +1,16 @@
 """What a layer of a model costs beside reading weights: Python, attention, the router, the engine's bookkeeping.
 
-A tiny model whose experts weigh nothing decodes with the engine's own runtime. The disk is the one thing left out.
+Tiny models whose experts weigh nothing decode with the engine's own runtime. The disk is the one thing left out.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import count
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,39 +19,77 @@ from transformers import Qwen3MoeConfig
 from moeinf import hooks
 from moeinf.cache import ExpertCache
 from moeinf.collection import ActivationCollection, RequestCounter
+from moeinf.gate import GatePredictor
 from moeinf.kernels import choose_maths, speed_up_dense
 from moeinf.kvcache import make_cache
 from moeinf.ledger import MemoryPlan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.metamodel import causal_lm_class, is_experts_module
 from moeinf.policies import make_policy
+from moeinf.predictors import Predictor
 from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.steps import Arrival
 from moeinf.timing import undisturbed
-from moeinf.transfer import SlotPool, Urgency
+from moeinf.transfer import READERS, ExpertReader, Reader, SlotPool, Urgency
 
-__all__ = ["NoDisk", "measure_layer"]
+__all__ = ["LayerCosts", "NoDisk", "measure_layer"]
 
 _EXPERTS, _TOP_K = 128, 8
-_LAYERS = (4, 12)
+_FEW, _MANY = 4, 12
+"""Layers of the two models whose slope is a layer."""
+_MISSING_SLOTS = 2 * _MANY * _TOP_K
+"""Of the model that misses experts: what two tokens ask for."""
+_PIECES = 3
+"""In so many pieces an expert is read, as one of 3 MiB is."""
 _LEAST_TOKENS = 2
 _CONTEXT = 256
 
 
-def measure_layer(seconds: float) -> float:
-    """Seconds that a layer takes beside reading weights: the slope between a tiny model of few layers and one of more,
-    both with all experts resident, which decode tokens in turn for so many `seconds`.
+@dataclass(frozen=True)
+class LayerCosts:
+    """Seconds beside what takes weights or the disk: of a layer, of an expert that has to be fetched, and of asking a
+    layer's router early.
     """
-    times: dict[int, list[float]] = {layers: [] for layers in _LAYERS}
+
+    layer_s: float
+    fetch_s: float
+    foresee_s: float
+
+
+def measure_layer(seconds: float) -> LayerCosts:
+    """What layers take, found with tiny models that decode tokens in turn for so many `seconds`. A layer is the slope
+    between few of them and many. With slots for few experts a token of many layers takes longer by what it has to fetch,
+    from a file that the page cache holds. Of one more the routers are asked early.
+    """
     with ExitStack() as stack, torch.inference_mode():
-        decoders = {layers: _decode(layers, stack) for layers in _LAYERS}
+        few, many = _Decoder(_FEW, stack), _Decoder(_MANY, stack)
+        missing, foreseeing = _Decoder(_MANY, stack, slots=_MISSING_SLOTS), _Decoder(_MANY, stack, foresees=True)
         end = time.perf_counter() + seconds
-        while len(times[_LAYERS[0]]) < _LEAST_TOKENS or time.perf_counter() < end:
-            for layers, tokens in decoders.items():
-                times[layers].append(next(tokens))
-    few, many = (undisturbed(of_one[len(of_one) // 4 :]) for of_one in times.values())  # the first ones warm up
-    return max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
+        while len(few.times) < _LEAST_TOKENS or time.perf_counter() < end:
+            for decoder in (few, many, missing, foreseeing):
+                decoder.decode()
+    asking = foreseeing.asking
+    return LayerCosts(
+        max(0.0, (many.token_s - few.token_s) / (_MANY - _FEW)),
+        max(0.0, (missing.token_s - many.token_s) / max(1.0, missing.misses)),
+        undisturbed(asking) if asking else 0.0,
+    )
+
+
+class _Asked:
+    """A predictor that is asked, and names nothing: `times` are those of the answers that named something."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.observe = predictor.observe
+        self.times: list[float] = []
+
+    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+        begin = time.perf_counter()
+        if self._predictor.predict(layer, added):
+            self.times.append(time.perf_counter() - begin)
+        return []
 
 
 class NoDisk:
@@ -78,19 +117,40 @@ class NoDisk:
         pass
 
 
-def _decode(layers: int, stack: ExitStack) -> Iterator[float]:
-    """A tiny model with the engine's runtime, and the seconds of each token that it decodes."""
-    model = _tiny_model(layers)
-    token = torch.tensor([[1]])
-    _attach_runtime(model, layers, stack)
-    for position in count():
-        if position % _CONTEXT == 0:
-            cache = make_cache(model.config, _CONTEXT)
+class _Decoder:
+    """A tiny model with the engine's runtime, all or so many `slots`, and how long its tokens took. Of one that
+    `foresees` the routers are asked early.
+    """
+
+    def __init__(self, layers: int, stack: ExitStack, *, slots: int | None = None, foresees: bool = False) -> None:
+        self.times: list[float] = []
+        self._model = _tiny_model(layers)
+        self._runtime, self._asked = _attach_runtime(self._model, layers, slots, foresees, stack)
+        self._token = torch.tensor([[1]])
+
+    def decode(self) -> None:
+        """One token more."""
+        if len(self.times) % _CONTEXT == 0:
+            self._cache = make_cache(self._model.config, _CONTEXT)
         begin = time.perf_counter()
-        logits = model(token, past_key_values=cache, use_cache=True).logits
-        taken = time.perf_counter() - begin
-        token = torch.multinomial(logits[0, -1].float().softmax(-1), 1)[None]
-        yield taken
+        logits = self._model(self._token, past_key_values=self._cache, use_cache=True).logits
+        self.times.append(time.perf_counter() - begin)
+        self._token = torch.multinomial(logits[0, -1].float().softmax(-1), 1)[None]
+
+    @property
+    def token_s(self) -> float:
+        """Of a token that nothing disturbed; the first ones warmed up."""
+        return undisturbed(self.times[len(self.times) // 4 :])
+
+    @property
+    def misses(self) -> float:
+        """Experts of a token that had no slot."""
+        return self._runtime.decode.misses / len(self.times)
+
+    @property
+    def asking(self) -> list[float]:
+        """Seconds of each time that a router was asked early."""
+        return self._asked.times if self._asked else []
 
 
 def _tiny_model(layers: int) -> Any:
@@ -113,29 +173,47 @@ def _tiny_model(layers: int) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-def _attach_runtime(model: Any, layers: int, stack: ExitStack) -> None:
-    """Let the engine's runtime compute the experts of `model`, with a slot for each of them."""
-    modules = [module for module in model.modules() if is_experts_module(module)]
-    shapes = {name: tuple(each.shape[1:]) for name, each in modules[0].named_parameters(recurse=False)}
+def _attach_runtime(
+    model: Any, layers: int, slots: int | None, foresees: bool, stack: ExitStack
+) -> tuple[ExpertRuntime, _Asked | None]:
+    """Let the engine's runtime compute the experts of `model`, with a slot for each of them or so many `slots`. Returns
+    it, and what it asks if it `foresees`.
+    """
+    modules = {name: module for name, module in model.named_modules() if is_experts_module(module)}
+    shapes = {
+        name: tuple(each.shape[1:]) for name, each in next(iter(modules.values())).named_parameters(recurse=False)
+    }
     layout, manifest = _describe(shapes, layers)
-    sizes = [_EXPERTS] * layers
-    slots = layers * _EXPERTS
+    sizes, experts = [_EXPERTS] * layers, layers * _EXPERTS
+    slots = slots or experts
     pool = SlotPool(layout, slots)
-    maths = choose_maths(modules, layout, "auto", pool.tensors(0), stack)
+    maths = choose_maths(modules.values(), layout, "auto", pool.tensors(0), stack)
     hooks.attend(model, speed_up_dense(model, maths))
+    asked = _Asked(GatePredictor(model, modules)) if foresees else None
     runtime = ExpertRuntime(
         manifest,
         maths,
-        cache=ExpertCache(slots, slots, make_policy(DEFAULT_POLICY, sizes)),
+        cache=ExpertCache(experts, slots, make_policy(DEFAULT_POLICY, sizes)),
         pool=pool,
-        fetcher=NoDisk(),
+        fetcher=NoDisk() if slots == experts else _file_reader(pool, layout, experts, stack),
         counter=RequestCounter(sizes, ActivationCollection(sizes)),
+        predictors={"gate": asked} if asked else None,
     )
     plan = MemoryPlan(
         budget=0, dense=0, kv_cache=0, workspace=0, token_workspace=0, slots=slots, slot_bytes=pool.slot_bytes,
-        all_experts=slots, token_experts=layers * _TOP_K, context=1,
+        all_experts=experts, token_experts=layers * _TOP_K, context=1,
     )  # fmt: skip
-    hooks.attach(modules, model, runtime, plan)
+    hooks.attach(list(modules.values()), model, runtime, plan)
+    return runtime, asked
+
+
+def _file_reader(pool: SlotPool, layout: ExpertLayout, experts: int, stack: ExitStack) -> ExpertReader:
+    """Brings each expert from the same small file, by as many threads and in as many pieces as larger ones have."""
+    path = Path(stack.enter_context(TemporaryDirectory())) / "expert"
+    path.write_bytes(bytes(layout.nbytes))
+    reader = Reader(threads=READERS, direct=False, piece_bytes=layout.nbytes // _PIECES)
+    stack.callback(reader.close)
+    return ExpertReader(reader, pool, [path] * experts, (0, layout.nbytes))
 
 
 def _describe(shapes: dict[str, tuple[int, ...]], layers: int) -> tuple[ExpertLayout, Manifest]:
