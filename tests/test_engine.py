@@ -17,7 +17,8 @@ from families import make_checkpoint
 from moeinf import engine as engine_module
 from moeinf import placement as placement_module
 from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UsageError
-from moeinf.kernels import is_native_exactly, may_take_long_prompts
+from moeinf.kernels import is_native_exactly
+from moeinf.kernels.native import may_compute_any_rows
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
 from moeinf.settings import FEW_PROGRAMS, MANY_PROGRAMS
@@ -155,7 +156,7 @@ def test_threads_are_bounded(tiny: str) -> None:
 def test_few_programs_are_planned_for_where_the_library_takes_prompts(
     tiny: str, options: dict[str, str], programs: int
 ) -> None:
-    if not may_take_long_prompts("auto"):
+    if not may_compute_any_rows(is_exact=True):
         programs = MANY_PROGRAMS
     with moeinf.load(tiny, **options) as engine:  # type: ignore[arg-type]
         assert engine.plan.libraries.programs == programs
@@ -181,7 +182,7 @@ def test_libraries_are_told_what_to_keep_before_the_first_product(tiny: str, mon
 def test_many_programs_are_kept_for_experts_that_torch_computes_and_for_other_kinds_of_attention(
     tmp_path: Path, family: str, programs: int
 ) -> None:
-    if not may_take_long_prompts("auto"):
+    if not may_compute_any_rows(is_exact=True):
         pytest.skip("torch computes all prompts, or long ones, here")
     make_checkpoint(family, tmp_path / family)
     pull(str(tmp_path / family), store=Store(), name=family)

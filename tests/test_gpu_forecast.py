@@ -192,7 +192,7 @@ def test_resident_is_computing_alone() -> None:
     assert (expected.regime, expected.stall_s, expected.by) == ("resident", 0.0, "device")
     assert expected.experts_s == pytest.approx(128 * ASKED_S)
     assert expected.dense_s == pytest.approx(138 * MIB / (900 * GB) / forecast.SUSTAINED)
-    assert expected.layers_s == pytest.approx(16 * 5e-4 / forecast.SUSTAINED + forecast.TOKEN_S)
+    assert expected.layers_s == pytest.approx(16 * 5e-4 + forecast.TOKEN_S)
     assert expected.tpot_s == pytest.approx(expected.experts_s + expected.dense_s + expected.layers_s)
     assert expected.bound_s == pytest.approx((138 + 384) * MIB / (900 * GB))
 

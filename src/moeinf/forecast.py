@@ -46,6 +46,10 @@ TOKEN_S = 1.2e-3
 SUSTAINED = 0.8
 """A machine's rates are those of its best moments; over whole tokens weights are computed, and experts read, at this
 share of them (docs/performance.md)."""
+CACHED_BYTES = 32 << 20
+"""A token that reads more weights than this pushes what Python works on out of the caches: a layer takes longer beside
+them than the tiny ones that were measured.
+"""
 TRIM_S = 3.5e-3
 """Giving freed memory back, per layer of a long step (`runtime.MANY_TOKENS`)."""
 ATTENTION = 2
@@ -304,7 +308,8 @@ class _ProcessorCosts:
         self._dense_rate = SUSTAINED * min(machine.dense_bytes_per_s, machine.memory.bytes_per_s)
         self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
         self.dense_s = self.dense_bytes / self._dense_rate
-        self.layers_s = shape.layers * machine.layer_s / SUSTAINED + TOKEN_S
+        is_cached = self.dense_bytes + self.token_bytes <= CACHED_BYTES
+        self.layers_s = shape.layers * machine.layer_s / (1 if is_cached else SUSTAINED) + TOKEN_S
         best = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
         self._expert_rate = SUSTAINED * best
         self.experts_s = self.token_bytes / self._expert_rate

@@ -75,7 +75,7 @@ class _GpuCosts:
         self._read_share = 1 - min(1.0, plan.host.slots / plan.all_experts)
         self.dense_s = self._weights_s(self._dense_bytes, 1)
         self._head_s = self._weights_s(min(self._dense_bytes, self._widening * shape.head_bytes), 1) + TOKEN_S
-        self.layers_s = shape.layers * machine.layer_s / SUSTAINED + TOKEN_S
+        self.layers_s = shape.layers * machine.layer_s + TOKEN_S
         self.experts_s = sum(self._experts_s(layer.top_k, 1) for layer in manifest.layers)
 
     def bookkeeping_s(self, hits: float) -> float:

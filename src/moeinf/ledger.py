@@ -47,6 +47,10 @@ more of it where attention is of another kind than most, or torch computes the e
 """
 _PROGRAM_BYTES = 400 * KIB
 """A program of a matrix product, which is as large for small matrices as for large ones."""
+_TILE_PROGRAM_BYTES, _TILE_WIDTH = 512 * KIB, 512
+"""What it takes more where torch multiplies by tiles (AMX), at twice this width; narrower models have smaller ones
+(docs/experiments.md).
+"""
 _THREAD_BYTES = 512 * KIB
 """A thread's stack, its part of the heap, and what it keeps of programs."""
 _HOLES_TOKENS, _MORE_HOLES_TOKENS = 64, 256
@@ -103,12 +107,14 @@ class ModelShape:
 @dataclass(frozen=True, slots=True)
 class Libraries:
     """What the memory that libraries take depends on beside the model: so many `programs` of matrix products are kept
-    at most, the native library `takes_prompts`, or torch computes their experts, and so many `threads` compute.
+    at most, the native library `takes_prompts`, or torch computes their experts, so many `threads` compute, and torch
+    `has_tiles` to multiply by.
     """
 
     programs: int = MANY_PROGRAMS
     takes_prompts: bool = False
     threads: int = 1
+    has_tiles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +425,8 @@ def _library_bytes(manifest: Manifest, shape: ModelShape, libraries: Libraries) 
     code = _CODE_BYTES + (0 if is_usual else _MORE_CODE_BYTES)
     holes = (_HOLES_TOKENS if libraries.takes_prompts else _MORE_HOLES_TOKENS) * _row_bytes(manifest, shape)
     shared = min(_LIBRARY_BYTES, code + libraries.programs * _PROGRAM_BYTES + holes)
-    return shared + libraries.threads * _THREAD_BYTES
+    width = min(1.0, max(0.0, shape.hidden / _TILE_WIDTH - 1)) if libraries.has_tiles else 0.0
+    return shared + libraries.threads * _THREAD_BYTES + int(width * libraries.programs * _TILE_PROGRAM_BYTES)
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from . import memory
 from .device import Device, find_device
 from .errors import CapacityError, UnsupportedError, UsageError
+from .hardware import processor_features
 from .kernels import is_native_exactly, may_take_long_prompts, takes_long_prompts
 from .ledger import Libraries, MemoryPlan, ModelShape
 from .manifest import Manifest
@@ -22,6 +23,8 @@ from .units import format_bytes
 
 __all__ = ["Placement", "make_pool", "place"]
 
+_TILES = "amx_bf16"
+"""The instructions with which torch multiplies by tiles."""
 _WIDE = torch.float32
 """What weights are computed in where a device does not have their own dtype, or where that is asked for: nothing that
 they held is lost in it.
@@ -77,8 +80,9 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
         held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
     libraries = Libraries(
         programs and kept_programs(programs),
-        is_native and takes_long_prompts(options.kernels) and not _lies_across(manifest, shape),
+        is_native and takes_long_prompts(options.kernels, manifest.layout) and not _lies_across(manifest, shape),
         options.threads or torch.get_num_threads(),
+        has_tiles=_TILES in processor_features(),
     )
     return Placement(None, held, shape, memory.plan_memory(held, shape, options, widening, libraries), dtype, notes)
 
@@ -91,7 +95,7 @@ def _wanted_programs(manifest: Manifest, shape: ModelShape, options: EngineOptio
     if _widen(manifest, is_wide)[0] == torch.float32:
         return 0
     is_usual = shape.has_plain_attention and not _lies_across(manifest, shape)
-    return FEW_PROGRAMS if is_usual and may_take_long_prompts(options.kernels) else MANY_PROGRAMS
+    return FEW_PROGRAMS if is_usual and may_take_long_prompts(options.kernels, manifest.layout) else MANY_PROGRAMS
 
 
 def _lies_across(manifest: Manifest, shape: ModelShape) -> bool:

@@ -114,16 +114,16 @@ def is_native_exactly(kernels: str) -> bool:
     return kernels != "torch" and can_add_as_torch_does()
 
 
-def takes_long_prompts(kernels: str) -> bool:
-    """Whether with these `kernels` the library may compute all of a long prompt's experts as torch does. Else torch
-    computes those with many rows, and makes programs for that.
+def takes_long_prompts(kernels: str, layout: ExpertLayout) -> bool:
+    """Whether with these `kernels` the library may compute all of a long prompt's experts, as torch does if they are
+    exact. Else torch computes those with many rows, and makes programs for that.
     """
-    return is_native_exactly(kernels) and computes_any_rows()
+    return is_native_exactly(kernels) and computes_any_rows(layout.is_exact)
 
 
-def may_take_long_prompts(kernels: str) -> bool:
+def may_take_long_prompts(kernels: str, layout: ExpertLayout) -> bool:
     """Whether that may turn out so: the same without a trial."""
-    return kernels != "torch" and may_compute_any_rows()
+    return kernels != "torch" and may_compute_any_rows(layout.is_exact)
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:

@@ -175,18 +175,18 @@ def can_add_as_torch_does() -> bool:
         return False
 
 
-def computes_any_rows() -> bool:
-    """Whether it can for products of any number of rows: `NativePool.most_rows`."""
-    return can_add_as_torch_does() and variant_of_torch() not in _KNOWN_ROWS
+def computes_any_rows(is_exact: bool) -> bool:
+    """Whether it can for products of any number of rows, `NativePool.most_rows`, or those need not be torch's."""
+    return can_add_as_torch_does() and not (is_exact and variant_of_torch() in _KNOWN_ROWS)
 
 
-def may_compute_any_rows() -> bool:
+def may_compute_any_rows(is_exact: bool) -> bool:
     """Whether it might, by what the processor has: for those who must know before the first product."""
     try:
         orders = set(variants()).intersection(_TORCH_S_ORDERS)
     except NotNativeError:
         return False
-    return bool(orders) and orders.isdisjoint(_KNOWN_ROWS)
+    return bool(orders) and (not is_exact or orders.isdisjoint(_KNOWN_ROWS))
 
 
 @cache

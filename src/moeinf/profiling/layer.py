@@ -59,8 +59,8 @@ class LayerCosts:
 
 def measure_layer(seconds: float) -> LayerCosts:
     """What layers take, found with tiny models that decode tokens in turn for so many `seconds`. A layer is the slope
-    between few of them and many. With slots for few experts a token of many layers takes longer by what it has to fetch,
-    from a file that the page cache holds. Of one more the routers are asked early.
+    between few of them and many. With slots for few experts a token of many layers takes longer by what it has to
+    fetch, from a file that the page cache holds. Of one more the routers are asked early.
     """
     with ExitStack() as stack, torch.inference_mode():
         few, many = _Decoder(_FEW, stack), _Decoder(_MANY, stack)
