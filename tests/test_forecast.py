@@ -221,6 +221,15 @@ def test_a_prompt_is_computed_from_what_is_packed_where_that_was_measured(kind: 
     assert foretell(by_torch, plan, prompt_tokens=1000).ttft_s > short_s
 
 
+def test_layers_take_longer_beside_weights_that_push_them_out_of_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers_s() -> float:
+        return foretell(*small("100%")).layers_s - forecast.TOKEN_S
+
+    assert layers_s() == pytest.approx(16 * 5e-4 / forecast.SUSTAINED)
+    monkeypatch.setattr(forecast, "CACHED_BYTES", 1 << 40)
+    assert layers_s() == pytest.approx(16 * 5e-4)
+
+
 def test_a_long_prompt_waits_for_programs_where_torch_computes_it() -> None:
     """It makes two for each of the 1024 experts, which have 125 rows each, or 4."""
     situation, plan = small("100%")
