@@ -48,7 +48,8 @@ class Placement:
 
 def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_wide: bool = False) -> Placement:
     """Choose, as `options` say; if `is_wide`, the model computes in float32, by torch. With `auto`, a GPU that is too
-    small for the model is left alone, and that is said.
+    small for the model is left alone, and that is said. Whether the native library adds up as torch does is tried here,
+    so libraries are told first how many programs of matrix products to keep.
 
     Raises what `find_device` and the plans raise, and UsageError or UnsupportedError for options that do not go with
     the device.
