@@ -17,12 +17,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from moeinf.store import Store
 from moeinf.testing import SHAPES, write_checkpoint
 from moeinf.units import GIB, MIB
 
-LAYERS = {"small": None, "qwen3-30b-a3b": 12, "mixtral-8x7b": 4}
+LAYERS = {"small": 16, "qwen3-30b-a3b": 12, "mixtral-8x7b": 4}
 SMALL_BYTES = 1600 * MIB
 LIBRARIES_BYTES = 360 * MIB
 """What Python and the libraries take of the cgroup, at most: `bench` adds what they do take to the budget."""
@@ -34,9 +35,17 @@ def prepare(shape: str, experts: str | None, folder: Path, store: Store) -> str:
     name = shape if experts is None else f"{shape}-{experts}"
     if name not in store.names():
         checkpoint = folder / shape
-        write_checkpoint(SHAPES[shape].config(LAYERS[shape]), checkpoint, shape)
+        write_checkpoint(config_of(shape), checkpoint, shape)
         moeinf("pull", str(checkpoint), "--name", name, *(["--experts", experts] if experts else []), home=store.home)
     return name
+
+
+def config_of(shape: str) -> Any:
+    """With the share of its vocabulary that it has of its layers, so that the output layer takes the part of a token that
+    it takes in the model.
+    """
+    model, layers = SHAPES[shape], LAYERS[shape]
+    return model.config(layers, vocabulary=model.fields["vocab_size"] * layers // model.layers)
 
 
 def budget(name: str, shape: str, store: Store) -> int:
@@ -72,7 +81,7 @@ def main() -> None:
             "--prompt-tokens",
             "32",
             "--tokens",
-            "24",
+            "48",
             "--temperature",
             "1",
             "--repeat",

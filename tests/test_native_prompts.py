@@ -74,6 +74,24 @@ def test_a_prompt_s_output_is_torch_s(exact_pool: NativePool, kind: str, weights
             assert torch.equal(compute(maths, case, experts, groups), wanted)
 
 
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_every_gate_comes_out_as_torch_s(exact_pool: NativePool, rows: int) -> None:
+    """GELU of 660 of them depends on whether they stand in one row or in several. The output is the gates' alone."""
+    module, size = Experts(**KINDS["gelu"]), 64
+    layout = make_layout(module, 2 * size, size, torch.bfloat16)
+    expert = make_expert(layout, torch.Generator())
+    expert["gate_up_proj"].zero_()[:size, :size] = torch.eye(size)
+    expert["gate_up_proj"][size:, size] = 1
+    expert["down_proj"].zero_()[:size] = torch.eye(size)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    hidden = torch.ones(1024, 2 * size, dtype=torch.bfloat16)
+    hidden[:, :size] = torch.where(every.isfinite(), every, 0).view(1024, size)
+    maths = NativeMaths(module, layout, exact_pool)
+    for some in torch.split(hidden, rows)[::97]:
+        case = some, torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1, dtype=torch.bfloat16)
+        assert torch.equal(compute(maths, case, [expert], [[0]]), compute(ExpertMaths(module), case, [expert], [[0]]))
+
+
 @pytest.mark.parametrize("kind", ["silu", "interleaved", "no-gate"])
 def test_packed_experts_give_what_torch_makes_of_them_expanded(exact_pool: NativePool, kind: str) -> None:
     module = Experts(**KINDS[kind])

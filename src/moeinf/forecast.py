@@ -59,8 +59,12 @@ BETWEEN_S = 8e-9
 """What norms, rotary embedding and sums take per layer and number in the hidden states of a prompt
 (docs/planning.md)."""
 PROGRAMS, FEW_ROWS = 2, 32
-"""torch makes a program for each of an expert's products of a new number of rows; those of few it has met before, and
-where the library leaves long prompts to it, that computes them itself."""
+"""torch makes a program for each of an expert's products of a new number of rows; those of few it has met before."""
+NUMBERS, TRIAL = 2, 1.25
+"""A prompt's experts have so many different numbers of rows, as multiple of their mean; where the library tries torch's
+order of each, that takes so many times as long as making a program (docs/experiments.md)."""
+MOST_TRIED_BYTES = 8 << 20
+"""It does not try those of larger matrices (kernels.orders.MOST_BYTES)."""
 COPIES = 3
 """An expert that comes from the page cache is read and written by a copy, and read again by the maths."""
 
@@ -347,11 +351,10 @@ class _ProcessorCosts:
         makes programs, since each expert has another number of tokens.
         """
         layout, machine = self._manifest.layout, self._machine
+        if _takes_prompts(machine, layout, self._kernels):
+            return layout.nbytes / _step_rate(machine, _weights_of(layout), tokens, "native") / SUSTAINED
         makes_programs = self._kind == "bfloat16" and tokens > FEW_ROWS
         programs_s = PROGRAMS * machine.program_s if makes_programs else 0.0
-        if _takes_prompts(machine, layout, self._kernels):
-            computing_s = layout.nbytes / _step_rate(machine, _weights_of(layout), tokens, "native") / SUSTAINED
-            return computing_s + (programs_s if machine.processor.leaves_long_prompts and layout.is_exact else 0.0)
         expanding_s = _expanding_s(machine, layout, self._kernels)
         at_once_s = (layout.plain_bytes / _step_rate(machine, self._kind, tokens) + expanding_s) / SUSTAINED
         at_once_s += programs_s
@@ -379,7 +382,16 @@ class _ProcessorCosts:
             touching_s = asked * fresh * self.expert_bytes / self._machine.memory.fresh_bytes_per_s
             read_s = asked * (1 - held) * self.expert_bytes / self._disk_rate
             total += max(maths_s + touching_s, read_s)
-        return total
+        return total + (0.0 if before else self._trials_s(tokens, asked_of))
+
+    def _trials_s(self, tokens: int, asked_of: Sequence[float]) -> float:
+        """Finding in which order torch adds up the products of a prompt's experts, where that has to be tried."""
+        layout, processor = self._manifest.layout, self._machine.processor
+        if not (processor.tries_orders and layout.is_exact and _takes_prompts(self._machine, layout, self._kernels)):
+            return 0.0
+        rows = tokens * self._manifest.token_experts / sum(asked_of)
+        numbers = min(sum(asked_of), max(0.0, NUMBERS * rows - FEW_ROWS / 2))
+        return numbers * PROGRAMS * TRIAL * self._machine.program_s
 
     def _dense_s(self, tokens: int) -> float:
         """The dense part for many tokens at once; what is packed is unpacked for more than a few."""
@@ -464,7 +476,10 @@ def _weights_of(layout: ExpertLayout) -> str:
 
 def _takes_prompts(machine: Machine, layout: ExpertLayout, kernels: str) -> bool:
     """Whether the library would compute the experts of prompts, and was measured doing it."""
-    if kernels == "torch" or not machine.processor.adds_as_torch_does or _kind_of(layout) != "bfloat16":
+    processor = machine.processor
+    if kernels == "torch" or not processor.adds_as_torch_does or _kind_of(layout) != "bfloat16":
+        return False
+    if processor.tries_orders and layout.is_exact and layout.largest_bytes > MOST_TRIED_BYTES:
         return False
     return any(r.kernels == "native" and r.weights == _weights_of(layout) and r.tokens > 1 for r in machine.maths)
 

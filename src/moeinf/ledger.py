@@ -51,6 +51,8 @@ _TILE_PROGRAM_BYTES, _TILE_WIDTH = 512 * KIB, 512
 """What it takes more where torch multiplies by tiles (AMX), at twice this width; narrower models have smaller ones
 (docs/experiments.md).
 """
+_ATTENTION_PROGRAMS = 32
+"""So many more of that size are what attention keeps there for prompts of many lengths."""
 _THREAD_BYTES = 512 * KIB
 """A thread's stack, its part of the heap, and what it keeps of programs."""
 _HOLES_TOKENS, _MORE_HOLES_TOKENS = 64, 256
@@ -426,7 +428,8 @@ def _library_bytes(manifest: Manifest, shape: ModelShape, libraries: Libraries) 
     holes = (_HOLES_TOKENS if libraries.takes_prompts else _MORE_HOLES_TOKENS) * _row_bytes(manifest, shape)
     shared = min(_LIBRARY_BYTES, code + libraries.programs * _PROGRAM_BYTES + holes)
     width = min(1.0, max(0.0, shape.hidden / _TILE_WIDTH - 1)) if libraries.has_tiles else 0.0
-    return shared + libraries.threads * _THREAD_BYTES + int(width * libraries.programs * _TILE_PROGRAM_BYTES)
+    tiles = int(width * (libraries.programs + _ATTENTION_PROGRAMS) * _TILE_PROGRAM_BYTES)
+    return shared + libraries.threads * _THREAD_BYTES + tiles
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:

@@ -89,8 +89,8 @@ class Processor:
         return self.kernels in ("avx512bf16", "avx512amx")
 
     @property
-    def leaves_long_prompts(self) -> bool:
-        """Whether it does so for few rows alone, and leaves exact experts of more to torch."""
+    def tries_orders(self) -> bool:
+        """Whether that takes a trial of every large number of rows (kernels/orders.py)."""
         return self.kernels == "avx512amx"
 
 

@@ -260,6 +260,11 @@ class ExpertLayout:
         return sum(self._expanded()) or self.nbytes
 
     @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest weight as the maths has it."""
+        return self.expanded_bytes or max(spec.nbytes for spec in self.tensors)
+
+    @property
     def unpacked(self) -> ExpertLayout:
         """How lossless experts lie when they are plain; others as they lie."""
         made = self.quantization

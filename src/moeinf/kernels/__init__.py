@@ -118,12 +118,12 @@ def takes_long_prompts(kernels: str, layout: ExpertLayout) -> bool:
     """Whether with these `kernels` the library may compute all of a long prompt's experts, as torch does if they are
     exact. Else torch computes those with many rows, and makes programs for that.
     """
-    return is_native_exactly(kernels) and computes_any_rows(layout.is_exact)
+    return is_native_exactly(kernels) and computes_any_rows(layout)
 
 
 def may_take_long_prompts(kernels: str, layout: ExpertLayout) -> bool:
     """Whether that may turn out so: the same without a trial."""
-    return kernels != "torch" and may_compute_any_rows(layout.is_exact)
+    return kernels != "torch" and may_compute_any_rows(layout)
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:
@@ -160,7 +160,7 @@ def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scra
     """Whether it gives what torch gives for an expert of random numbers and one token, to the last bit."""
     generator = torch.Generator().manual_seed(0)
     fill_randomly(scratch, layout.quantization, generator)
-    if native.dtype == torch.bfloat16 and not (native.pool.adds_as_torch_does and native.adds_alike(scratch, (1,))):
+    if native.dtype == torch.bfloat16 and not (native.pool.adds_as_torch_does and native.adds_alike(scratch, 1)):
         return False
     weights = torch.ones(1, 1, dtype=native.dtype)
     for _ in range(_TRIALS):
@@ -179,7 +179,7 @@ def _is_exact_for_rows(native: NativeMaths, module: nn.Module, layout: ExpertLay
     """The same for some rows of a prompt, with the numbers that are in `scratch`."""
     if not native.takes_prompts:
         return True
-    if not native.adds_alike(scratch, [rows for rows in _TRIAL_ROWS if rows <= native.most_rows]):
+    if not all(native.adds_alike(scratch, rows) for rows in _TRIAL_ROWS):
         return False
     generator = torch.Generator().manual_seed(1)
     for rows in _TRIAL_ROWS:

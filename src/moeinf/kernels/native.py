@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache, cached_property, partial
 from itertools import count, product, takewhile
@@ -25,6 +25,7 @@ from torch import nn
 from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
+from .orders import MOST_BYTES, OWN, STEP, Order, Orders, step_of
 from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, route
 
 __all__ = [
@@ -65,20 +66,25 @@ _FEW_ROWS = 8
 _TORCH_S_ORDERS = ("avx512bf16", "avx512amx")
 """The variants whose products of bfloat16 torch has, too."""
 
-_KNOWN_ROWS, _KNOWN_INPUTS = {"avx512amx": 32}, {"avx512amx": 64}
+_KNOWN_ROWS, _LEAST_INPUTS = {"avx512amx": 32}, {"avx512amx": 64}
 """How torch adds up the products of more rows, or of fewer inputs, is not known of these variants
 (docs/experiments.md)."""
 
+_THREAD_OUTPUTS = 64
+"""With fewer for each of torch's threads, threads may share inputs instead."""
+
 _ALIKE_INPUTS = {"avx512bf16": 1024, "avx512amx": 448}
-"""Up to so many inputs an output is added up in one order, however many rows there are."""
+"""Up to so many inputs the order of a product does not depend on how many rows it has, if its steps do not."""
 
 _IN_COLUMNS = "avx512bf16"
 """The one of them that adds weights [in, out] up as torch does."""
 
 _TRIED = (256, 1100)
 """A matrix wider than two chains of csrc/dot_pairs.c."""
-_FAR = 2.0**40
-"""Beside numbers so large no bias counts."""
+_FEW_TELLING, _TELLING = 32, 64
+"""Rows that show an order well enough, and those that differ: more would not show more."""
+_FAR, _SIZES = 2.0**40, 24
+"""Beside numbers so large no bias counts; of numbers of so many sizes every sum is rounded."""
 
 _PROBE = 1024
 """Values that an activation is tried on."""
@@ -111,6 +117,7 @@ class NativeLayer(ctypes.Structure):
         ("up_block", c_int64),
         ("down_block", c_int64),
         ("values", c_void_p),
+        ("values_of_several", c_void_p),
     )
 
 
@@ -123,6 +130,9 @@ class LinearLayer(ctypes.Structure):
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("uppers", c_void_p),
+        ("chain", c_int64),
+        ("share", c_int64),
+        ("step", c_int64),
     )
 
 
@@ -139,7 +149,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     (
         "moe_prompt",
         c_int,
-        (c_void_p, POINTER(NativeLayer), c_int, *(c_void_p,) * 6, c_int, c_int, c_void_p),
+        (c_void_p, POINTER(NativeLayer), c_int, *(c_void_p,) * 7, c_int, c_int, c_void_p),
     ),
     ("moe_add", None, (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
     ("moe_activate", None, (POINTER(NativeLayer), c_void_p, c_void_p)),
@@ -175,18 +185,22 @@ def can_add_as_torch_does() -> bool:
         return False
 
 
-def computes_any_rows(is_exact: bool) -> bool:
-    """Whether it can for products of any number of rows, `NativePool.most_rows`, or those need not be torch's."""
-    return can_add_as_torch_does() and not (is_exact and variant_of_torch() in _KNOWN_ROWS)
+def computes_any_rows(layout: ExpertLayout) -> bool:
+    """Whether it can for products of any number of rows, `NativePool.orders`, or those need not be torch's."""
+    return can_add_as_torch_does() and _takes_any_rows(variant_of_torch(), layout)
 
 
-def may_compute_any_rows(is_exact: bool) -> bool:
+def may_compute_any_rows(layout: ExpertLayout) -> bool:
     """Whether it might, by what the processor has: for those who must know before the first product."""
     try:
         orders = set(variants()).intersection(_TORCH_S_ORDERS)
     except NotNativeError:
         return False
-    return bool(orders) and (not is_exact or orders.isdisjoint(_KNOWN_ROWS))
+    return bool(orders) and all(_takes_any_rows(variant, layout) for variant in orders)
+
+
+def _takes_any_rows(variant: str | None, layout: ExpertLayout) -> bool:
+    return not layout.is_exact or variant not in _KNOWN_ROWS or layout.largest_bytes <= MOST_BYTES
 
 
 @cache
@@ -211,8 +225,9 @@ def telling_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
     chosen = weight[torch.randint(len(weight), (count,), generator=generator)].float() * _FAR
     inputs = weight.shape[1]
     one, other = torch.randperm(inputs, generator=generator)[: inputs // 2 * 2].view(2, -1)
+    sizes = 2.0 ** torch.randint(_SIZES, one.shape, generator=generator)
     rows = torch.zeros(count, inputs)
-    rows[:, one], rows[:, other] = chosen[:, other], -chosen[:, one]
+    rows[:, one], rows[:, other] = chosen[:, other] * sizes, -chosen[:, one] * sizes
     return rows.bfloat16()
 
 
@@ -234,40 +249,53 @@ class NativePool:
             raise NotNativeError(f"the native library could not start {threads} threads")
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
         self._kept: list[torch.Tensor] = []
+        self.orders = Orders(self.find_order)
 
     @cached_property
     def adds_as_torch_does(self) -> bool:
         """Whether products of bfloat16 are added in the order in which torch adds them on this processor."""
         weight = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0)).bfloat16()
-        return self.variant in _TORCH_S_ORDERS and self.adds_alike(weight, (1,), partial(F.linear, weight=weight))
+        if self.variant not in _TORCH_S_ORDERS:
+            return False
+        return self.find_order(weight, 1, [OWN]) is not None
 
     @property
     def most_rows(self) -> int:
         """Products of as many rows are added as torch adds them, if those of one row are."""
         return _KNOWN_ROWS.get(self.variant, sys.maxsize)
 
-    @property
-    def alike_inputs(self) -> int:
-        """Of products with as many inputs an output is the same whatever else is computed with it."""
-        return _ALIKE_INPUTS.get(self.variant, 0)
+    def knows_order(self, rows: int, outputs: int, inputs: int) -> bool:
+        """Whether torch's order of so many rows' products is the library's own, if it is that of one row."""
+        if rows == 1 or self.variant not in _KNOWN_ROWS or self.adds_rows_alike(inputs):
+            return True
+        return rows <= self.most_rows and outputs >= _THREAD_OUTPUTS * torch.get_num_threads()
+
+    def adds_rows_alike(self, inputs: int) -> bool:
+        """Whether an output of so many inputs is the same whatever else is computed with it, if it is torch's."""
+        is_even = self.variant not in _KNOWN_ROWS or step_of(inputs) == STEP
+        return is_even and inputs <= _ALIKE_INPUTS.get(self.variant, 0)
 
     @property
     def least_inputs(self) -> int:
         """The same of products of as many inputs."""
-        return _KNOWN_INPUTS.get(self.variant, 1)
+        return _LEAST_INPUTS.get(self.variant, 1)
 
-    def adds_alike(
-        self, weight: torch.Tensor, counts: Iterable[int], product: Callable[[torch.Tensor], torch.Tensor]
-    ) -> bool:
-        """Whether for so many rows at a time `product` is `multiply` by `weight` [out, in], to the last bit. That is
-        tried on the outputs at both ends.
+    def find_order(self, weight: torch.Tensor, rows: int, among: Iterable[Order]) -> Order | None:
+        """The first order in which `multiply` of so many rows by `weight` [out, in] gives what torch gives, to the last
+        bit; None if there is none. That is tried on the outputs at both ends.
         """
         ends = list(dict.fromkeys([*range(PANEL_ROWS), *range(-PANEL_ROWS, 0)]))[: len(weight)]
         some = weight[ends].contiguous()
         if some.shape[1] < self.least_inputs:
-            return False
-        rows = telling_rows(some, max(counts))
-        return all(torch.equal(self.multiply(rows[:n], some), product(rows[:n])[:, ends]) for n in counts)
+            return None
+        count = -(-_FEW_TELLING // rows) * rows
+        telling = torch.split(telling_rows(some, min(count, _TELLING))[torch.arange(count) % _TELLING], rows)
+        wanted = [F.linear(each, weight)[:, ends] for each in telling]
+        for order in among:
+            products = (self.multiply(each, some, order=order) for each in telling)
+            if all(map(torch.equal, products, wanted)):
+                return order
+        return None
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
@@ -321,16 +349,18 @@ class NativePool:
             self._scratch = torch.empty(rows * columns, dtype=torch.bfloat16)
         return self._scratch[: rows * columns].view(rows, columns)
 
-    def multiply(self, rows: torch.Tensor, weight: torch.Tensor, uppers: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(
+        self, rows: torch.Tensor, weight: torch.Tensor, uppers: torch.Tensor | None = None, order: Order = OWN
+    ) -> torch.Tensor:
         """`F.linear` of `rows` [n, in] and `weight` [out, in], both in bfloat16 and contiguous, or `weight`
-        lossless with its `uppers`; added in torch's order where the pool `adds_as_torch_does`, up to `most_rows`. Only
-        in variants that have products of many rows.
+        lossless with its `uppers`; added in that `order`, of which OWN is torch's where the pool `adds_as_torch_does`,
+        up to `most_rows`. Only in variants that have products of many rows.
         """
         inputs = rows.shape[1]
         outputs = len(weight) * (1 if uppers is None else PANEL_ROWS)
         result = rows.new_empty(len(rows), outputs)
         also = None if uppers is None else uppers.data_ptr()
-        self.apply(LinearLayer(inputs, outputs, weight.data_ptr(), None, also), rows, result)
+        self.apply(LinearLayer(inputs, outputs, weight.data_ptr(), None, also, *order), rows, result)
         return result
 
     def apply(self, layer: LinearLayer, rows: torch.Tensor, result: torch.Tensor) -> None:
@@ -377,33 +407,51 @@ class NativeMaths(ExpandingMaths):
         self.dtype = self._check(module, specs)
         self.rounding = {weights: self._rounding(weights) for weights in _DTYPES}
         self.layer = self._describe(module, specs)
-        self._values: torch.Tensor | None = None
+        self._values: list[torch.Tensor] = []
         self._recognise_activation(module)
-        products = self.layer.hidden * self.layer.inner
+        hidden, inner, gates = self.layer.hidden, self.layer.inner, 1 if self.up == "up_proj" else 2
+        self._widths = ((self.up, hidden, gates * inner), ("down_proj", inner, hidden))
         self.takes_prompts = (
             pool.adds_as_torch_does
             and self.dtype == torch.bfloat16
             and not self.layer.is_transposed
-            and products > LEAST_PRODUCTS
+            and hidden * inner > LEAST_PRODUCTS
         )
 
-    @property
-    def most_rows(self) -> int:
-        """Of more rows of an expert that is exact torch computes the products."""
-        return self.pool.most_rows if self._quantization is None or self._quantization.is_exact else sys.maxsize
+    def orders(self, rows: int, tensors: Tensors) -> tuple[Order, Order] | None:
+        """Those in which torch adds up so many rows' products with the expert's matrices, up and down; None if they are
+        not known of both.
+        """
+        if self._quantization is not None and not self._quantization.is_exact:
+            return OWN, OWN
+        up, down = (self._order(rows, tensors, *each) for each in self._widths)
+        return None if up is None or down is None else (up, down)
 
-    def adds_alike(self, tensors: Tensors, counts: Sequence[int]) -> bool:
-        """Whether for so many rows its products with the expert's matrices are torch's to the last bit, in bfloat16."""
+    def _order(self, rows: int, tensors: Tensors, name: str, inputs: int, outputs: int) -> Order | None:
+        if self.pool.knows_order(rows, outputs, inputs):
+            return OWN
+        kind = (outputs, inputs, self._is_transposed)
+        return self.pool.orders.find(rows, kind, partial(self._matrix, tensors, name, inputs))
+
+    def _matrix(self, tensors: Tensors, name: str, inputs: int) -> torch.Tensor:
+        """[out, in], in bfloat16, as torch is given it."""
+        weight = tensors[name]
+        if self._quantization is not None:
+            rows = torch.empty(0, inputs, dtype=torch.bfloat16)
+            weight = self._expand(weight, tensors[self._quantization.partner(name)], rows)
+        return weight.t() if self._is_transposed else weight
+
+    def adds_alike(self, tensors: Tensors, rows: int) -> bool:
+        """Whether for so many rows the products that it makes with the expert's matrices are torch's, to the last bit,
+        in bfloat16.
+        """
         if self.layer.is_transposed and self.pool.variant != _IN_COLUMNS:
             return False
-        for name, width in ((self.up, self.layer.hidden), ("down_proj", self.layer.inner)):
-            rows, weight = torch.empty(0, width, dtype=torch.bfloat16), tensors[name]
-            if self._quantization is not None:
-                weight = self._expand(weight, tensors[self._quantization.partner(name)], rows)
-            outputs = weight.t() if self._is_transposed else weight
-            if not self.pool.adds_alike(outputs, counts, partial(F.linear, weight=outputs)):
-                return False
-        return True
+        orders = self.orders(rows, tensors)
+        if orders is None:
+            return rows > 1
+        matrices = (self._matrix(tensors, name, inputs) for name, inputs, _ in self._widths)
+        return all(self.pool.find_order(matrix, rows, [order]) for matrix, order in zip(matrices, orders, strict=True))
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):
@@ -518,8 +566,8 @@ class NativeMaths(ExpandingMaths):
         for gate, activation in self._candidates(has_gate):
             self.layer.gate, self.layer.activation = _GATES[gate], _ACTIVATIONS[activation]
             if self.dtype == torch.bfloat16:
-                self._values = self.pool.keep(self._tabulate(gate))
-                self.layer.values = self._values.data_ptr()
+                self._values = [self.pool.keep(self._tabulate(gate, rows)) for rows in (1, 2)]
+                self.layer.values, self.layer.values_of_several = (table.data_ptr() for table in self._values)
             found = self._try(values.float())
             if self.dtype == torch.bfloat16:
                 is_found = torch.equal(found, wanted)
@@ -534,15 +582,17 @@ class NativeMaths(ExpandingMaths):
         gates = ["none"] if not has_gate else ["product"] if not self.layer.limit else ["product", "clamped", "sigmoid"]
         return product(gates, ["silu"] if self.dtype == torch.bfloat16 else _ACTIVATIONS)
 
-    def _tabulate(self, gate: str) -> torch.Tensor:
-        """What the module makes of every bfloat16 as a gate, where an up makes nothing of it, or as an up."""
-        values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(1, -1).view(torch.bfloat16)
+    def _tabulate(self, gate: str, rows: int) -> torch.Tensor:
+        """What the module makes of every bfloat16 as a gate, where an up makes nothing of it, or as an up, in so many
+        rows: where gates of several stand apart from each other, torch computes GELU in another way.
+        """
+        values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(rows, -1).view(torch.bfloat16)
         if gate != "none":
             ups = torch.full_like(values, 0 if gate == "sigmoid" else 1)
             both = (values, ups)
             values = torch.stack(both, -1).flatten(1) if self.layer.is_interleaved else torch.cat(both, 1)
         table: torch.Tensor = self._activate(values)
-        return table[0].contiguous()
+        return table.flatten().contiguous()
 
     def _try(self, values: torch.Tensor) -> torch.Tensor:
         trial = NativeLayer.from_buffer_copy(self.layer)
@@ -610,20 +660,22 @@ class _NativePrompt:
         self._unadded, self._added = deque(routed.experts), 0
 
     def compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
-        few: list[tuple[int, Tensors]] = []
+        known: list[tuple[int, Tensors, tuple[Order, Order]]] = []
         for expert, there in zip(experts, tensors, strict=True):
             begin, end = self._spans[expert]
-            if end - begin <= self._maths.most_rows:
-                few.append((expert, there))
+            if orders := self._maths.orders(end - begin, there):
+                known.append((expert, there, orders))
                 continue
             tokens, weights = self._routed[expert]
             self._rows[begin:end] = self._maths.expert(self._hidden[tokens], there, weights)
-        if few:
-            self._compute(*zip(*few, strict=True))
+        if known:
+            self._compute(*zip(*known, strict=True))
         self._computed.update(experts)
         self._add()
 
-    def _compute(self, experts: Sequence[int], tensors: Sequence[Tensors]) -> None:
+    def _compute(
+        self, experts: Sequence[int], tensors: Sequence[Tensors], orders: Sequence[tuple[Order, Order]]
+    ) -> None:
         maths, size = self._maths, len(experts)
         begins, ends = zip(*(self._spans[expert] for expert in experts), strict=True)
         failed = maths.pool.lib.moe_prompt(
@@ -633,6 +685,7 @@ class _NativePrompt:
             (c_void_p * size)(*map(maths.address, tensors)),
             (c_int64 * size)(*begins),
             (c_int64 * size)(*ends),
+            (c_int64 * (6 * size))(*(number for each in orders for order in each for number in order)),
             self._tokens.data_ptr(),
             self._weights.data_ptr(),
             self._hidden.data_ptr(),

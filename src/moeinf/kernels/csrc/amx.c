@@ -6,7 +6,6 @@
  * as tiles.c packs it. For one x packed weights are unpacked into such words, and multiplied the other way round; for many
  * they are expanded to rows of bfloat16 first. */
 #define _GNU_SOURCE /* syscall */
-#include "moe.h"
 #include "pairs.h"
 
 #ifdef HAS_DOT_AMX
@@ -213,74 +212,113 @@ void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_
         }                                                                                                              \
     } while (0)
 
-TARGET void multiply_amx(const matrix *w, size_t first_row, size_t outputs, size_t chain, const uint32_t *x, size_t tile,
-                         size_t tiles, float *sums) {
+/* Sums of a block's outputs with all of its x. */
+typedef float block_sums[BLOCK_OUTPUTS][BLOCK_ROWS];
+
+/* What becomes of sums: those of the chain of now, of the chains of a share, and of shares. */
+typedef struct {
+    block_sums chain, share, all;
+} levels;
+
+/* Up to 32 outputs' chains, from `first` on, with the x of a tile ended before input `end`. */
+TARGET static void end_chain(levels *sums, const moe_order *order, size_t end, bool is_last, size_t first, size_t from,
+                             size_t tile) {
+    size_t chain = (size_t)order->chain, share = (size_t)order->share, begin = (end - 1) / chain * chain;
+    bool begins_share = begin % share == 0, is_first_share = begin < share, ends_share = is_last || end % share == 0;
+    for (size_t i = first; i < first + 2 * ROWS; i++) {
+        float *chains = sums->chain[i] + from, *shares = sums->share[i] + from, *all = sums->all[i] + from;
+        for (size_t r = 0; r < tile; r++)
+            shares[r] = begins_share ? chains[r] : shares[r] + chains[r];
+        for (size_t r = 0; r < tile && ends_share; r++)
+            all[r] = is_first_share ? shares[r] : all[r] + shares[r];
+    }
+}
+
+/* Up to 32 x, or 448 inputs (docs/experiments.md); orders.py finds others. The steps of several x are of equal length if that
+ * takes no more of them. */
+moe_order order_amx(size_t x, size_t width) {
+    size_t steps = ceil_div(width, STEP);
+    return (moe_order){INT64_MAX, INT64_MAX, x > 1 && width % (2 * steps) == 0 ? (int64_t)(width / steps) : STEP};
+}
+
+TARGET void multiply_amx(const matrix *w, size_t first_row, size_t outputs, const moe_order *order, const uint32_t *x,
+                         size_t tile, size_t tiles, float *sums) {
     if (w->kind == MOE_INT8 || w->kind == MOE_INT4) {
-        multiply_tiles(w, first_row, outputs, chain, x, tile, tiles, sums);
+        multiply_tiles(w, first_row, outputs, order, x, tile, tiles, sums);
         return;
     }
     enum { APART = BLOCK_ROWS * sizeof(float) };
     size_t width = w->width, tile_words = (width + 1) / 2 * tile, apart = tile * WORD;
+    size_t chain = (size_t)order->chain, step = (size_t)order->step;
     uint16_t one = (uint16_t)(tile < ROWS ? apart : LINE_BYTES), two = (uint16_t)(apart - one);
-    bool is_wide = two > 0;
+    uint16_t step_bytes = (uint16_t)(step * sizeof(uint16_t));
+    uint8_t words = (uint8_t)(step / 2);
+    bool is_wide = two > 0, is_cut = chain < width;
     shapes shapes_of = {
         .palette = 1,
-        .bytes = {one, two, one, two, LINE_BYTES, LINE_BYTES, one, two},
-        .rows = {ROWS, is_wide ? ROWS : 0, ROWS, is_wide ? ROWS : 0, ROWS, ROWS, ROWS, is_wide ? ROWS : 0},
+        .bytes = {one, two, one, two, step_bytes, step_bytes, one, two},
+        .rows = {ROWS, is_wide ? ROWS : 0, ROWS, is_wide ? ROWS : 0, ROWS, ROWS, words, is_wide ? words : 0},
     };
-    float all[BLOCK_OUTPUTS][BLOCK_ROWS];
+    levels all;
     uint16_t room[2][ROWS][DEPTH];
     BEGIN(shapes_of);
     for (size_t start = 0; start < width; start += DEPTH) {
-        size_t inputs = width - start < DEPTH ? width - start : DEPTH, whole = inputs / STEP * STEP;
+        size_t inputs = smaller(width - start, DEPTH);
         for (size_t first = 0; first < outputs; first += 2 * ROWS) {
             size_t left = outputs - first, strides[2] = {0};
             bool is_more = left > ROWS;
-            const char *a = rows_of(w, first_row + first, left < ROWS ? left : ROWS, start, inputs, room[0], &strides[0]);
+            const char *a = rows_of(w, first_row + first, smaller(left, ROWS), start, inputs, room[0], &strides[0]);
             const char *b = NULL;
             if (is_more)
-                b = rows_of(w, first_row + first + ROWS, left < 2 * ROWS ? left - ROWS : ROWS, start, inputs, room[1],
+                b = rows_of(w, first_row + first + ROWS, smaller(left - ROWS, ROWS), start, inputs, room[1],
                             &strides[1]);
             for (size_t t = 0; t < tiles; t++) {
-                float *tile_sums = all[first] + t * tile, *more_sums = all[is_more ? first + ROWS : first] + t * tile;
-                _tile_zero(0);
-                _tile_zero(2);
-                if (is_wide) {
-                    _tile_zero(1);
-                    _tile_zero(3);
-                }
-                if (start > 0) {
-                    _tile_loadd(0, tile_sums, APART);
-                    _tile_loadd(2, more_sums, APART);
+                float *tile_sums = all.chain[first] + t * tile;
+                float *more_sums = all.chain[is_more ? first + ROWS : first] + t * tile;
+                for (size_t at = start, end; at < start + inputs; at = end) {
+                    end = smaller(start + inputs, chain - at % chain + at);
+                    _tile_zero(0);
+                    _tile_zero(2);
                     if (is_wide) {
-                        _tile_loadd(1, tile_sums + ROWS, APART);
-                        _tile_loadd(3, more_sums + ROWS, APART);
+                        _tile_zero(1);
+                        _tile_zero(3);
                     }
-                }
-                const uint32_t *from = x + t * tile_words + start / 2 * tile;
-                for (size_t i = 0; i < whole; i += STEP, from += STEP / 2 * tile)
-                    ADD_STEP(is_more, is_wide);
-                if (whole < inputs) {
-                    uint32_t rest[STEP / 2 * TILE_ROWS] = {0};
-                    memcpy(rest, from, (inputs - whole + 1) / 2 * apart);
-                    from = rest;
-                    for (size_t i = whole; i < inputs; i += STEP)
+                    if (at % chain > 0) {
+                        _tile_loadd(0, tile_sums, APART);
+                        _tile_loadd(2, more_sums, APART);
+                        if (is_wide) {
+                            _tile_loadd(1, tile_sums + ROWS, APART);
+                            _tile_loadd(3, more_sums + ROWS, APART);
+                        }
+                    }
+                    const uint32_t *from = x + t * tile_words + at / 2 * tile;
+                    size_t i = at - start, rest_inputs = (end - at) % step;
+                    for (; i + step <= end - start; i += step, from += step / 2 * tile)
                         ADD_STEP(is_more, is_wide);
+                    if (rest_inputs > 0) {
+                        uint32_t rest[STEP / 2 * TILE_ROWS] = {0};
+                        memcpy(rest, from, (rest_inputs + 1) / 2 * apart);
+                        from = rest;
+                        ADD_STEP(is_more, is_wide);
+                    }
+                    _tile_stored(0, tile_sums, APART);
+                    if (is_wide)
+                        _tile_stored(1, tile_sums + ROWS, APART);
+                    if (is_more)
+                        _tile_stored(2, more_sums, APART);
+                    if (is_more && is_wide)
+                        _tile_stored(3, more_sums + ROWS, APART);
+                    if (is_cut && (end == width || end % chain == 0))
+                        end_chain(&all, order, end, end == width, first, t * tile, tile);
                 }
-                _tile_stored(0, tile_sums, APART);
-                if (is_wide)
-                    _tile_stored(1, tile_sums + ROWS, APART);
-                if (is_more)
-                    _tile_stored(2, more_sums, APART);
-                if (is_more && is_wide)
-                    _tile_stored(3, more_sums + ROWS, APART);
             }
         }
     }
     END();
+    block_sums *result = is_cut ? &all.all : &all.chain;
     for (size_t r = 0; r < tiles * tile; r++)
         for (size_t i = 0; i < outputs; i++)
-            sums[r * BLOCK_OUTPUTS + i] = all[i][r];
+            sums[r * BLOCK_OUTPUTS + i] = (*result)[i][r];
 }
 
 #endif

@@ -1,5 +1,4 @@
 #include "kernels.h"
-#include "moe.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -72,7 +71,7 @@ static const kernels avx512bf16 = {
     .expand_lossless = expand_lossless,
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
-    .tiles = {pack_tile, multiply_tiles},
+    .tiles = {pack_tile, multiply_tiles, order_tiles},
     .read = read_avx512,
 };
 #ifdef HAS_DOT_AMX
@@ -96,7 +95,7 @@ static const kernels avx512amx = {
     .expand_lossless = expand_lossless,
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
-    .tiles = {pack_tile, multiply_amx},
+    .tiles = {pack_tile, multiply_amx, order_amx},
     .read = read_avx512,
 };
 #endif

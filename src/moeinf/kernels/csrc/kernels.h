@@ -2,6 +2,8 @@
 #ifndef KERNELS_H
 #define KERNELS_H
 
+#include "moe.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -164,13 +166,14 @@ typedef struct {
 
 /* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
  * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[(first + r) * width +
- * i] x[i] for r < outputs, i < width, and the x of all tiles, in chains of that many inputs; there are BLOCK_OUTPUTS and
- * BLOCK_ROWS at most. */
+ * i] x[i] for r < outputs, i < width, and the x of all tiles, in that order; there are BLOCK_OUTPUTS and BLOCK_ROWS at most.
+ * `order` is what torch's is for so many x, as far as is known. */
 enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
 typedef struct {
     void (*pack)(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-    void (*multiply)(const matrix *w, size_t first, size_t outputs, size_t chain, const uint32_t *packed, size_t tile,
-                     size_t tiles, float *sums);
+    void (*multiply)(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
+                     size_t tile, size_t tiles, float *sums);
+    moe_order (*order)(size_t x, size_t width);
 } tiling;
 
 typedef void expand_bytes(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
@@ -228,8 +231,9 @@ void expand_part(const matrix *w, size_t row, size_t start, size_t inputs, uint1
 expand_bytes expand_int8_avx512;
 expand_nibbles expand_int4_avx512;
 void pack_tile(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-void multiply_tiles(const matrix *w, size_t first, size_t outputs, size_t chain, const uint32_t *packed, size_t tile,
-                    size_t tiles, float *sums);
+void multiply_tiles(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
+                    size_t tile, size_t tiles, float *sums);
+moe_order order_tiles(size_t x, size_t width);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #else
 #define TILES_TARGET
@@ -244,8 +248,9 @@ void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, f
 dot_nibbles dot_mxfp4_amx;
 dot_blocks dot_fp8_amx;
 dot_packed dot_lossless_amx;
-void multiply_amx(const matrix *w, size_t first, size_t outputs, size_t chain, const uint32_t *packed, size_t tile,
-                  size_t tiles, float *sums);
+void multiply_amx(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
+                  size_t tile, size_t tiles, float *sums);
+moe_order order_amx(size_t x, size_t width);
 #endif
 
 /* Likewise where a 64-bit ARM multiplies bytes (dot_neon.c). clang has the instruction in a function alone from 16 on. */
@@ -258,13 +263,19 @@ dot_nibbles dot_neon4;
 enum { NEON_BYTES = 68 }; /* of x for 32 weights */
 #endif
 
-/* Sums of products are cut into chains of so many, as torch does it: for one x (dot_pairs.c), and for several of more than
- * LONG_CHAIN inputs, found where oneDNN has AVX-512 BF16. */
-enum { CHAIN = 512, LONG_CHAIN = 1024 };
-
-static inline size_t chain_for(size_t x, size_t width) {
-    return x > 1 && width > LONG_CHAIN ? LONG_CHAIN : CHAIN;
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
 }
+
+static inline size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static inline size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+enum { CHAIN = 512 }; /* inputs that are added up before their sum is added to others, as torch does it for one x */
 
 expand_bytes expand_int8_plain;
 expand_nibbles expand_int4_plain;

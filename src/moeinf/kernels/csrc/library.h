@@ -3,7 +3,6 @@
 #define LIBRARY_H
 
 #include "kernels.h"
-#include "moe.h"
 #include "pool.h"
 
 #include <stdbool.h>
@@ -22,18 +21,6 @@ bool reserve(moe_pool *pool, size_t bytes);
 enum { MOST_TOGETHER = 3 };
 int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *layers, const void *x,
                  void *const *outputs);
-
-static inline size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
-}
-
-static inline size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
-static inline size_t larger(size_t a, size_t b) {
-    return a > b ? a : b;
-}
 
 static inline float rounded(float value, int dtype) {
     return dtype == MOE_BF16 ? from_bf16(to_bf16(value)) : value;

@@ -47,13 +47,15 @@ typedef struct {
     int64_t hidden, inner;  /* widths */
     int64_t up, up_scales, up_bias, down, down_scales, down_bias;
     int64_t up_block, down_block; /* rows that share a scale; of use to float8 alone */
-    const uint16_t *values; /* of each of the 65,536 bfloat16, as bfloat16: the factor that the gate makes */
+    /* Of each of the 65,536 bfloat16, as bfloat16: the factor that the gate makes, of one x and of several, since torch may
+     * compute those in another way. */
+    const uint16_t *values, *values_of_several;
 } moe_layer;
 
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 13 };
+enum { MOE_INTERFACE = 14 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -73,13 +75,20 @@ MOE_API int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const
 MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, const float *rows, int sum_dtype,
                      void *output);
 
+/* In which order the inputs of a product are added up: sums of `chain` inputs each within every `share` of them, and then
+ * the sums of shares; both are multiples of `step`, of which one instruction adds up so many where it adds up more than two.
+ * Chains of 0 stand for the order that the set of instructions has by itself. */
+typedef struct {
+    int64_t chain, share, step;
+} moe_order;
+
 /* Computes `count` experts on many tokens, of which expert i has those of tokens[begins[i]] to tokens[ends[i] - 1], rows of
  * `hidden`: rows[begins[i]] and so on, of sum_dtype, receive its rows times weights[begins[i]] and so on, rounded to
- * row_dtype first. Each product is added up as torch does it for so many rows. 0, -1 when memory is lacking, -2 where it is
- * not compiled in or not for such a layer: float32, [in, out]. */
+ * row_dtype first. Products of expert i have the orders[2 * i], up, and orders[2 * i + 1], down; all their own without
+ * `orders`. 0, -1 when memory is lacking, -2 where it is not compiled in or not for such a layer: float32, [in, out]. */
 MOE_API int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts,
-                       const int64_t *begins, const int64_t *ends, const int64_t *tokens, const float *weights,
-                       const void *hidden, int row_dtype, int sum_dtype, void *rows);
+                       const int64_t *begins, const int64_t *ends, const moe_order *orders, const int64_t *tokens,
+                       const float *weights, const void *hidden, int row_dtype, int sum_dtype, void *rows);
 
 /* Adds `count` rows to those of `total` that `tokens` names, one after the other, rounding each sum; both of that dtype and
  * `width` wide. */
@@ -106,13 +115,15 @@ MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void 
 MOE_API void moe_expand_lossless(moe_pool *pool, const void *panels, const void *uppers, int64_t rows, int64_t width,
                                  int64_t first, int64_t count, void *output);
 
-/* A linear layer in bfloat16: weight is [outputs, inputs], with `uppers` a lossless one, and bias [outputs] or NULL. */
+/* A linear layer in bfloat16: weight is [outputs, inputs], with `uppers` a lossless one, and bias [outputs] or NULL; an order
+ * of its own is for several x alone. */
 typedef struct {
     int64_t inputs, outputs;
     const void *weight, *bias, *uppers;
+    moe_order order;
 } moe_linear_layer;
 
-/* The layer's outputs for `count` x, each added up as torch does for so many. 0, -1 when memory is lacking, -2 where more
+/* The layer's outputs for `count` x. 0, -1 when memory is lacking, -2 where more
  * than one x is not compiled in. */
 MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output);
 

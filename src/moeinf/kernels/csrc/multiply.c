@@ -4,7 +4,7 @@
 typedef struct {
     const moe_pool *pool;
     const moe_linear_layer *layer;
-    size_t rows, tiles, tile, tile_words;
+    size_t all_rows, rows, tiles, tile, tile_words;
     const uint16_t *x;
     uint16_t *output;
     uint32_t *packed;
@@ -30,7 +30,8 @@ TILES_TARGET static void multiply(const block *block, size_t first) {
     int kind = layer->uppers == NULL ? MOE_PLAIN : MOE_LOSSLESS;
     matrix w = {.kind = kind, .numbers = layer->weight, .scales = layer->uppers, .rows = outputs, .width = inputs};
     const kernels *kernels = block->pool->kernels;
-    kernels->tiles.multiply(&w, first, count, chain_for(2, inputs), block->packed, block->tile, block->tiles, sums);
+    moe_order order = layer->order.chain > 0 ? layer->order : kernels->tiles.order(block->all_rows, inputs);
+    kernels->tiles.multiply(&w, first, count, &order, block->packed, block->tile, block->tiles, sums);
     for (size_t r = 0; r < block->rows; r++) {
         float *sum = sums + r * BLOCK_OUTPUTS;
         uint16_t *output = block->output + r * outputs + first;
@@ -66,6 +67,7 @@ int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, con
         block block = {
             .pool = pool,
             .layer = layer,
+            .all_rows = (size_t)count,
             .rows = rows,
             .tiles = tiles,
             .tile = tile,

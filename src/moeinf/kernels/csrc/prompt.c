@@ -7,8 +7,10 @@ enum { MOST_TASKS = 64, ENOUGH = 8 << 20 };
 
 /* Some rows of an expert, BLOCK_ROWS at most, which lie in tiles: what goes into it, and what is between its projections. */
 typedef struct {
+    const moe_layer *layer;
     const char *expert;
-    size_t first, rows, all_rows; /* among the call's rows; how many; how many the expert has in all */
+    moe_order orders[2]; /* up and down */
+    size_t first, rows; /* among the call's rows; how many */
     size_t tile, tiles;
     uint32_t *x, *inner;
     atomic_int unpacked, up_left;
@@ -57,13 +59,13 @@ static void multiply(const call *call, const task *task, bool is_up, size_t firs
         .width = is_up ? hidden : inner,
         .group = (size_t)(layer->weights == MOE_FP8 ? block : layer->group),
     };
-    kernels->tiles.multiply(&w, first, count, chain_for(task->all_rows, w.width), is_up ? task->x : task->inner,
-                            task->tile, task->tiles, sums);
+    kernels->tiles.multiply(&w, first, count, &task->orders[is_up ? 0 : 1], is_up ? task->x : task->inner, task->tile,
+                            task->tiles, sums);
 }
 
 TILES_TARGET static void up(const call *call, task *task, size_t ticket) {
     enum { HALF = BLOCK_OUTPUTS };
-    const moe_layer *layer = call->layer;
+    const moe_layer *layer = task->layer;
     size_t inner = (size_t)layer->inner, first = ticket * HALF, count = smaller(HALF, inner - first);
     float sums[2][BLOCK_ROWS * BLOCK_OUTPUTS];
     size_t firsts[2] = {first, inner + first}, counts[2] = {count, count};
@@ -140,14 +142,16 @@ static void run_ticket(void *job, size_t ticket) {
 }
 
 int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts, const int64_t *begins,
-               const int64_t *ends, const int64_t *tokens, const float *weights, const void *hidden, int row_dtype,
-               int sum_dtype, void *rows) {
+               const int64_t *ends, const moe_order *orders, const int64_t *tokens, const float *weights,
+               const void *hidden, int row_dtype, int sum_dtype, void *rows) {
     size_t width = (size_t)layer->hidden, inner = (size_t)layer->inner, row_words = words_of(width) + words_of(inner);
     size_t room = larger(ENOUGH, BLOCK_ROWS * row_words * sizeof(uint32_t));
     if (pool->kernels->tiles.multiply == NULL || layer->dtype != MOE_BF16 || layer->is_transposed)
         return -2;
     if (!reserve(pool, room))
         return -1;
+    moe_layer several = *layer;
+    several.values = layer->values_of_several;
     task tasks[MOST_TASKS];
     call call = {
         .pool = pool,
@@ -171,10 +175,14 @@ int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *co
             if (used + bytes > room)
                 break;
             task *task = tasks + call.count;
+            task->layer = ends[i] - begins[i] > 1 ? &several : layer;
             task->expert = experts[i];
             task->first = (size_t)(begins[i] + begin);
             task->rows = some;
-            task->all_rows = (size_t)(ends[i] - begins[i]);
+            for (int way = 0; way < 2; way++) {
+                moe_order own = pool->kernels->tiles.order((size_t)(ends[i] - begins[i]), way == 0 ? width : inner);
+                task->orders[way] = orders != NULL && orders[2 * i + way].chain > 0 ? orders[2 * i + way] : own;
+            }
             task->tile = tile;
             task->tiles = tiles;
             task->x = (uint32_t *)((char *)pool->scratch + used);

@@ -1,5 +1,5 @@
 /* Products for many x at once, in the very order in which torch adds them up: that of dot_pairs.c, but for the length of
- * chains (chain_for).
+ * chains (order_tiles).
  *
  * A panel of 16 outputs and 512 inputs is transposed once, into memory that the nearest cache holds, and multiplied by
  * every x: TILE_ROWS of them at a time, whose sums stay in registers. Lossless weights lie as panels do, and are unpacked
@@ -257,14 +257,20 @@ static ahead look_ahead(const matrix *w, size_t row, size_t end, size_t start, s
     return next;
 }
 
-TARGET void multiply_tiles(const matrix *w, size_t first_row, size_t outputs, size_t chain,
-                           const uint32_t *x, size_t tile, size_t tiles, float *sums) {
+/* Found where oneDNN has AVX-512 BF16. */
+moe_order order_tiles(size_t x, size_t width) {
+    enum { LONG_CHAIN = 1024 };
+    return (moe_order){x > 1 && width > LONG_CHAIN ? LONG_CHAIN : CHAIN, INT64_MAX, 2};
+}
+
+/* All chains have one share here. */
+TARGET void multiply_tiles(const matrix *w, size_t first_row, size_t outputs, const moe_order *order, const uint32_t *x,
+                           size_t tile, size_t tiles, float *sums) {
     size_t width = w->width, tile_words = (width + 1) / 2 * tile, panels = tile <= SMALL_TILE ? 2 : 1;
+    size_t chain = has_factors(w) ? SIZE_MAX : (size_t)order->chain;
     float chains[BLOCK_ROWS * BLOCK_OUTPUTS];
     __m512i words[2 * PANEL];
     __m512 factors[2 * GROUPS];
-    if (has_factors(w))
-        chain = SIZE_MAX;
     for (size_t start = 0; start < width; start += DEPTH) {
         size_t inputs = width - start < DEPTH ? width - start : DEPTH, end = start + inputs;
         for (size_t first = 0; first < outputs; first += panels * ROWS) {

@@ -1,0 +1,91 @@
+"""In which order torch adds up a product of many rows, found by trying.
+
+With AMX oneDNN cuts the inputs of such a product by an estimate of its own, which depends on all of its sizes
+(docs/experiments.md). The library can add up in any of those orders, so torch is asked for one product of each size, of
+rows that show its order, and the library computes all that follow. Knows nothing of experts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["MOST_BYTES", "OWN", "STEP", "Order", "Orders", "step_of"]
+
+STEP = 32
+"""Inputs that one instruction adds up, at most."""
+_ALL = 1 << 62
+MOST_BYTES = 8 << 20
+"""Products of larger matrices take so long that what torch takes before them does not count (docs/experiments.md)."""
+_MOST_SHARES = 8
+_MOST_FAILURES = 3
+"""After so many sizes whose order is none of those tried, other numbers of rows of such a matrix are left to torch."""
+
+
+class Order(NamedTuple):
+    """`moe_order` of csrc/moe.h: the inputs of a chain, of a share, and of a step."""
+
+    chain: int
+    share: int
+    step: int = STEP
+
+
+OWN = Order(0, 0)
+"""The library's own."""
+
+Kind = tuple[int, int, bool]
+"""Of a matrix: its outputs, its inputs, and whether it lies [in, out]."""
+
+
+class Orders:
+    """Those found so far by `find(weight, rows, among)`, which says which of some orders is torch's for so many rows
+    and `weight` [out, in], if any.
+    """
+
+    def __init__(self, find: Callable[[torch.Tensor, int, Iterable[Order]], Order | None]) -> None:
+        self._find = find
+        self._known: dict[tuple[Kind, int, int], Order | None] = {}
+        self._found: dict[int, list[Order]] = defaultdict(lambda: [OWN])
+        self._failures: dict[Kind, int] = defaultdict(int)
+
+    def find(self, rows: int, kind: Kind, weight: Callable[[], torch.Tensor]) -> Order | None:
+        """The order of so many rows with a matrix of this kind in bfloat16, of which `weight` is one; None if it is not
+        known, or not worth finding.
+        """
+        size = (kind, rows, torch.get_num_threads())
+        if size not in self._known:
+            self._known[size] = self._try(kind, rows, weight)
+        return self._known[size]
+
+    def _try(self, kind: Kind, rows: int, weight: Callable[[], torch.Tensor]) -> Order | None:
+        outputs, inputs, _ = kind
+        if outputs * inputs * torch.bfloat16.itemsize > MOST_BYTES or self._failures[kind] >= _MOST_FAILURES:
+            return None
+        found = self._found[inputs]
+        order = self._find(weight(), rows, [*found, *_orders(inputs, torch.get_num_threads())])
+        if order is None:
+            self._failures[kind] += 1
+        else:
+            found[:] = [order, *(other for other in found if other != order)]
+        return order
+
+
+def step_of(inputs: int) -> int:
+    """Those of each step of a product of several rows: of equal length, if that takes no more steps than whole ones."""
+    steps = -(-inputs // STEP)
+    return inputs // steps if inputs % (2 * steps) == 0 else STEP
+
+
+def _orders(inputs: int, threads: int) -> Iterator[Order]:
+    """All that differ from the library's own, which has no chains: steps of full length, then chains of equal length,
+    all in one share, or as many for each of some threads.
+    """
+    if step_of(inputs) != STEP:
+        yield Order(_ALL, _ALL)
+    for chain in range(2 * STEP, inputs - STEP, STEP):
+        chains = -(-inputs // chain)
+        shares = (-(-chains // count) * chain for count in range(2, min(threads, chains - 1, _MOST_SHARES) + 1))
+        yield from (Order(chain, share) for share in (_ALL, *shares))
