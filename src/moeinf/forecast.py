@@ -60,11 +60,13 @@ BETWEEN_S = 8e-9
 (docs/planning.md)."""
 PROGRAMS, FEW_ROWS = 2, 32
 """torch makes a program for each of an expert's products of a new number of rows; those of few it has met before."""
-NUMBERS, TRIAL = 2, 1.25
+NUMBERS, TRIAL = 2, 2.5
 """A prompt's experts have so many different numbers of rows, as multiple of their mean; where the library tries torch's
-order of each, that takes so many times as long as making a program (docs/experiments.md)."""
-MOST_TRIED_BYTES = 8 << 20
-"""It does not try those of larger matrices (kernels.orders.MOST_BYTES)."""
+order of each, that takes so many times as long as making a program does when nothing is read beside it
+(docs/experiments.md)."""
+MOST_TRIED_BYTES, ALIKE_INPUTS = 8 << 20, 448
+"""It does not try those of larger matrices (kernels.orders.MOST_BYTES), nor, as a rule, of so few inputs
+(kernels.native.NativePool.adds_rows_alike)."""
 COPIES = 3
 """An expert that comes from the page cache is read and written by a copy, and read again by the maths."""
 
@@ -391,7 +393,8 @@ class _ProcessorCosts:
             return 0.0
         rows = tokens * self._manifest.token_experts / sum(asked_of)
         numbers = min(sum(asked_of), max(0.0, NUMBERS * rows - FEW_ROWS / 2))
-        return numbers * PROGRAMS * TRIAL * self._machine.program_s
+        tried = sum(inputs > ALIKE_INPUTS for inputs in _inputs(layout))
+        return numbers * tried * TRIAL * self._machine.program_s
 
     def _dense_s(self, tokens: int) -> float:
         """The dense part for many tokens at once; what is packed is unpacked for more than a few."""
@@ -472,6 +475,13 @@ def _token_rate(machine: Machine, layout: ExpertLayout, kernels: str) -> float:
 def _weights_of(layout: ExpertLayout) -> str:
     """What an expert is stored in, as machines name it."""
     return layout.quantization.kind if layout.quantization else _kind_of(layout)
+
+
+def _inputs(layout: ExpertLayout) -> list[int]:
+    """Those of an expert's matrices, which lie [out, in]."""
+    if layout.quantization is not None:
+        return list(layout.quantization.widths.values())
+    return [spec.shape[1] for spec in layout.tensors if len(spec.shape) == 2]
 
 
 def _takes_prompts(machine: Machine, layout: ExpertLayout, kernels: str) -> bool:

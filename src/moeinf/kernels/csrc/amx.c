@@ -30,6 +30,9 @@ bool has_amx(void) {
     return syscall(SYS_arch_prctl, REQUEST_STATE, TILE_STATE) == 0;
 }
 
+/* Not every compiler knows that an instruction which loads a tile reads memory: what is written before has to be there. */
+#define WRITTEN() __asm__ volatile("" ::: "memory")
+
 /* oneDNN, in the same thread, may count on the shapes that it set. */
 #define BEGIN(shapes_of_this)                                                                                          \
     shapes before;                                                                                                     \
@@ -93,6 +96,7 @@ TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uin
             const char *a = rows_of(w, first + r, some, start, inputs, room[0], &stride), *b = NULL;
             if (more > 0)
                 b = rows_of(w, first + r + ROWS, more, start, inputs, room[1], &other);
+            WRITTEN();
             for (size_t i = 0; i < inputs; i += STEP) {
                 if (w->kind == MOE_PLAIN)
                     fetch_step(w, first + r, start, i / STEP);
@@ -130,6 +134,7 @@ void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, f
 TARGET static inline void add_words(__m512i *words, size_t inputs, const uint16_t *x) {
     if (inputs % STEP != 0)
         memset(words + (inputs + 1) / 2, 0, (STEP - inputs % STEP) / 2 * sizeof *words);
+    WRITTEN();
     for (size_t i = 0; i < inputs; i += STEP) {
         _tile_loadd(1, x + i, LINE_BYTES);
         _tile_loadd(2, words + i / 2, LINE_BYTES);
@@ -194,23 +199,75 @@ void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_
     dot_any(&released, first + whole, rows - whole, packed, out + whole);
 }
 
+/* Up to 32 rows of a weight, the second half being NULL where there are 16 or fewer, and the x of a tile. */
+typedef struct {
+    const char *a, *b;
+    size_t strides[2];
+    size_t tile; /* x of a tile, more than 16 if it `is_wide` */
+    bool is_wide;
+} halves;
+
+enum { APART = BLOCK_ROWS * sizeof(float) }; /* of the sums of one row and the next */
+
 /* Tiles: 0 to 3 are the sums of 16 rows each with the x of a tile's first and second part, 4 and 5 the rows, 6 and 7 the x. */
-#define ADD_STEP(is_more, is_wide)                                                                                     \
-    do {                                                                                                               \
-        _tile_loadd(4, a + i * sizeof(uint16_t), strides[0]);                                                          \
-        _tile_loadd(6, from, apart);                                                                                   \
-        _tile_dpbf16ps(0, 4, 6);                                                                                       \
-        if (is_wide) {                                                                                                 \
-            _tile_loadd(7, from + ROWS, apart);                                                                        \
-            _tile_dpbf16ps(1, 4, 7);                                                                                   \
-        }                                                                                                              \
-        if (is_more) {                                                                                                 \
-            _tile_loadd(5, b + i * sizeof(uint16_t), strides[1]);                                                      \
-            _tile_dpbf16ps(2, 5, 6);                                                                                   \
-            if (is_wide)                                                                                               \
-                _tile_dpbf16ps(3, 5, 7);                                                                               \
-        }                                                                                                              \
-    } while (0)
+TARGET static inline void begin_sums(const halves *of, const float *sums, bool is_first) {
+    _tile_zero(0);
+    _tile_zero(2);
+    if (of->is_wide) {
+        _tile_zero(1);
+        _tile_zero(3);
+    }
+    if (is_first)
+        return;
+    _tile_loadd(0, sums, APART);
+    if (of->is_wide)
+        _tile_loadd(1, sums + ROWS, APART);
+    if (of->b != NULL)
+        _tile_loadd(2, sums + ROWS * BLOCK_ROWS, APART);
+    if (of->b != NULL && of->is_wide)
+        _tile_loadd(3, sums + ROWS * BLOCK_ROWS + ROWS, APART);
+}
+
+TARGET static inline void end_sums(const halves *of, float *sums) {
+    _tile_stored(0, sums, APART);
+    if (of->is_wide)
+        _tile_stored(1, sums + ROWS, APART);
+    if (of->b != NULL)
+        _tile_stored(2, sums + ROWS * BLOCK_ROWS, APART);
+    if (of->b != NULL && of->is_wide)
+        _tile_stored(3, sums + ROWS * BLOCK_ROWS + ROWS, APART);
+}
+
+/* Adds inputs `i` and some that follow, of which the words `x` are. */
+TARGET static inline void multiply_step(const halves *of, size_t i, const uint32_t *x) {
+    size_t apart = of->tile * WORD;
+    _tile_loadd(4, of->a + i * sizeof(uint16_t), of->strides[0]);
+    _tile_loadd(6, x, apart);
+    _tile_dpbf16ps(0, 4, 6);
+    if (of->is_wide) {
+        _tile_loadd(7, x + ROWS, apart);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    if (of->b != NULL) {
+        _tile_loadd(5, of->b + i * sizeof(uint16_t), of->strides[1]);
+        _tile_dpbf16ps(2, 5, 6);
+        if (of->is_wide)
+            _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+/* Adds those from `i` to before `end`; the last ones, if they are no whole step, are followed by zeros among the rows. */
+TARGET static inline void multiply_steps(const halves *of, size_t i, size_t end, size_t step, const uint32_t *x) {
+    WRITTEN();
+    for (; i + step <= end; i += step, x += step / 2 * of->tile)
+        multiply_step(of, i, x);
+    if (i < end) {
+        uint32_t rest[STEP / 2 * TILE_ROWS] = {0};
+        memcpy(rest, x, (end - i + 1) / 2 * of->tile * WORD);
+        WRITTEN();
+        multiply_step(of, i, rest);
+    }
+}
 
 /* Sums of a block's outputs with all of its x. */
 typedef float block_sums[BLOCK_OUTPUTS][BLOCK_ROWS];
@@ -247,71 +304,38 @@ TARGET void multiply_amx(const matrix *w, size_t first_row, size_t outputs, cons
         multiply_tiles(w, first_row, outputs, order, x, tile, tiles, sums);
         return;
     }
-    enum { APART = BLOCK_ROWS * sizeof(float) };
-    size_t width = w->width, tile_words = (width + 1) / 2 * tile, apart = tile * WORD;
+    size_t width = w->width, tile_words = (width + 1) / 2 * tile;
     size_t chain = (size_t)order->chain, step = (size_t)order->step;
-    uint16_t one = (uint16_t)(tile < ROWS ? apart : LINE_BYTES), two = (uint16_t)(apart - one);
-    uint16_t step_bytes = (uint16_t)(step * sizeof(uint16_t));
-    uint8_t words = (uint8_t)(step / 2);
-    bool is_wide = two > 0, is_cut = chain < width;
+    halves of = {.tile = tile, .is_wide = tile > ROWS};
+    uint16_t one = (uint16_t)(smaller(tile, ROWS) * WORD), two = (uint16_t)(tile * WORD - one);
+    uint16_t inputs_of = (uint16_t)(step * sizeof(uint16_t));
+    uint8_t words = (uint8_t)(step / 2), more = of.is_wide ? ROWS : 0;
     shapes shapes_of = {
         .palette = 1,
-        .bytes = {one, two, one, two, step_bytes, step_bytes, one, two},
-        .rows = {ROWS, is_wide ? ROWS : 0, ROWS, is_wide ? ROWS : 0, ROWS, ROWS, words, is_wide ? words : 0},
+        .bytes = {one, two, one, two, inputs_of, inputs_of, one, two},
+        .rows = {ROWS, more, ROWS, more, ROWS, ROWS, words, of.is_wide ? words : 0},
     };
+    bool is_cut = chain < width;
     levels all;
     uint16_t room[2][ROWS][DEPTH];
     BEGIN(shapes_of);
     for (size_t start = 0; start < width; start += DEPTH) {
         size_t inputs = smaller(width - start, DEPTH);
         for (size_t first = 0; first < outputs; first += 2 * ROWS) {
-            size_t left = outputs - first, strides[2] = {0};
-            bool is_more = left > ROWS;
-            const char *a = rows_of(w, first_row + first, smaller(left, ROWS), start, inputs, room[0], &strides[0]);
-            const char *b = NULL;
-            if (is_more)
-                b = rows_of(w, first_row + first + ROWS, smaller(left - ROWS, ROWS), start, inputs, room[1],
-                            &strides[1]);
-            for (size_t t = 0; t < tiles; t++) {
-                float *tile_sums = all.chain[first] + t * tile;
-                float *more_sums = all.chain[is_more ? first + ROWS : first] + t * tile;
+            size_t row = first_row + first, left = outputs - first;
+            of.a = rows_of(w, row, smaller(left, ROWS), start, inputs, room[0], &of.strides[0]);
+            of.b = NULL;
+            if (left > ROWS)
+                of.b = rows_of(w, row + ROWS, smaller(left - ROWS, ROWS), start, inputs, room[1], &of.strides[1]);
+            for (size_t t = 0; t < tiles; t++)
                 for (size_t at = start, end; at < start + inputs; at = end) {
-                    end = smaller(start + inputs, chain - at % chain + at);
-                    _tile_zero(0);
-                    _tile_zero(2);
-                    if (is_wide) {
-                        _tile_zero(1);
-                        _tile_zero(3);
-                    }
-                    if (at % chain > 0) {
-                        _tile_loadd(0, tile_sums, APART);
-                        _tile_loadd(2, more_sums, APART);
-                        if (is_wide) {
-                            _tile_loadd(1, tile_sums + ROWS, APART);
-                            _tile_loadd(3, more_sums + ROWS, APART);
-                        }
-                    }
-                    const uint32_t *from = x + t * tile_words + at / 2 * tile;
-                    size_t i = at - start, rest_inputs = (end - at) % step;
-                    for (; i + step <= end - start; i += step, from += step / 2 * tile)
-                        ADD_STEP(is_more, is_wide);
-                    if (rest_inputs > 0) {
-                        uint32_t rest[STEP / 2 * TILE_ROWS] = {0};
-                        memcpy(rest, from, (rest_inputs + 1) / 2 * apart);
-                        from = rest;
-                        ADD_STEP(is_more, is_wide);
-                    }
-                    _tile_stored(0, tile_sums, APART);
-                    if (is_wide)
-                        _tile_stored(1, tile_sums + ROWS, APART);
-                    if (is_more)
-                        _tile_stored(2, more_sums, APART);
-                    if (is_more && is_wide)
-                        _tile_stored(3, more_sums + ROWS, APART);
+                    end = smaller(start + inputs, at - at % chain + chain);
+                    begin_sums(&of, all.chain[first] + t * tile, at % chain == 0);
+                    multiply_steps(&of, at - start, end - start, step, x + t * tile_words + at / 2 * tile);
+                    end_sums(&of, all.chain[first] + t * tile);
                     if (is_cut && (end == width || end % chain == 0))
                         end_chain(&all, order, end, end == width, first, t * tile, tile);
                 }
-            }
         }
     }
     END();
