@@ -255,7 +255,7 @@ def test_libraries_take_less_where_they_keep_few_programs_and_beside_a_narrow_mo
     assert fixed(256) < fixed(256, sharing=8)
     assert fixed(256, threads=8) - fixed(256) == 7 * 512 * KIB
     for hidden, kib in ((256, 0), (512, 0), (768, 256), (1024, 512), (4096, 512)):
-        assert fixed(hidden, 128, has_tiles=True) - fixed(hidden, 128) == (128 + 32) * kib * KIB
+        assert fixed(hidden, 128, has_tiles=True) - fixed(hidden, 128) == (128 + 128) * kib * KIB
 
 
 def test_weights_that_are_widened_are_counted_so() -> None:

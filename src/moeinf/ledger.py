@@ -51,7 +51,7 @@ _TILE_PROGRAM_BYTES, _TILE_WIDTH = 512 * KIB, 512
 """What it takes more where torch multiplies by tiles (AMX), at twice this width; narrower models have smaller ones
 (docs/experiments.md).
 """
-_ATTENTION_PROGRAMS = 32
+_ATTENTION_PROGRAMS = 128
 """So many more of that size are what attention keeps there for prompts of many lengths."""
 _THREAD_BYTES = 512 * KIB
 """A thread's stack, its part of the heap, and what it keeps of programs."""
