@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeinf.kernels.native import NativePool, telling_rows
+from moeinf.kernels.native import NativePool, telling_rows, variants
 from moeinf.kernels.orders import MOST_BYTES, OWN, STEP, Order, Orders, step_of
+from test_native import LIBRARY
 
 WHOLE = 1 << 62
 
@@ -97,11 +98,9 @@ def test_steps_are_of_equal_length_if_that_takes_no_more(inputs: int, step: int)
 
 @pytest.fixture(params=["avx512amx", "avx512bf16"])
 def pool(request: pytest.FixtureRequest) -> Iterator[NativePool]:
-    from moeinf.kernels.native import variants
-
-    if request.param not in variants():
+    if LIBRARY is None or request.param not in variants(LIBRARY):
         pytest.skip(f"this processor has no {request.param}")
-    pool = NativePool(2, request.param)
+    pool = NativePool(2, request.param, LIBRARY)
     yield pool
     pool.close()
 
@@ -124,7 +123,9 @@ def test_the_order_that_is_found_is_torch_s_for_all_outputs(pool: NativePool, in
 @pytest.mark.parametrize("order", [Order(96, WHOLE), Order(64, 256), Order(352, 704), Order(256, WHOLE)])
 def test_inputs_are_added_up_in_the_order_asked_for(order: Order) -> None:
     """Against sums of products of each chain by itself, in float32."""
-    pool = _amx_pool()
+    if LIBRARY is None or "avx512amx" not in variants(LIBRARY):
+        pytest.skip("this processor has no AMX")
+    pool = NativePool(2, "avx512amx", LIBRARY)
     try:
         inputs, rows = 1000, 40
         generator = torch.Generator().manual_seed(0)
@@ -152,11 +153,3 @@ def _chain(x: torch.Tensor, matrix: torch.Tensor, begin: int, end: int) -> torch
             sums[k % 2] = (sums[k % 2].double() + product).float()
         total = total + (sums[0] + sums[1])
     return total
-
-
-def _amx_pool() -> NativePool:
-    from moeinf.kernels.native import variants
-
-    if "avx512amx" not in variants():
-        pytest.skip("this processor has no AMX")
-    return NativePool(2, "avx512amx")
