@@ -41,8 +41,8 @@ def prepare(shape: str, experts: str | None, folder: Path, store: Store) -> str:
 
 
 def config_of(shape: str) -> Any:
-    """With the share of its vocabulary that it has of its layers, so that the output layer takes the part of a token that
-    it takes in the model.
+    """With the share of its vocabulary that it has of its layers: the output layer takes the part of a token that it
+    takes in the model.
     """
     model, layers = SHAPES[shape], LAYERS[shape]
     return model.config(layers, vocabulary=model.fields["vocab_size"] * layers // model.layers)
