@@ -12,6 +12,7 @@ from machines import GB, MIB, make_machine, make_manifest, make_shape, random_ma
 from moeinf import forecast
 from moeinf.errors import CapacityError
 from moeinf.forecast import PUBLISHED, Correction, HitCurve, PastRun, Situation, correction, foretell
+from moeinf.kernels import native, orders
 from moeinf.ledger import MemoryPlan, make_plan
 from moeinf.machine import MathsRate
 from moeinf.manifest import ExpertLayout, Quantization, TensorSpec
@@ -256,6 +257,12 @@ def test_a_long_prompt_waits_for_programs_where_torch_computes_it_or_has_to_be_t
     ):
         without, with_it = (first_token_s(each, tokens, instructions, kernels) for each in (0.0, 3e-3))
         assert with_it - without == pytest.approx(made * 3e-3, rel=0.01)
+
+
+def test_what_is_tried_is_what_the_library_tries() -> None:
+    assert forecast.MOST_TRIED_BYTES == orders.MOST_BYTES
+    assert native._ALIKE_INPUTS["avx512amx"] == forecast.ALIKE_INPUTS
+    assert native._KNOWN_ROWS["avx512amx"] == forecast.FEW_ROWS
 
 
 def test_a_prompt_reads_every_expert_it_needs_once_per_piece() -> None:
