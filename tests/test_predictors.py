@@ -22,7 +22,7 @@ def test_who_predicts(tiny: str, prefetch: str, experts: str) -> None:
     expected: dict[str, list[type]] = {
         "gate": [GatePredictor],
         "eam": [EamPredictor],
-        "auto": [NoPredictor, EamPredictor, CombinedPredictor] if experts == "50%" else [NoPredictor],
+        "auto": [NoPredictor, CombinedPredictor, EamPredictor] if experts == "50%" else [NoPredictor],
         "off": [NoPredictor],
     }
     with moeinf.load(tiny, experts=experts, prefetch=prefetch) as engine:

@@ -421,7 +421,7 @@ def _expert_files(folder: Path, manifest: Manifest) -> tuple[list[Path], tuple[i
 
 def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[], Predictor]) -> dict[str, Predictor]:
     """What `--prefetch MODE` asks. With a slot for every expert there is soon nothing left to fetch, and `auto` then
-    asks nobody; else it tries all of them, and the matrices too where the router cannot tell.
+    asks nobody; else it tries the router, with the matrices where that cannot tell, and if that does not pay, these.
     """
     match mode:
         case "gate":
@@ -429,7 +429,7 @@ def _predictors(mode: str, regime: str, eam: EamPredictor, make_gate: Callable[[
         case "eam":
             return {"eam": eam}
         case "auto" if regime != "resident":
-            return {"off": NoPredictor(), "eam": eam, "gate": CombinedPredictor(make_gate(), eam)}
+            return {"off": NoPredictor(), "gate": CombinedPredictor(make_gate(), eam), "eam": eam}
     return {"off": NoPredictor()}
 
 

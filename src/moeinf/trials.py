@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ __all__ = ["Trials"]
 
 _TRIAL_TOKENS = 6
 _MOST_TRIAL_TOKENS = 18
-"""So many tokens go each way before the best is chosen: the few where it is plain, the more where ways are close."""
+"""So many tokens go each of two ways before the better is chosen: the few where it is plain, the more where ways are
+close.
+"""
 _FIRST_LOOK_TOKENS = 3
 _HOPELESS = 1.2
 """After the first few, a way is out each of whose tokens took so many times as long as the slowest of another."""
@@ -42,11 +45,12 @@ class _Account:
 
 
 class Trials:
-    """Chooses among `ways`, of which the first foresees nothing; it changes its mind between tokens only.
+    """Chooses among `ways`, of which the first foresees nothing, and the others stand in the order of what is thought
+    of them; it changes its mind between tokens only.
 
-    Ways take turns, token by token, so that all of them meet the same text and the same cache. One that spends more on
-    foreseeing than all the waiting without it cannot win, and is out at once; one that is far behind, after a few
-    tokens.
+    The first way and another take turns, token by token, so that both meet the same text and the same cache. If the
+    other loses, it is the next one's turn. One that spends more on foreseeing than all the waiting without it cannot
+    win, and is out at once; one that is far behind, after a few tokens.
     """
 
     def __init__(self, ways: Sequence[str]) -> None:
@@ -83,22 +87,21 @@ class Trials:
         self._exclude()
         tried = {way: self._accounts[way].tokens for way in self._candidates}
         if len(tried) == 1:
-            self._settle(self._candidates[0])
+            self._end(self._candidates[0])
         elif all(len(tokens) >= _TRIAL_TOKENS for tokens in tried.values()) and (best := self._find_best(tried)):
-            self._settle(best)
+            self._end(best)
         else:
             self.way = min(self._candidates, key=lambda way: len(tried[way]))
 
     def _find_best(self, tried: Mapping[str, Sequence[tuple[float, int]]]) -> str | None:
-        """The way whose tokens take least; None if more tokens should say. Where they cannot, it is the first way, if
-        that is still tried.
+        """Which of two ways has the tokens that take least; None if more tokens should say. Where they cannot, it is
+        the first way.
         """
         costs = {way: _typical(seconds) for way, seconds in _as_if_alike(tried).items()}
-        best, other = sorted(costs, key=lambda way: costs[way][0])[:2]
-        first = self._ways[0] if self._ways[0] in costs else best
-        rival = other if best == first else first
-        lead = costs[rival][0] - costs[best][0]
-        doubt = math.hypot(costs[rival][1], costs[best][1])
+        best, other = sorted(costs, key=lambda way: costs[way][0])
+        first = self._ways[0]
+        lead = costs[other][0] - costs[best][0]
+        doubt = math.hypot(costs[other][1], costs[best][1])
         if lead > 2 * doubt:
             return best
         if any(len(tokens) < _MOST_TRIAL_TOKENS for tokens in tried.values()):
@@ -106,9 +109,21 @@ class Trials:
         return best if lead > doubt else first
 
     def _begin(self) -> None:
-        self._accounts = {way: _Account() for way in self._ways}
-        self._candidates = list(self._ways)
+        self._others = deque(self._ways[1:])
+        self._compare()
+
+    def _compare(self) -> None:
+        """Let the first way and the next of the others take turns."""
+        self._candidates = [self._ways[0], *([self._others.popleft()] if self._others else [])]
+        self._accounts = {way: _Account() for way in self._candidates}
         self.way = self._ways[0]
+
+    def _end(self, best: str) -> None:
+        """Of two ways this one is better."""
+        if best == self._ways[0] and self._others:
+            self._compare()
+        else:
+            self._settle(best)
 
     def _settle(self, best: str) -> None:
         is_again = best == self._best
