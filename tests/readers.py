@@ -85,5 +85,5 @@ def use_reader(monkeypatch: pytest.MonkeyPatch, kind: Callable[..., Reader]) -> 
         made.append(kind(threads=threads, direct=direct))
         return made[-1]  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(engine, "Reader", make)
+    monkeypatch.setattr(engine, "open_reader", make)
     return made

@@ -58,6 +58,7 @@ LAYERS = [
         "kernels",
         "memory",
         "misses",
+        "native_reader",
         "native_routing",
         "policies",
         "predictors",

@@ -128,7 +128,7 @@ def test_no_byte_is_read_twice_and_all_reads_are_whole(tmp_path: Path, monkeypat
             asked.append((begin, end))
             super().fetch(key, path, begin, end, memory, *rest)
 
-    monkeypatch.setattr(disk_module, "Reader", Watched)
+    monkeypatch.setattr(disk_module, "open_reader", Watched)
     measure(tmp_path, dataclasses.replace(SMALL, sizes=(3 * MIB,), depths=(2,), read_s=30))
     pieces = [(start, start + 3 * MIB) for start in range(0, 12 * MIB, 3 * MIB)]
     assert sorted(asked) in (sorted(pieces * 2), sorted(pieces * 3))  # one way twice, and the other where it can be

@@ -38,6 +38,7 @@ from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path, uppers_name
 from .metamodel import model_shape
 from .misses import HostMisses, MissChoice
+from .native_reader import open_reader
 from .placement import Placement, make_pool, place
 from .policies import make_policy
 from .policies.learned import NeighbourUsePolicy
@@ -388,8 +389,8 @@ def _make_tiers(
     """The slots that the maths reads, what brings experts there, and the placement as it has become."""
     on_device = make_pool(manifest, placement) if placement.device is not None else None
     host = placement.plan.host
-    pool = SlotPool(manifest.layout, host.slots if host else placement.plan.slots)
-    disk = ExpertReader(Reader(threads=READERS, direct=direct), pool, *_expert_files(folder, manifest))
+    pool = SlotPool(manifest.layout, host.slots if host else placement.plan.most_slots)
+    disk = ExpertReader(open_reader(threads=READERS, direct=direct), pool, *_expert_files(folder, manifest))
     stack.callback(disk.close)
     if on_device is None:
         return pool, disk, placement
@@ -479,7 +480,7 @@ def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, tor
     """The dense tensors by name, as they lie: views of one buffer per file, filled at the disk's speed."""
     with DenseFiles(folder, manifest):
         pass  # it has looked at the headers
-    reader = Reader(threads=READERS, direct=direct)
+    reader = open_reader(threads=READERS, direct=direct)
     try:
         tensors: dict[str, torch.Tensor] = {}
         for number, name in enumerate(manifest.dense_files):

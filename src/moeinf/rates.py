@@ -15,9 +15,10 @@ from itertools import cycle
 import torch
 
 from .manifest import EXPERT_ALIGNMENT, expert_path
+from .native_reader import open_reader
 from .store import StoredModel
 from .timing import measure_memory, open_pool
-from .transfer import READERS, Reader, allocate_buffer, can_read_direct
+from .transfer import READERS, allocate_buffer, can_read_direct
 from .units import MIB
 
 __all__ = ["Rates", "disk_rate", "measure_rates", "memory_rate"]
@@ -55,7 +56,7 @@ def disk_rate(stored: StoredModel, seconds: float | None = None) -> float:
     size = min(layout.nbytes, _MOST_BYTES)
     room = -(-size // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
     memory = memoryview(allocate_buffer(READERS * room))
-    reader = Reader(threads=READERS, direct=can_read_direct(paths[0]), piece_bytes=size)
+    reader = open_reader(threads=READERS, direct=can_read_direct(paths[0]), piece_bytes=size)
     todo = cycle(paths)
 
     def ask(slot: int) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "READERS",
     "ExpertReader",
     "Fetcher",
+    "FileReader",
     "Pool",
     "Reader",
     "SlotPool",
@@ -42,6 +44,9 @@ __all__ = [
     "Urgency",
     "allocate_buffer",
     "can_read_direct",
+    "ends_early",
+    "piece_size",
+    "read_error",
 ]
 
 READERS = 8
@@ -55,11 +60,14 @@ PIECE_BYTES = 1 * MIB
 SlotTensors = dict[str, torch.Tensor]
 
 
-def allocate_buffer(size_bytes: int) -> mmap.mmap:
-    """Page-aligned anonymous memory, in huge pages where the system has them. Pages count once they are touched."""
+def allocate_buffer(size_bytes: int, *, in_huge_pages: bool = True) -> mmap.mmap:
+    """Page-aligned anonymous memory, in huge pages where the system has them, or in small ones. Pages count once they
+    are touched.
+    """
     buffer = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that has no huge pages
+            buffer.madvise(mmap.MADV_HUGEPAGE if in_huge_pages else mmap.MADV_NOHUGEPAGE)
     return buffer
 
 
@@ -127,7 +135,7 @@ def can_read_direct(path: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):
             return False
-        raise _read_error(path, error) from error
+        raise read_error(path, error) from error
     return True
 
 
@@ -197,6 +205,33 @@ class Fetcher(Protocol):
         """End what is under way, and whatever serves it."""
 
 
+class FileReader(Protocol):
+    """What reads files into memory: the urgent before the others. One thread calls it."""
+
+    def fetch(
+        self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
+    ) -> None:
+        """Read bytes `begin` to `end` of `path` into `memory`; an `Arrival` with this `key` will say how that ended.
+
+        No key may be under way twice. `promote` and `cancel` are for what nobody waits for, by its key.
+        """
+
+    def promote(self, key: int) -> None:
+        """Somebody waits for this now. Harmless when all of it is on its way already."""
+
+    def cancel(self, key: int) -> None:
+        """Read no more of this. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
+
+    def wait(self) -> Arrival:
+        """The next fetch that ended; blocks until there is one. Call it only while one is under way."""
+
+    def poll(self) -> Arrival | None:
+        """The next fetch that ended, if there is one already."""
+
+    def close(self) -> None:
+        """Finish the reads in flight, drop those that wait, and end the threads."""
+
+
 class Reader:
     """A pool of threads that read files into memory: the urgent before the others, those alike in the order in which
     they were asked for, all threads on the first fetch, or half of them on a guess that could keep all of them busy.
@@ -210,7 +245,7 @@ class Reader:
 
     def __init__(self, *, threads: int, direct: bool, piece_bytes: int | None = None) -> None:
         self._direct = direct
-        self._piece_bytes = piece_bytes or PIECE_BYTES
+        self._piece_bytes = piece_bytes
         self._queues: list[dict[int, _Waiting]] = [{} for _ in Urgency]
         """By urgency: what nobody reads yet of each fetch, by its key."""
         self._guessing = 0
@@ -228,12 +263,7 @@ class Reader:
     def fetch(
         self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
     ) -> None:
-        """Read bytes `begin` to `end` of `path` into `memory`; an `Arrival` with this `key` will say how that ended.
-
-        No key may be under way twice. `promote` and `cancel` are for what nobody waits for, by its key.
-        """
-        pieces = max(round((end - begin) / self._piece_bytes), 1)
-        piece_bytes = max(align_up(math.ceil((end - begin) / pieces), DIRECT_ALIGNMENT), DIRECT_ALIGNMENT)
+        piece_bytes = piece_size(end - begin, self._piece_bytes)
         starts = range(begin, end, piece_bytes)
         job = _Job(key, path, begin, end, memory, piece_bytes, len(starts), len(starts))
         with self._work:
@@ -241,7 +271,6 @@ class Reader:
             self._work.notify(len(starts))
 
     def promote(self, key: int) -> None:
-        """Somebody waits for this now. Harmless when all of it is on its way already."""
         with self._work:
             waiting = self._take(key)
             if waiting is not None:
@@ -249,7 +278,6 @@ class Reader:
                 self._work.notify(len(waiting[1]))
 
     def cancel(self, key: int) -> None:
-        """Read no more of this. Its `Arrival` still comes, cancelled, unless all of it was on its way already."""
         with self._work:
             waiting = self._take(key)
         if waiting is not None:
@@ -258,15 +286,12 @@ class Reader:
             self._end_pieces(job, len(starts))
 
     def wait(self) -> Arrival:
-        """The next fetch that ended; blocks until there is one. Call it only while one is under way."""
         return self._arrivals.get()
 
     def poll(self) -> Arrival | None:
-        """The next fetch that ended, if there is one already."""
         return None if self._arrivals.empty() else self._arrivals.get()
 
     def close(self) -> None:
-        """Finish the reads in flight, drop those that wait, and end the threads."""
         with self._work:
             self._is_closed = True
             for queue in self._queues:
@@ -289,7 +314,7 @@ class Reader:
             except MoeinfError as error:
                 job.error = error
             except OSError as error:
-                job.error = _read_error(job.path, error)
+                job.error = read_error(job.path, error)
             except BaseException as error:  # whatever it is, somebody waits for this fetch
                 job.error = MoeinfError(f"{job.path}: reading failed: {error!r}")
             with self._work:
@@ -355,7 +380,7 @@ class ExpertReader:
         span: where its data begins and ends in a file, in bytes.
     """
 
-    def __init__(self, reader: Reader, pool: SlotPool, paths: Sequence[Path], span: tuple[int, int]) -> None:
+    def __init__(self, reader: FileReader, pool: SlotPool, paths: Sequence[Path], span: tuple[int, int]) -> None:
         self._reader = reader
         self._pool = pool
         self._paths = paths
@@ -374,12 +399,22 @@ def _read_exactly(descriptor: int, memory: memoryview, offset: int, wanted: int,
         count = os.preadv(descriptor, [memory[done:]], offset + done)
         done += count
         if done < wanted and (count == 0 or os.fstat(descriptor).st_size < offset + wanted):
-            raise IntegrityError(
-                f"{path} ends at byte {os.fstat(descriptor).st_size}, and should hold {offset + wanted}", hint=_VERIFY
-            )
+            raise ends_early(path, os.fstat(descriptor).st_size, offset + wanted)
 
 
-def _read_error(path: Path, error: OSError) -> MoeinfError:
+def piece_size(size_bytes: int, about: int | None) -> int:
+    """Bytes of each piece in which so many are read: about so many, or PIECE_BYTES; all alike, and whole pages."""
+    pieces = max(round(size_bytes / (about or PIECE_BYTES)), 1)
+    return max(align_up(math.ceil(size_bytes / pieces), DIRECT_ALIGNMENT), DIRECT_ALIGNMENT)
+
+
+def ends_early(path: Path, file_bytes: int, wanted: int) -> IntegrityError:
+    """What is wrong with a file that has fewer bytes than `wanted`."""
+    return IntegrityError(f"{path} ends at byte {file_bytes}, and should hold {wanted}", hint=_VERIFY)
+
+
+def read_error(path: Path, error: OSError) -> MoeinfError:
+    """What to say of a read that failed."""
     if error.errno == errno.ENOENT:
         return IntegrityError(f"{path} is missing", hint=_VERIFY)
     return MoeinfError(f"{path} cannot be read: {error.strerror}", hint=f"check the disk; {_VERIFY}")

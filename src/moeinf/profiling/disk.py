@@ -22,8 +22,9 @@ import numpy as np
 from moeinf.errors import CapacityError
 from moeinf.files import FileSystem, explained
 from moeinf.machine import ReadRate
+from moeinf.native_reader import open_reader
 from moeinf.progress import Progress, Task
-from moeinf.transfer import DIRECT_ALIGNMENT, PIECE_BYTES, Reader, allocate_buffer, can_read_direct
+from moeinf.transfer import DIRECT_ALIGNMENT, PIECE_BYTES, FileReader, allocate_buffer, can_read_direct
 from moeinf.units import MIB, align_up, format_bytes
 
 from .effort import Effort
@@ -157,13 +158,13 @@ class _Disk:
             self._empty_cache()
         starts = list(range(0, self._size - size + 1, size))
         random.Random(size * depth).shuffle(starts)
-        reader = Reader(threads=depth, direct=direct)
+        reader = open_reader(threads=depth, direct=direct)
         try:
             return ReadRate(size, depth, direct, self._read(reader, starts, size, _in_flight(size, depth)))
         finally:
             reader.close()
 
-    def _read(self, reader: Reader, starts: list[int], size: int, in_flight: int) -> float:
+    def _read(self, reader: FileReader, starts: list[int], size: int, in_flight: int) -> float:
         """Bytes per second of reading from `starts` until they or the time is used up."""
         begin = time.perf_counter()
         end = begin + self._effort.read_s
@@ -181,7 +182,7 @@ class _Disk:
                 flying += 1
         return done / (time.perf_counter() - begin)
 
-    def _fetch(self, reader: Reader, place: int, start: int, size: int) -> None:
+    def _fetch(self, reader: FileReader, place: int, start: int, size: int) -> None:
         reader.fetch(place, self._path, start, start + size, self._buffer[place * size : (place + 1) * size])
 
     def _empty_cache(self) -> bool:

@@ -25,13 +25,14 @@ from moeinf.kvcache import make_cache
 from moeinf.ledger import MemoryPlan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.metamodel import causal_lm_class, is_experts_module
+from moeinf.native_reader import open_reader
 from moeinf.policies import make_policy
 from moeinf.predictors import Predictor
 from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.steps import Arrival
 from moeinf.timing import undisturbed
-from moeinf.transfer import READERS, ExpertReader, Reader, SlotPool, Urgency
+from moeinf.transfer import READERS, ExpertReader, SlotPool, Urgency
 
 __all__ = ["LayerCosts", "NoDisk", "measure_layer"]
 
@@ -211,7 +212,7 @@ def _file_reader(pool: SlotPool, layout: ExpertLayout, experts: int, stack: Exit
     """Brings each expert from the same small file, by as many threads and in as many pieces as larger ones have."""
     path = Path(stack.enter_context(TemporaryDirectory())) / "expert"
     path.write_bytes(bytes(layout.nbytes))
-    reader = Reader(threads=READERS, direct=False, piece_bytes=layout.nbytes // _PIECES)
+    reader = open_reader(threads=READERS, direct=False, piece_bytes=layout.nbytes // _PIECES)
     stack.callback(reader.close)
     return ExpertReader(reader, pool, [path] * experts, (0, layout.nbytes))
 

@@ -1,5 +1,5 @@
 /* The maths of experts, in C: what torch_maths.py computes, rounded where torch rounds. And, at the end,
- * what needs no pool: the loops of the routing memory, and the packing of lossless weights.
+ * what needs no pool: the loops of the routing memory, the packing of lossless weights, and the reading of files.
  *
  * A caller opens a pool of threads once, describes each layer in a `moe_layer`, and per step calls `moe_experts` for
  * the experts that are in memory, as often as more arrive, then `moe_sum`. One thread at a time may use a pool. */
@@ -55,7 +55,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 14 };
+enum { MOE_INTERFACE = 15 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -202,5 +202,47 @@ MOE_API void moe_visits(const moe_routing *routing, int known, double most_liken
 /* Packs bfloat16 [rows, width], multiples of 16 and 8, as lossless.py does. Returns how many are exceptions; where there is
  * no room for them, panels are not written. */
 MOE_API int64_t moe_pack_lossless(const void *weights, int64_t rows, int64_t width, void *panels, void *uppers);
+
+/* Threads that read files into memory: what transfer.Reader does, without Python. Any thread may call. */
+typedef struct moe_reader moe_reader;
+typedef struct moe_fetch moe_fetch;
+
+/* Why bytes are read, the most urgent first: somebody waits for them; they are guessed at; they fill memory. */
+enum { MOE_DEMAND, MOE_GUESS, MOE_WARM_UP, MOE_URGENCIES };
+
+/* A fetch that ended: well, cancelled, or with an error: an errno, or that the file ends early, with the bytes it has. */
+enum { MOE_ENDS_EARLY = -1 };
+typedef struct {
+    int64_t key, read_bytes, file_bytes;
+    int32_t error, is_cancelled;
+} moe_arrival;
+
+/* Starts `threads` threads, past the page cache if is_direct: offsets and memory are then page-aligned, and memory is as long
+ * as the bytes rounded up to whole pages. Guesses are read as if there were `most` threads. NULL when memory or threads are
+ * lacking. */
+MOE_API moe_reader *moe_open_reader(int32_t most, int32_t threads, int32_t is_direct);
+
+/* Finishes the reads in flight, drops what waits, and ends the threads. */
+MOE_API void moe_close_reader(moe_reader *reader);
+
+/* Bytes `begin` to `end` of the file, in pieces of so many, are to be read into memory. 0, or -1 when memory is lacking. */
+MOE_API int moe_fetch_file(moe_reader *reader, int64_t key, const char *path, int64_t begin, int64_t end, int64_t piece_bytes,
+                           void *memory, int32_t urgency);
+
+/* Somebody waits for this now; nobody wants it any more. Nothing happens when all of it is on its way. */
+MOE_API void moe_promote(moe_reader *reader, int64_t key);
+MOE_API void moe_cancel(moe_reader *reader, int64_t key);
+
+/* Waits for the next fetch that ends, so long at most: 1 if one has. */
+MOE_API int moe_await(moe_reader *reader, int32_t milliseconds, moe_arrival *arrival);
+
+/* What each of the threads does, apart: it takes the next piece, 1 if there is one that may be read now, and reads it. */
+typedef struct {
+    moe_fetch *fetch;
+    int64_t key, begin;
+    int32_t is_guess;
+} moe_piece;
+MOE_API int moe_take_piece(moe_reader *reader, moe_piece *piece);
+MOE_API void moe_read_piece(moe_reader *reader, const moe_piece *piece);
 
 #endif
