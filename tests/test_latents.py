@@ -167,8 +167,11 @@ def test_the_plan_has_room_for_the_whole_context(family: str, tmp_path: Path) ->
             rooms = [native._capacity for native in kept if isinstance(native, _Expanded)]
             assert rooms == ([100] * len(kept) if kernels == "auto" and family in KEPT else [])
             assert bool(engine.plan.expanded) == bool(rooms)
-            answers.append(engine.session().generate(range(4, 60), Sampling(max_tokens=30, temperature=0)).tokens)
+            session = engine.session()
+            answers.append(session.generate(range(4, 60), Sampling(max_tokens=30, temperature=0)).tokens)
             assert all(native._memory is not None for native in kept if isinstance(native, _Expanded))
+            session.clear()
+            assert all(native._memory is None for native in kept if isinstance(native, _Expanded))
     assert answers[0] == answers[1]
 
 

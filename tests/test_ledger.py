@@ -62,7 +62,7 @@ def test_random_machines_never_exceed_their_budget() -> None:
         assert made.total <= made.budget < available
         assert 8 <= made.slots <= manifest.num_experts
         assert 1 <= made.context <= manifest.max_context
-        assert made.step_tokens <= made.prefill_tokens(0) <= made.prefill_tokens(made.slots)
+        assert made.step_tokens <= made.prefill_tokens(0, 100) <= made.prefill_tokens(made.slots, 100)
         assert made.dense == manifest.dense_bytes
         assert made.kv_cache == made.context * manifest.kv_token_bytes
     assert 0 < refused < 300
@@ -100,15 +100,41 @@ def test_the_budget_that_is_named_would_do() -> None:
 
 def test_a_long_step_borrows_from_slots_what_the_budget_cannot_spare() -> None:
     roomy = plan(8000 * MIB, experts="100")
-    assert roomy.lent_slots(2048) == 0
-    tight = plan(8000 * MIB, host_memory="1GiB")
-    assert tight.lent_slots(tight.step_tokens) == 0
+    assert roomy.lent_slots(2048, 2048) == 0
+    tight = dataclasses.replace(plan(8000 * MIB, host_memory="1GiB"), kv_token=0)
+    assert tight.lent_slots(tight.step_tokens, 100) == 0
     for tokens in (128, 1024, 2048):
-        lent = tight.lent_slots(tokens) * tight.slot_bytes
+        lent = tight.lent_slots(tokens, tokens) * tight.slot_bytes
         assert tight.total - lent + (tokens - tight.step_tokens) * tight.token_workspace <= tight.budget
-    assert tight.prefill_tokens(0) == tight.step_tokens
-    assert tight.prefill_tokens(tight.lent_slots(512)) == 512
-    assert tight.prefill_tokens(tight.slots) == 2048
+    assert tight.prefill_tokens(0, 512) == tight.step_tokens
+    assert tight.prefill_tokens(tight.lent_slots(512, 512), 512) == 512
+    assert tight.prefill_tokens(tight.slots, 2048) == 2048
+
+
+def test_experts_have_the_room_of_tokens_that_are_yet_to_come() -> None:
+    made = plan(8000 * MIB, host_memory="1GiB", context=8192)
+    assert made.kv_token == make_manifest().kv_token_bytes
+    room = made.kv_cache // made.slot_bytes
+    assert room - 2 <= made.most_slots - made.slots <= room
+    assert made.slots_at(0) == made.most_slots
+    assert made.slots_at(made.context) == made.slots
+    for held in range(0, made.context, 100):
+        touched = made.dense + made.workspace + held * made.kv_token
+        assert touched + made.slots_at(held) * made.slot_bytes <= made.budget
+        assert made.slots <= made.slots_at(held + 1) <= made.slots_at(held)
+        longer = made.lent_slots(2048, held) * made.slot_bytes
+        touched += (2048 - made.step_tokens) * made.token_workspace
+        assert touched + made.most_slots * made.slot_bytes - longer <= made.budget
+
+
+def test_experts_have_no_room_that_is_not_theirs() -> None:
+    in_steps = dataclasses.replace(SHAPE, grows_in_place=False)
+    plans = [
+        make_plan(make_manifest(), in_steps, available_bytes=8000 * MIB, host_memory="1GiB"),
+        plan(8000 * MIB, host_memory="1GiB", experts="100"),
+        plan(8000 * MIB),
+    ]
+    assert [made.most_slots - made.slots for made in plans] == [0, 0, 0]
 
 
 def test_options_are_kept() -> None:
@@ -188,8 +214,8 @@ def test_random_gpus_and_hosts_never_exceed_their_budgets() -> None:
         assert manifest.dense_bytes <= made.host.budget
         assert 8 <= made.slots <= manifest.num_experts
         assert 8 <= made.host.slots <= manifest.num_experts
-        assert made.prefill_tokens(made.slots) == made.step_tokens >= 64
-        assert made.lent_slots(1 << 20) == 0
+        assert made.prefill_tokens(made.slots, 9999) == made.step_tokens >= 64
+        assert made.lent_slots(1 << 20, 1 << 20) == 0
         assert made.workspace >= made.step_tokens * made.token_workspace
     assert 0 < refused < 300
 

@@ -108,15 +108,52 @@ def test_a_long_prompt_borrows_slots_and_gives_them_back(wide: str, fails: bool)
         runtime.lend = spy  # type: ignore[method-assign]
         if fails:
             runtime._maths[1].expert = interrupted  # type: ignore[method-assign,assignment]
-        assert engine.plan.lent_slots(200) > 20
+        assert engine.plan.lent_slots(200, 200) > 20
         with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext(), torch.inference_mode():
             assert torch.equal(engine.model(torch.tensor([PROMPT])).logits, expected)
-        assert lent == [18]
+        assert lent == ([18] if fails else [18, 0])
         if fails:
             del runtime._maths[1].expert
             run(engine, PROMPT[:1])
         assert runtime.cache.num_free + runtime.cache.num_resident == 20
         runtime.cache.check_integrity()
+
+
+def test_a_conversation_takes_its_room_back_as_it_grows(wide: str) -> None:
+    with moeinf.load(wide, experts="20", context=256) as engine:
+        expected, budget = run(engine, PROMPT[:20]), str(engine.plan.total)
+    with moeinf.load(wide, context=256, host_memory=budget) as engine:
+        plan, runtime = engine.plan, engine.runtime
+        assert (plan.slots, runtime.cache.num_usable) == (20, plan.most_slots)
+        assert plan.most_slots > 22
+        session, in_use = engine.session(), []
+        engine.generation_config.eos_token_id = None
+        said = PROMPT[:20]
+        while len(said) < 256:
+            greedy = moeinf.Sampling(max_tokens=min(40, 256 - len(said)), temperature=0)
+            said = [*said, *session.generate(said, greedy).tokens]
+            in_use.append(engine.stats().experts.slots)
+            assert in_use[-1] == runtime.cache.num_free + runtime.cache.num_resident <= plan.slots_at(len(said) - 1)
+            runtime.cache.check_integrity()
+        assert in_use == sorted(in_use, reverse=True)
+        assert (in_use[0], in_use[-1]) == (plan.slots_at(59), 20)
+        assert tuple(said[20:32]) == expected
+        session.generate(said[:10], GREEDY)  # what was cut off may be held still
+        assert runtime.cache.num_usable == 20
+        session.clear()
+        session.generate(said[:10], GREEDY)
+        assert runtime.cache.num_usable == plan.slots_at(21) > 20
+
+
+def test_of_somebody_s_own_kv_cache_the_whole_room_is_left(wide: str) -> None:
+    with moeinf.load(wide, experts="20", context=256) as engine:
+        budget = str(engine.plan.total)
+    with moeinf.load(wide, context=256, host_memory=budget) as engine, torch.inference_mode():
+        counts: list[int] = []
+        lend = engine.runtime.lend
+        engine.runtime.lend = lambda count: (counts.append(count), lend(count))[1]  # type: ignore[method-assign,func-returns-value]
+        engine.model(torch.tensor([PROMPT[:8]]))
+        assert counts == [engine.plan.most_slots - 20, 0]
 
 
 def test_a_prompt_leaves_its_last_token_s_experts_behind(wide: str) -> None:

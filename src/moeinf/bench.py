@@ -253,7 +253,9 @@ class _Group:
         options = engine or self._engines[0]
         manifest = self._stored.manifest
         bounded = "device_memory" if self.survey.device else "host_memory"
-        plan = {bounded: str(self.budget), "experts": str(self.survey.slots), "context": self.survey.context}
+        plan = {bounded: str(self.budget), "context": self.survey.context}
+        if self._experts is not None:
+            plan["experts"] = str(self.survey.slots)
         return Job(
             score.system,
             self._stored.name,

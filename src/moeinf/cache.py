@@ -82,8 +82,13 @@ class ExpertCache:
         return self._slot_of[expert] >= 0 and expert not in self._loading
 
     @property
+    def num_usable(self) -> int:
+        """Slots that are not lent."""
+        return self.num_slots - len(self._lent)
+
+    @property
     def num_resident(self) -> int:
-        return self.num_slots - len(self._free) - len(self._lent) - len(self._loading)
+        return self.num_usable - len(self._free) - len(self._loading)
 
     @property
     def num_free(self) -> int:

@@ -54,7 +54,7 @@ from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
 from .tiers import DevicePool, HostTier
 from .trace import ModelIdentity
-from .transfer import READERS, ExpertReader, Fetcher, Pool, Reader, SlotPool, allocate_buffer, can_read_direct
+from .transfer import READERS, ExpertReader, Fetcher, Pool, SlotPool, allocate_buffer, can_read_direct
 from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load", "load_tokenizer"]
@@ -149,7 +149,7 @@ class Engine:
             load_s=self._load_s,
             stall_s=traffic.stall_s,
             experts=ExpertStats(
-                slots=self.plan.slots,
+                slots=self.runtime.cache.num_usable,
                 host_slots=host.slots if host else 0,
                 fetched=traffic.arrived,
                 fetched_from_host=traffic.unread if host else 0,
@@ -329,7 +329,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     runtime = ExpertRuntime(
         manifest,
         maths,
-        cache=ExpertCache(manifest.num_experts, plan.slots, policy),
+        cache=ExpertCache(manifest.num_experts, plan.most_slots, policy),
         pool=pool,
         fetcher=fetcher,
         counter=counter,

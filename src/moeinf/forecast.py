@@ -244,7 +244,8 @@ def foretell(
 ) -> Forecast:
     """What to expect of `plan`, at the hit rate of the curve or at a given one."""
     costs = situation.costs(plan)
-    hits = situation.curve.at(plan.slots / plan.all_experts) if hit_rate is None else hit_rate
+    slots = plan.slots_at(min(prompt_tokens, plan.context))
+    hits = situation.curve.at(slots / plan.all_experts) if hit_rate is None else hit_rate
     busy_s = costs.dense_s + costs.layers_s + costs.experts_s + costs.bookkeeping_s(hits)
     stall_s = costs.stall_s(hits)
     bound_s, by = costs.bound(hits)
@@ -363,7 +364,7 @@ class _ProcessorCosts:
         return at_once_s if layout.is_exact else min(at_once_s, tokens * layout.nbytes / self._expert_rate)
 
     def prompt_s(self, tokens: int) -> float:
-        piece = self._plan.prefill_tokens(self._plan.slots)
+        piece = self._plan.prefill_tokens(self._plan.slots, tokens)
         return sum(self._step_s(min(piece, tokens - begin), begin) for begin in range(0, tokens, piece))
 
     def _step_s(self, tokens: int, before: int) -> float:
@@ -371,9 +372,10 @@ class _ProcessorCosts:
 
         What is read first goes into slots that were never used, and the cores that compute also get that memory ready.
         """
-        held = min(1.0, self._plan.slots / self._plan.all_experts) if before else 0.0
+        slots = self._plan.slots_at(before + tokens)
+        held = min(1.0, slots / self._plan.all_experts) if before else 0.0
         asked_of = [asked_experts(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
-        fresh = 0.0 if before else min(1.0, self._plan.slots / sum(asked_of))
+        fresh = 0.0 if before else min(1.0, slots / sum(asked_of))
         dense_s = self._dense_s(tokens)
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
         attention_s = ATTENTION * 4 * scores / _operations_rate(self._machine, self._kind)

@@ -190,7 +190,7 @@ class Session:
         """Put a long prompt through the model in pieces that the workspace has room for; `generate` does the last
         piece.
         """
-        step = self._engine.plan.prefill_tokens(self._engine.runtime.lendable_slots)
+        step = self._engine.plan.prefill_tokens(self._engine.runtime.lendable_slots, len(ids))
         while self._cache is not None and len(ids) - len(self._tokens) > step:
             if clock.is_stopped():
                 raise StepStopped

@@ -108,7 +108,7 @@ class _GpuCosts:
         return needed[by], by
 
     def prompt_s(self, tokens: int) -> float:
-        piece = self._plan.prefill_tokens(self._plan.slots)
+        piece = self._plan.prefill_tokens(self._plan.slots, tokens)
         return sum(self._step_s(min(piece, tokens - begin), begin) for begin in range(0, tokens, piece))
 
     def _fetching(self, nbytes: float, read_share: float) -> dict[Bound, float]:

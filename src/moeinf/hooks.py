@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -30,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import IntegrityError
 from .kernels import LosslessLinear, NativeAttention, SelfAttentions
+from .kvcache import grows_in_place
 from .ledger import MemoryPlan
 from .metamodel import causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
@@ -124,23 +126,45 @@ def move(model: PreTrainedModel, place: torch.device) -> None:
 def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime, plan: MemoryPlan) -> None:
     """Let `runtime` compute the experts of `modules`, one per MoE layer in order, whenever `model` runs.
 
-    A step of more tokens than the plan's workspace has room for borrows the memory of slots while it lasts.
+    A step of more tokens than the plan's workspace has room for borrows the memory of slots while it lasts, and so do
+    the tokens of a conversation.
     """
-
-    def borrow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runtime.take_back()  # after a KeyboardInterrupt torch does not call give_back
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is not None and tokens.numel() > plan.step_tokens:
-            runtime.lend(min(plan.lent_slots(tokens.numel()), plan.slots - 2))
-
-    def give_back(*_: Any) -> None:
-        runtime.take_back()
-
-    model.register_forward_pre_hook(borrow, with_kwargs=True)
-    model.register_forward_hook(give_back, always_call=True)
+    loans = _Loans(runtime, plan)
+    model.register_forward_pre_hook(loans.begin, with_kwargs=True)
+    model.register_forward_hook(loans.end, always_call=True)
     for layer, module in enumerate(modules):
         module.moeinf = (runtime, layer)  # type: ignore[assignment]  # a plain attribute, not a submodule
     model.set_experts_implementation(_NAME)
+
+
+class _Loans:
+    """The slots that lend their memory to what a plan has no other room for."""
+
+    def __init__(self, runtime: ExpertRuntime, plan: MemoryPlan) -> None:
+        self._runtime = runtime
+        self._plan = plan
+        self._held: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """Tokens that each KV cache has memory of: as many as it ever held."""
+
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A step begins."""
+        given = kwargs.get("input_ids", args[0] if args else None)
+        if given is not None:
+            self._lend(given.numel(), self._count(kwargs.get("past_key_values"), given.numel()))
+
+    def end(self, *_: Any) -> None:
+        """It has ended; after a KeyboardInterrupt torch does not say so."""
+        self._lend(1, sum(self._held.values()))
+
+    def _count(self, cache: Any, tokens: int) -> int:
+        """Tokens that are held, in all conversations, behind a step of so many; of another's KV cache nobody knows."""
+        if cache not in self._held and not grows_in_place(cache):
+            return self._plan.context
+        self._held[cache] = max(self._held.get(cache, 0), cache.get_seq_length() + tokens)
+        return sum(self._held.values())
+
+    def _lend(self, tokens: int, held: int) -> None:
+        self._runtime.lend(min(self._plan.lent_slots(tokens, held), self._plan.most_slots - 2))
 
 
 def announce_tokens(first: nn.Module, runtime: ExpertRuntime) -> None:

@@ -1,12 +1,14 @@
 """A KV cache that grows in place: attention layers have room for the whole context, and hand out what is filled of it.
 
 transformers' own layers make room for a token by copying all keys and values, which takes longer than attending to
-them. Memory that is set aside is not held by the process before it is written, so there is no need to grow by steps.
-Owns that memory. State of other kinds (recurrent, compressed, shared) is kept as transformers keeps it.
+them. Memory that is set aside is not held by the process before it is written, so there is no need to grow by steps,
+and experts may have its room until then (ledger.py). Owns that memory. State of other kinds (recurrent, compressed,
+shared) is kept as transformers keeps it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .ledger import SPARE_WINDOW
+from .transfer import allocate_buffer
 
-__all__ = ["GrowingLayer", "can_crop", "make_cache"]
+__all__ = ["GrowingLayer", "can_crop", "grows_in_place", "make_cache", "set_aside"]
 
 States = tuple[torch.Tensor, torch.Tensor]
 
@@ -33,6 +36,23 @@ def can_crop(cache: Cache) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in layers)
 
 
+def grows_in_place(cache: Any) -> bool:
+    """Whether `make_cache` made it, and its memory counts as tokens come."""
+    return any(isinstance(layer, GrowingLayer) for layer in getattr(cache, "layers", ()))
+
+
+def set_aside(states: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Memory for so many tokens, shaped like `states` [1, heads, tokens, size], of which small pages count once they
+    are written to, and no others.
+    """
+    shape = (*states.shape[:2], tokens, states.shape[3])
+    size = math.prod(shape)
+    if states.device.type != "cpu" or not size:
+        return states.new_empty(shape)
+    buffer = allocate_buffer(size * states.itemsize, in_huge_pages=False)
+    return torch.frombuffer(buffer, dtype=states.dtype, count=size).view(shape)
+
+
 def _in_place(layer: Any, context: int) -> Any:
     """What holds the same as `layer`, in place if it is of a kind that is known here."""
     if type(layer) is DynamicLayer:
@@ -47,7 +67,7 @@ class _Room:
 
     def __init__(self, states: States, capacity: int) -> None:
         self._capacity = capacity
-        self._memory = [each.new_empty(*each.shape[:2], capacity, each.shape[3]) for each in states]
+        self._memory = [set_aside(each, capacity) for each in states]
 
     def nothing(self) -> States:
         keys, values = (memory[:, :, :0] for memory in self._memory)

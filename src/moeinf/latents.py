@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .kernels import NativeLinear
-from .kvcache import GrowingLayer, States
+from .kvcache import GrowingLayer, States, set_aside
 
 __all__ = ["keep_expanded"]
 
@@ -65,10 +65,13 @@ class _Expanded:
             new = self._expand(latents[:, :, known:], turned[:, :, known:])
             if self._memory is None:
                 with torch.inference_mode(False):  # or nobody else may write there
-                    self._memory = _room(new, self._capacity)
+                    keys, values = (set_aside(states, self._capacity) for states in new)
+                self._memory = keys, values
             for memory, states in zip(self._memory, new, strict=True):
                 memory[:, :, known:tokens] = states
-            layer.unchanged, self._layer = tokens, weakref.ref(layer)
+            if self._layer is None or self._layer() is not layer:
+                self._layer = weakref.ref(layer, self._forget)
+            layer.unchanged = tokens
         assert self._memory is not None
         keys, values = self._memory
         return keys[:, :, :tokens], values[:, :, :tokens]
@@ -81,17 +84,16 @@ class _Expanded:
             return None
         return layer if latents.data_ptr() == layer.keys.data_ptr() and len(latents) == 1 else None
 
+    def _forget(self, layer: weakref.ref[GrowingLayer]) -> None:
+        """The conversation has ended, and its memory is somebody else's."""
+        if layer is self._layer:
+            self._memory = self._layer = None
+
     def _see_cache(self, _module: nn.Module, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._cache = named.get("past_key_values")
 
     def _forget_cache(self, *_: Any) -> None:
         self._cache = None
-
-
-def _room(states: States, tokens: int) -> States:
-    """Memory for so many tokens, shaped like `states`, of which pages count that are written to."""
-    keys, values = (each.new_empty(*each.shape[:2], tokens, each.shape[3]) for each in states)
-    return keys, values
 
 
 def _expands_alike(module: Any, known: dict[tuple[int, ...], bool]) -> bool:

@@ -70,6 +70,8 @@ _PASSING_SLOTS = 32
 _COPIES_KEPT, _COPIES_ANEW, _COPIES_ON_DEVICE = 3, 24, 4
 """So many times the bytes of one layer's keys and values, made of latents, does attention take: where they are kept;
 where they are made anew for each token, and leave holes of every size in the heap; and on a GPU, by arithmetic."""
+_TOUCHED_TOKENS = 128
+"""The rows of one head lie together, and count by the page: so many tokens more, at most, than were written."""
 _STEP_TOKENS = 64
 """The workspace has room for this many tokens at once, always."""
 _PREFILL_TOKENS = (2048, 1024, 512, 256, 128)
@@ -85,7 +87,8 @@ class ModelShape:
     which a token needs a row only. Where the KV cache has latents, `expanded_bytes` are what one layer makes of a
     token's, its keys and values; they are kept, too, in `kept_layers`, and made anew for each token in others
     (latents.py). Where a model `has_plain_attention`, all layers attend to all tokens' keys and values by torch's
-    kernel: no latents, windows, states or whole score matrices, which ask for other matrix products.
+    kernel: no latents, windows, states or whole score matrices, which ask for other matrix products. Where its KV cache
+    `grows_in_place`, the memory of tokens to come is set aside, and untouched until they do (kvcache.py).
     """
 
     hidden: int
@@ -99,6 +102,7 @@ class ModelShape:
     expanded_bytes: int = 0
     kept_layers: int = 0
     has_plain_attention: bool = True
+    grows_in_place: bool = True
 
     @property
     def kept_bytes(self) -> int:
@@ -146,7 +150,8 @@ class MemoryPlan:
 
     `workspace` serves steps of up to `step_tokens` tokens; each token more takes `token_workspace`, which slots lend. A
     GPU's slots lend nothing. `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds
-    nothing twice. `expanded` is the part of `kv_cache` for keys and values that were made of latents.
+    nothing twice. `expanded` is the part of `kv_cache` for keys and values that were made of latents. Each token of the
+    conversation takes `kv_token` of the KV cache; until it comes, experts may have that room. 0: they may not.
     """
 
     budget: int
@@ -162,11 +167,17 @@ class MemoryPlan:
     step_tokens: int = _STEP_TOKENS
     host: HostPlan | None = None
     expanded: int = 0
+    kv_token: int = 0
     libraries: Libraries = Libraries()
 
     @property
     def experts(self) -> int:
         return self.slots * self.slot_bytes
+
+    @property
+    def most_slots(self) -> int:
+        """Slots before the conversation begins, those included that are in the KV cache's room."""
+        return min(self.all_experts, self.slots + self._unheld(0) // self.slot_bytes)
 
     @property
     def total(self) -> int:
@@ -178,18 +189,33 @@ class MemoryPlan:
             return "resident"
         return "host-cached" if self.host and self.host.slots >= self.all_experts else "streaming"
 
-    def lent_slots(self, tokens: int) -> int:
-        """Slots that have to lend their memory to a step of `tokens` tokens, past what the budget has to spare."""
+    def lent_slots(self, tokens: int, held: int) -> int:
+        """Of `most_slots`, those that have to lend their memory to a step of `tokens` tokens, behind which the KV cache
+        holds `held`: past what the budget has to spare, and what is set aside for tokens to come.
+        """
         if self.host is not None:
             return 0
-        needed = max(0, tokens - self.step_tokens) * self.token_workspace - (self.budget - self.total)
+        needed = max(0, tokens - self.step_tokens) * self.token_workspace
+        needed += (self.most_slots - self.slots) * self.slot_bytes
+        needed -= self.budget - self.total + self._unheld(held)
         return -(-max(0, needed) // self.slot_bytes)
 
-    def prefill_tokens(self, lendable_slots: int) -> int:
-        """How many tokens of a prompt go through the model at once, when so many slots can be lent."""
+    def slots_at(self, held: int) -> int:
+        """Slots that a token has when the KV cache holds `held`."""
+        return self.most_slots - self.lent_slots(1, held)
+
+    def _unheld(self, held: int) -> int:
+        """Bytes that are set aside for tokens to come when the KV cache holds `held`."""
+        return max(0, self.context - held - _TOUCHED_TOKENS) * self.kv_token
+
+    def prefill_tokens(self, lendable_slots: int, held: int) -> int:
+        """How many tokens of a prompt go through the model at once, when so many slots can be lent, beside those that
+        the KV cache takes when it holds `held`, all of the prompt.
+        """
         if self.host is not None:
             return self.step_tokens
-        fitting = (tokens for tokens in _PREFILL_TOKENS if self.lent_slots(tokens) <= lendable_slots)
+        most = self.lent_slots(1, held) + lendable_slots
+        fitting = (tokens for tokens in _PREFILL_TOKENS if self.lent_slots(tokens, held) <= most)
         return next(fitting, self.step_tokens)
 
     def with_slots(self, slots: int) -> MemoryPlan:
@@ -235,11 +261,13 @@ def make_plan(
     budget = _budget(host_memory, available_bytes)
     tokens = _context(manifest, shape, context, budget)
     token_workspace = _token_workspace(manifest, shape, tokens)
+    kv_token = widening * manifest.kv_token_bytes + shape.kept_bytes
     empty = MemoryPlan(
         budget=budget,
         dense=widening * manifest.dense_bytes,
-        kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes) + tokens * shape.kept_bytes,
+        kv_cache=widening * manifest.kv_fixed_bytes + tokens * kv_token,
         expanded=tokens * shape.kept_bytes,
+        kv_token=kv_token if shape.grows_in_place and experts is None else 0,
         workspace=_library_bytes(manifest, shape, libraries)
         + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.kept_layers else _COPIES_ANEW)
         + _STEP_TOKENS * token_workspace,

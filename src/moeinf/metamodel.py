@@ -73,6 +73,9 @@ _DROPPED_KEYS = ("quantization_config", "compression_config", "auto_map", "trans
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk", "moe_k", "top_k_experts")
 _CONTEXT_NAMES = ("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len", "n_positions")
 
+_LAYERS_IN_PLACE = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer"}
+"""Layers of transformers' KV cache that `kvcache` has in place, or that do not grow."""
+
 _PROBE_TOKENS = 256
 _LONGEST_PROBED_WINDOW = 4096
 """A sliding window longer than this is taken for full attention: more KV cache is planned for than will be used."""
@@ -184,6 +187,7 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
         expanded_bytes=expanded_bytes,
         kept_layers=plain_layers if expanded_bytes else 0,
         has_plain_attention=plain_layers == text.num_hidden_layers and not (holds_scores or manifest.kv_fixed_bytes),
+        grows_in_place=_grows_in_place(config, text),
     )
 
 
@@ -203,6 +207,13 @@ def _expanded_bytes(text: Any, manifest: Manifest) -> int:
         return 0
     head = most("qk_nope_head_dim") + most("qk_rope_head_dim") + most("v_head_dim")
     return most("num_attention_heads") * head * MATHS_DTYPES[manifest.dtype].itemsize
+
+
+def _grows_in_place(config: PreTrainedConfig, text: PreTrainedConfig) -> bool:
+    """Whether what tokens add to the KV cache is kept by layers that `kvcache` has in place."""
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=text).layers}
+    untyped: Any = causal_lm_class(config)
+    return untyped._supports_default_dynamic_cache() and kinds <= _LAYERS_IN_PLACE
 
 
 def _plain_layers(text: PreTrainedConfig) -> int:

@@ -158,7 +158,8 @@ def _reason(situation: Situation, plan: MemoryPlan, forecast: Forecast) -> str:
     memory = "the GPU's memory" if plan.host else "memory"
     if plan.regime == "resident":
         return f"{speed}: all {plan.all_experts:,} experts fit in {memory}"
-    fitting = f"{plan.slots:,} of {plan.all_experts:,} experts ({plan.slots / plan.all_experts:.0%}) fit in {memory}"
+    slots = plan.most_slots
+    fitting = f"{slots:,} of {plan.all_experts:,} experts ({slots / plan.all_experts:.0%}) fit in {memory}"
     if situation.reads_files:
         return f"{speed}: {fitting}, and the system's page cache has room for the files of the others"
     if plan.thrashes:

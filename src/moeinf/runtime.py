@@ -160,24 +160,27 @@ class ExpertRuntime:
     def lendable_slots(self) -> int:
         """Slots whose memory a long prompt should borrow at most: the empty ones, and a quarter of the others."""
         empty = self.cache.num_free
-        return empty + (self.cache.num_slots - empty) // 4
+        return empty + (self.cache.num_usable - empty) // 4
 
     def lend(self, count: int) -> None:
-        """Take `count` slots out of use, and give their memory to whoever needs it, until `take_back`."""
-        self._lent = self.cache.lend(count)
-        for slot in self._lent:
-            self._pool.release(slot)
-
-    def take_back(self) -> None:
-        """Use all slots again. Harmless when none is lent."""
-        self.cache.give_back(self._lent)
-        self._lent = []
+        """Have `count` slots out of use from now on, and their memory for whoever needs it."""
+        if count == len(self._lent):
+            return
+        if count > len(self._lent):
+            slots = self.cache.lend(count - len(self._lent))
+            for slot in slots:
+                self._pool.release(slot)
+            self._lent += slots
+        else:
+            self.cache.give_back(self._lent[count:])
+            del self._lent[count:]
+        self._fit(self.cache.num_usable)
 
     def shrink(self, num_slots: int) -> None:
         """Make do with so many slots from now on, no fewer than one layer asks for. What was in any is gone from there.
         To be called between steps.
         """
-        self.take_back()
+        self.lend(0)
         self._settle(())
         self._warm_up.give_up()
         while self._prefetcher.unsettled or self._warm_up.give_up():

@@ -83,7 +83,7 @@ def survey(job: Job, texts: Sequence[str], prompt_tokens: int) -> Survey:
             budget=plan.budget,
             total=plan.total,
             libraries=stats.memory.libraries,
-            slots=plan.slots,
+            slots=plan.most_slots,
             token_experts=plan.token_experts,
             thrashes=plan.thrashes,
             regime=plan.regime,

@@ -106,7 +106,9 @@ def describe_plan(plan: MemoryPlan) -> str:
     """Which regime the engine is in."""
     if plan.regime == "resident":
         return f"all {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
-    held = f"{plan.slots:,} of {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
+    held = f"{plan.most_slots:,} of {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
+    if plan.most_slots > plan.slots:
+        held += f" ({plan.slots:,} when the context is full)"
     if plan.regime == "host-cached":
         return f"{held}, and all of them in host memory"
     behind = f", {plan.host.slots:,} in host memory" if plan.host else ""

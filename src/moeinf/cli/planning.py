@@ -156,6 +156,9 @@ def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]
     cache = plan.kv_cache - plan.expanded
     token = cache // plan.context if plan.context else 0
     longer = "borrow slots" if plan.host is None else "go in pieces"
+    tokens = f"{plan.context:,} tokens of {format_bytes(token)}"
+    if plan.most_slots > plan.slots:
+        tokens += f"; until they come, {plan.most_slots - plan.slots:,} more experts"
     rows = [
         (
             "MEMORY" if plan.host is None else "MEMORY OF THE GPU",
@@ -163,7 +166,7 @@ def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]
             f"of a budget of {format_bytes(plan.budget)}",
         ),
         ("  dense weights", format_bytes(plan.dense), ""),
-        ("  KV cache", format_bytes(cache), f"{plan.context:,} tokens of {format_bytes(token)}"),
+        ("  KV cache", format_bytes(cache), tokens),
         *([("  made of it", format_bytes(plan.expanded), "keys and values of its latents")] if plan.expanded else []),
         ("  workspace", format_bytes(plan.workspace), f"steps of {plan.step_tokens} tokens; longer ones {longer}"),
         ("  experts", format_bytes(plan.experts), f"{plan.slots:,} slots of {format_bytes(plan.slot_bytes)}"),

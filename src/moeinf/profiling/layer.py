@@ -201,8 +201,8 @@ def _attach_runtime(
         predictors={"gate": asked} if asked else None,
     )
     plan = MemoryPlan(
-        budget=0, dense=0, kv_cache=0, workspace=0, token_workspace=0, slots=slots, slot_bytes=pool.slot_bytes,
-        all_experts=experts, token_experts=layers * _TOP_K, context=1,
+        budget=slots * pool.slot_bytes, dense=0, kv_cache=0, workspace=0, token_workspace=0, slots=slots,
+        slot_bytes=pool.slot_bytes, all_experts=experts, token_experts=layers * _TOP_K, context=1,
     )  # fmt: skip
     hooks.attach(list(modules.values()), model, runtime, plan)
     return runtime, asked
