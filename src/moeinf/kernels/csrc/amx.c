@@ -16,7 +16,7 @@
 
 #define TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
 
-enum { DEPTH_LINES = DEPTH * sizeof(uint16_t) / LINE_BYTES, WORD = 4 };
+enum { WORD = 4, AHEAD = 4 * STEP };
 enum { REQUEST_STATE = 0x1023, TILE_STATE = 18 }; /* ARCH_REQ_XCOMP_PERM and the data of tiles, of asm/prctl.h */
 
 /* What a processor is told of its eight tiles: their rows, and the bytes of each. */
@@ -65,17 +65,17 @@ TARGET static const char *rows_of(const matrix *w, size_t row, size_t rows, size
     return (const char *)room;
 }
 
-/* Asks memory for as much as a step reads, of what comes next: of the next rows as they lie, or, where 32 rows would crowd the
- * cache, of these ones' next inputs, row after row. A tile is loaded from 16 places, which the processor does not guess. */
-static inline void fetch_step(const matrix *w, size_t row, size_t start, size_t step) {
-    size_t stride = w->width * sizeof(uint16_t), lines = 2 * ROWS, first = step * lines;
-    const char *from = (const char *)w->numbers + row * stride;
-    for (size_t line = first; line < first + lines; line++) {
-        size_t at = (2 * ROWS * stride) + start / STEP * lines * LINE_BYTES + line * LINE_BYTES;
-        if (w->width > WIDE)
-            at = line / DEPTH_LINES * stride + (start + DEPTH) * sizeof(uint16_t) + line % DEPTH_LINES * LINE_BYTES;
-        _mm_prefetch(from + at, _MM_HINT_T1);
+/* Asks memory for what 32 rows read AHEAD inputs later, of the next 32 where these end. A tile is loaded from 16 places, which
+ * the processor does not guess. */
+static inline void fetch_ahead(const matrix *w, size_t row, size_t input) {
+    size_t stride = w->width * sizeof(uint16_t), at = input + AHEAD;
+    if (at >= w->width) {
+        row += 2 * ROWS;
+        at -= w->width;
     }
+    const char *from = (const char *)w->numbers + row * stride + at * sizeof(uint16_t);
+    for (size_t r = 0; r < 2 * ROWS; r++)
+        _mm_prefetch(from + r * stride, _MM_HINT_T0);
 }
 
 /* One x, which is followed by zeros. Tiles: 0 and 1 are the sums of 16 rows each, 2 and 3 the rows, 4 the x. */
@@ -99,7 +99,7 @@ TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uin
             WRITTEN();
             for (size_t i = 0; i < inputs; i += STEP) {
                 if (w->kind == MOE_PLAIN)
-                    fetch_step(w, first + r, start, i / STEP);
+                    fetch_ahead(w, first + r, start + i);
                 _tile_loadd(4, x + start + i, WORD);
                 _tile_loadd(2, a + i * sizeof *x, stride);
                 _tile_dpbf16ps(0, 2, 4);

@@ -13,6 +13,8 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bf16")))
 
+enum { WIDE = 4096 }; /* rows of more inputs are fetched part by part: 16 whole ones would crowd the cache */
+
 void pack_pairs(const float *values, size_t count, void *packed) {
     for (size_t i = 0; i < PAD; i++)
         ((uint16_t *)packed)[i] = i < count ? to_bf16(values[i]) : 0;

@@ -15,7 +15,6 @@ enum {
     STEP = 32, /* inputs in a vector of pairs */
     LINE_BYTES = 64,
     DEPTH = 512, /* inputs that are unpacked or transposed at a time */
-    WIDE = 4096, /* rows of more inputs are fetched part by part: 16 whole ones would crowd the cache */
 };
 
 /* One chain of one row, the slow way: for rows that are left over, and to be read. */
