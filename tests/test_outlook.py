@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 
 import pytest
 
@@ -89,6 +90,20 @@ def test_the_sentence_names_the_page_cache() -> None:
     situation, plan = small("50%")
     found = look_ahead(dataclasses.replace(situation, reads_files=True), plan)
     assert found.reason.endswith("fit in memory, and the system's page cache has room for the files of the others")
+
+
+def test_the_sentence_says_what_fits_for_a_while() -> None:
+    manifest, shape = make_manifest(), make_shape()
+
+    def reason(budget: int) -> str:
+        plan = make_plan(manifest, shape, available_bytes=1 << 40, host_memory=str(budget), context=16384)
+        return look_ahead(Situation(make_machine(), manifest, shape, PUBLISHED), plan).reason
+
+    some = make_plan(manifest, shape, available_bytes=1 << 40, host_memory="1500MiB", context=16384)
+    most = f"{some.most_slots} of 1,024 experts .* fit in memory, and the others come from the disk"
+    assert re.search(most, reason(some.budget))
+    nearly_all = some.total + (1000 - some.slots) * some.slot_bytes
+    assert reason(nearly_all).endswith("all 1,024 experts fit in memory until the context is full, and then 1,000")
 
 
 def test_the_best_advice_comes_first() -> None:

@@ -159,6 +159,8 @@ def _reason(situation: Situation, plan: MemoryPlan, forecast: Forecast) -> str:
     if plan.regime == "resident":
         return f"{speed}: all {plan.all_experts:,} experts fit in {memory}"
     slots = plan.most_slots
+    if slots == plan.all_experts:
+        return f"{speed}: all {slots:,} experts fit in {memory} until the context is full, and then {plan.slots:,}"
     fitting = f"{slots:,} of {plan.all_experts:,} experts ({slots / plan.all_experts:.0%}) fit in {memory}"
     if situation.reads_files:
         return f"{speed}: {fitting}, and the system's page cache has room for the files of the others"
