@@ -14,7 +14,7 @@ enum {
     VECTOR_BYTES = 64,
     TOGETHER = 2,
     HALF = 128,
-    AHEAD_BYTES = 8192, /* fetched so far ahead: the processor does not guess it while x takes more reads than weights do */
+    AHEAD_BYTES = 4096, /* fetched so far ahead: the processor does not guess it while x takes more reads than weights do */
 };
 
 /* x for one vector of weights: of each word's weights the even ones are in [0] and the odd ones in [1] when two weights share a
@@ -98,9 +98,10 @@ static inline size_t scale_bytes_of(size_t width, size_t group, size_t per) {
     return per == 8 ? int4_factor_bytes(width) : (width + group - 1) / group * sizeof(uint16_t);
 }
 
-/* `together` rows, which share what is read of x; a constant, as `per` and `group` are. */
+/* `together` rows, which share what is read of x, each so many rows from the one before; the first is a constant, as `per` and
+ * `group` are. */
 TARGET static inline void dot_rows(const uint8_t *w, const uint8_t *scales, size_t width, size_t group,
-                                   size_t together, const chunk *x, float *out, size_t per) {
+                                   size_t together, size_t apart, const chunk *x, float *out, size_t per) {
     const size_t step = per * LANES, begin = per == 8 ? UNIT_BYTES : 0;
     const size_t each = step / group * (per == 8 ? sizeof(int8_t) : sizeof(uint16_t)); /* bytes of scales of a step */
     size_t row_bytes = row_bytes_of(width, per), row_scales = scale_bytes_of(width, group, per), at = 0;
@@ -109,30 +110,31 @@ TARGET static inline void dot_rows(const uint8_t *w, const uint8_t *scales, size
         sums[r] = _mm512_setzero_ps();
     for (; (at + 1) * step <= width; at++)
         for (size_t r = 0; r < together; r++) {
-            const uint8_t *from = w + r * row_bytes + at * VECTOR_BYTES;
-            _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T1);
-            sums[r] = add_chunk(_mm512_loadu_si512(from), scales + r * row_scales + begin + at * each, group, x + at, per,
-                                sums[r]);
+            const uint8_t *from = w + r * apart * row_bytes + at * VECTOR_BYTES;
+            _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
+            sums[r] = add_chunk(_mm512_loadu_si512(from), scales + r * apart * row_scales + begin + at * each, group, x + at,
+                                per, sums[r]);
         }
     for (size_t r = 0; r < together; r++) {
-        const uint8_t *mine = scales + r * row_scales;
+        const uint8_t *mine = scales + r * apart * row_scales;
         if (at * step < width) {
             uint8_t last[VECTOR_BYTES] = {0}, last_scales[8] = {0};
-            memcpy(last, w + r * row_bytes + at * VECTOR_BYTES, row_bytes - at * VECTOR_BYTES);
+            memcpy(last, w + r * apart * row_bytes + at * VECTOR_BYTES, row_bytes - at * VECTOR_BYTES);
             memcpy(last_scales, mine + begin + at * each, row_scales - begin - at * each);
             sums[r] = add_chunk(_mm512_loadu_si512(last), last_scales, group, x + at, per, sums[r]);
         }
-        out[r] = _mm512_reduce_add_ps(sums[r]) * (per == 8 ? unit_of(mine) : 1);
+        out[r * apart] = _mm512_reduce_add_ps(sums[r]) * (per == 8 ? unit_of(mine) : 1);
     }
 }
 
+/* Rows that are computed together lie in two parts, far enough apart for the processor to see two streams. */
 TARGET static inline void dot(const uint8_t *w, const uint8_t *scales, size_t width, size_t group, size_t rows,
                               const chunk *x, float *out, size_t per) {
-    size_t row_bytes = row_bytes_of(width, per), row_scales = scale_bytes_of(width, group, per), r = 0;
-    for (; r + TOGETHER <= rows; r += TOGETHER)
-        dot_rows(w + r * row_bytes, scales + r * row_scales, width, group, TOGETHER, x, out + r, per);
-    for (; r < rows; r++)
-        dot_rows(w + r * row_bytes, scales + r * row_scales, width, group, 1, x, out + r, per);
+    size_t row_bytes = row_bytes_of(width, per), row_scales = scale_bytes_of(width, group, per), part = rows / TOGETHER;
+    for (size_t r = 0; r < part; r++)
+        dot_rows(w + r * row_bytes, scales + r * row_scales, width, group, TOGETHER, part, x, out + r, per);
+    for (size_t r = part * TOGETHER; r < rows; r++)
+        dot_rows(w + r * row_bytes, scales + r * row_scales, width, group, 1, 1, x, out + r, per);
 }
 
 TARGET void dot_vnni8(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
