@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from moeinf import engine, transfer
 from moeinf.transfer import Reader, Urgency
 
-__all__ = ["FailingReader", "RecordingReader", "SlowReader", "StuckReader", "use_reader"]
+__all__ = ["FailingReader", "RecordingReader", "SlowReader", "StuckReader", "count_threads", "use_reader"]
 
 
 class SlowReader(Reader):
@@ -73,6 +74,14 @@ class FailingReader(Reader):
         if job.path == self.failed_path:
             raise OSError(errno.EIO, "Input/output error")
         super()._read_piece(job, start)
+
+
+def count_threads(expected: int) -> int:
+    """Threads of this process, as the system counts them; those that have ended may take a moment to be gone."""
+    deadline = time.monotonic() + 10
+    while (count := int(psutil.Process().num_threads())) > expected and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return count
 
 
 def use_reader(monkeypatch: pytest.MonkeyPatch, kind: Callable[..., Reader]) -> list[Any]:

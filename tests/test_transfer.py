@@ -25,6 +25,7 @@ from moeinf.native_reader import NativeReader, open_reader
 from moeinf.shared_library import NotNativeError
 from moeinf.steps import Arrival
 from moeinf.transfer import FileReader, Reader, SlotPool, Urgency, allocate_buffer, can_read_direct
+from readers import count_threads
 from test_native import LIBRARY
 
 DEMAND, GUESS, WARM_UP = Urgency
@@ -215,6 +216,27 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
+def test_what_arrives_as_a_wait_is_interrupted_is_told_again(tmp_path: Path) -> None:
+    write_random(tmp_path / "file", 100)
+    reader = NativeReader(threads=1, direct=False)
+    reader.fetch(1, tmp_path / "file", 0, 100, memoryview(allocate_buffer(100)))
+    library: Any = reader._library
+    waits = library.moe_await
+
+    def interrupted(*args: Any) -> int:
+        assert waits(*args)
+        library.moe_await = waits
+        raise KeyboardInterrupt
+
+    library.moe_await = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        reader.wait()
+    assert reader.wait() == Arrival(1, 100)
+    assert reader.poll() is None
+    reader.close()
+
+
 def test_without_the_library_python_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_library, "built_library", lambda: None)
     with pytest.raises(NotNativeError, match="not built"):
@@ -263,17 +285,12 @@ def test_a_bug_in_a_worker_reaches_the_waiter(tmp_path: Path) -> None:
 
 def test_closing_drops_what_has_not_begun(tmp_path: Path, make_reader: MakeReader) -> None:
     write_random(tmp_path / "file", 4096)
-    before = _threads()
+    before = int(psutil.Process().num_threads())
     reader = make_reader(threads=1, direct=False)
     for key in range(200):
         reader.fetch(key, tmp_path / "file", 0, 4096, memoryview(allocate_buffer(4096)))
-    assert _threads() == before + 1
     reader.close()
-    assert _threads() == before
-
-
-def _threads() -> int:
-    return int(psutil.Process().num_threads())
+    assert count_threads(before) <= before
 
 
 class GatedReader(Reader):

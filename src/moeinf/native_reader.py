@@ -41,6 +41,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_promote", None, (c_void_p, c_int64)),
     ("moe_cancel", None, (c_void_p, c_int64)),
     ("moe_await", c_int, (c_void_p, c_int32, ctypes.POINTER(_Arrival))),
+    ("moe_forget", None, (c_void_p,)),
 )
 
 
@@ -90,7 +91,7 @@ class NativeReader:
 
     def wait(self) -> Arrival:
         while (arrival := self._await(_PATIENCE_MS)) is None:
-            pass
+            assert self._reader is not None, "the reader is closed"
         return arrival
 
     def poll(self) -> Arrival | None:
@@ -106,9 +107,12 @@ class NativeReader:
         arrival = self._arrival
         if self._reader is None or not self._library.moe_await(self._reader, milliseconds, arrival):
             return None
-        path, end, _ = self._fetches.pop(arrival.key)
+        path, end, _ = self._fetches[arrival.key]
         error = _error_of(path, end, arrival) if arrival.error else None
-        return Arrival(arrival.key, arrival.read_bytes, error, bool(arrival.is_cancelled))
+        told = Arrival(arrival.key, arrival.read_bytes, error, bool(arrival.is_cancelled))
+        self._library.moe_forget(self._reader)
+        del self._fetches[told.key]
+        return told
 
 
 def _error_of(path: Path, end: int, arrival: _Arrival) -> MoeinfError:

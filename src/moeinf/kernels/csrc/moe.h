@@ -233,8 +233,10 @@ MOE_API int moe_fetch_file(moe_reader *reader, int64_t key, const char *path, in
 MOE_API void moe_promote(moe_reader *reader, int64_t key);
 MOE_API void moe_cancel(moe_reader *reader, int64_t key);
 
-/* Waits for the next fetch that ends, so long at most: 1 if one has. */
+/* Waits for the next fetch that ends, so long at most: 1 if one has. It stays the next one until it is forgotten, so that a
+ * caller who is interrupted hears of it again. */
 MOE_API int moe_await(moe_reader *reader, int32_t milliseconds, moe_arrival *arrival);
+MOE_API void moe_forget(moe_reader *reader);
 
 /* What each of the threads does, apart: it takes the next piece, 1 if there is one that may be read now, and reads it. */
 typedef struct {

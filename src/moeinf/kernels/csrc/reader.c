@@ -332,11 +332,15 @@ int moe_await(moe_reader *reader, int32_t milliseconds, moe_arrival *arrival) {
         late = pthread_cond_timedwait(&reader->arrival, &reader->lock, &until) != 0;
     moe_fetch *fetch = reader->ended.first;
     if (fetch != NULL)
-        take_out(&reader->ended, NULL, fetch);
+        *arrival = (moe_arrival){fetch->key, fetch->read_bytes, fetch->file_bytes, fetch->error, fetch->is_cancelled};
     pthread_mutex_unlock(&reader->lock);
-    if (fetch == NULL)
-        return 0;
-    *arrival = (moe_arrival){fetch->key, fetch->read_bytes, fetch->file_bytes, fetch->error, fetch->is_cancelled};
+    return fetch != NULL;
+}
+
+void moe_forget(moe_reader *reader) {
+    pthread_mutex_lock(&reader->lock);
+    moe_fetch *fetch = reader->ended.first;
+    take_out(&reader->ended, NULL, fetch);
+    pthread_mutex_unlock(&reader->lock);
     free(fetch);
-    return 1;
 }
