@@ -1,5 +1,5 @@
-"""The reader with its threads in C (kernels/csrc/reader.c): the same order, in a twentieth of the processor's time, and
-without the interpreter's lock (docs/experiments.md).
+"""The reader with its threads in C (kernels/csrc/reader.c): the same order, in half the processor's time, and without
+the interpreter's lock (docs/experiments.md).
 """
 
 from __future__ import annotations
