@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --folder FOLDER --shapes deepseek-v2-lite:10 qwen3-30b-a3b:12
 
 Each shape (with so many layers, about a gigabyte each) is a random checkpoint, kept in FOLDER. At a quarter and half of
-the experts on the GPU moeinf runs beside accelerate, which keeps the others in host memory too; with all of them there,
-beside transformers alone; `moeinf bench` takes the times. The bound is the larger of what the link and the GPU's memory
-need, at the rates that were measured just before; what is hidden is the share of the link's time in which nothing
-waited for it; what `moeinf profile` foretold, before past runs correct it, stands beside what was measured. Prints a
-short table last.
+the experts on the GPU moeinf runs beside accelerate, which keeps the others in host memory too, once more at a quarter
+with `--miss auto`; with all of them there, beside transformers alone, with torch's maths, with Triton's kernels, and
+with layers compiled around these; `moeinf bench` takes the times. The bound is the larger of what the link and the
+GPU's memory need, at the rates that were measured just before; what is hidden is the share of the link's time in which
+nothing waited for it; what `moeinf profile` foretold, before past runs correct it, stands beside what was measured.
+Prints a short table last.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("deepseek-v2-lite:8", "qwen3-30b-a3b:8", "mixtral-8x7b:3")
-SHARES = {"25%": "accelerate", "50%": "accelerate", "100%": "transformers"}
+RUNS = (
+    ("25%", "accelerate", ()),
+    ("25%", "accelerate", ("--miss", "auto")),
+    ("50%", "accelerate", ()),
+    ("100%", "transformers", ()),
+    ("100%", "transformers", ("--kernels", "triton")),
+    ("100%", "transformers", ("--kernels", "triton", "--compile", "on")),
+)
+"""Shares of the experts, what is measured beside, and options of moeinf."""
+NOT_FORETOLD = ("--miss", "--compile")
 PROMPTS, TOKENS = 2, 48
 REQUESTS, WARM = 1000, 100
 
@@ -63,7 +73,7 @@ class Row:
     shape: str
     share: str
     tpot_s: float
-    foretold_s: float
+    foretold_s: float | None
     other: str
     other_s: float | None
     hit_rate: float
@@ -76,7 +86,7 @@ class Row:
         ratio = "failed" if self.other_s is None else f"{self.other_s / self.tpot_s:.2f}"
         hidden = "-" if self.hidden is None else f"{self.hidden:.0%}"
         tokens = "same" if self.same_tokens else "OTHER"
-        times = (f"{seconds * 1e3:.2f}" for seconds in (self.tpot_s, self.foretold_s))
+        times = ("-" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in (self.tpot_s, self.foretold_s))
         shares = (f"{self.hit_rate:.1%}", f"{self.eta:.2f}", hidden)
         return (self.shape, self.share, *times, *shares, f"{self.other} takes {ratio} times as long", tokens)
 
@@ -120,14 +130,34 @@ def foretell(model: str, *bounded: str, env: dict[str, str]) -> float:
     return float(expected["tpot_s"] / expected["factor"])
 
 
-def bench(shape: str, model: str, share: str, device_memory: str | None, rates: Rates, env: dict[str, str]) -> Row:
-    other = SHARES[share]
+def bench(
+    shape: str,
+    model: str,
+    share: str,
+    other: str,
+    options: tuple[str, ...],
+    device_memory: str | None,
+    rates: Rates,
+    env: dict[str, str],
+) -> Row:
     bounded = ("--device-memory", device_memory) if device_memory else ("--experts", share)
-    foretold_s = foretell(model, *bounded, env=env)
+    is_foretold = not any(option in NOT_FORETOLD for option in options)
+    foretold_s = foretell(model, *bounded, *options, env=env) if is_foretold else None
     report = json.loads(
         call(
-            *(sys.executable, "-m", "moeinf", "bench", model, "--device", "cuda", *bounded, "--against", other),
-            *("--prompts", str(PROMPTS), "--tokens", str(TOKENS), "--prompt-tokens", "64", "--warm", "--json"),
+            *(sys.executable, "-m", "moeinf", "bench", model, "--device", "cuda", *bounded, *options),
+            *(
+                "--against",
+                other,
+                "--prompts",
+                str(PROMPTS),
+                "--tokens",
+                str(TOKENS),
+                "--prompt-tokens",
+                "64",
+                "--warm",
+                "--json",
+            ),
             env=env,
         )
     )
@@ -140,7 +170,7 @@ def bench(shape: str, model: str, share: str, device_memory: str | None, rates: 
     device_s = (counts["token_bytes"] + hit_bytes) / rates.memory
     return Row(
         shape,
-        device_memory or share,
+        " ".join((device_memory or share, *options)),
         tpot_s,
         foretold_s,
         other,
@@ -204,11 +234,11 @@ def main() -> None:
         tests = (done.stdout.strip().splitlines() or ["they said nothing"])[-1]
     rates, rows = measure_rates(), []
     torch.cuda.empty_cache()
-    shares = ["25%"] if arguments.device_memory else list(SHARES)
+    runs = [run for run in RUNS if run[0] == RUNS[0][0] or not arguments.device_memory]
     for shape in arguments.shapes:
         model = pull(shape, arguments.folder.resolve(), env)
-        for share in shares:
-            rows.append(bench(shape, model, share, arguments.device_memory, rates, env))
+        for share, other, options in runs:
+            rows.append(bench(shape, model, share, other, options, arguments.device_memory, rates, env))
             print(" ".join(rows[-1].cells), file=sys.stderr)
     allocated, used = leak(env)
     print(system())

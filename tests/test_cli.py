@@ -523,6 +523,7 @@ def test_run_passes_options_on(stored: CommandLine, monkeypatch: pytest.MonkeyPa
         "prefetch": "auto",
         "miss": "fetch",
         "kernels": "auto",
+        "compile": "auto",
         "threads": 3,
     }
     assert engine.samplings == [moeinf.Sampling(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=1)]
@@ -1321,7 +1322,7 @@ def test_the_reference_is_what_the_commands_say() -> None:
     assert page == script["render"](), "docs/cli.md is stale: run scripts/generate_cli_docs.py"
 
 
-@pytest.mark.parametrize("name", ["prefetch", "miss", "kernels"])
+@pytest.mark.parametrize("name", ["prefetch", "miss", "kernels", "compile"])
 def test_the_choices_in_the_help_are_those_that_are_taken(name: str) -> None:
     nonsense: dict[str, Any] = {name: "nonsense"}
     with pytest.raises(UsageError) as caught:

@@ -26,6 +26,7 @@ from . import hooks, memory
 from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, CollectionFile
+from .compiling import compile_layers
 from .densefile import DenseFiles, read_plain
 from .device import Device
 from .dtypes import TORCH_DTYPES
@@ -59,6 +60,7 @@ from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load", "load_tokenizer"]
 
+_COMPILES = "torch compiles layers while the first answer is made, which takes a while"
 _NOT_PINNED = (
     "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
 )
@@ -255,6 +257,7 @@ def load(
     prefetch: str = "auto",
     miss: str = "fetch",
     kernels: str = "auto",
+    compile: str = "auto",  # noqa: A002  # as on the command line
     threads: int | None = None,
     dtype: str = "auto",
 ) -> Engine:
@@ -266,7 +269,7 @@ def load(
     UnsupportedError.
     """
     options = EngineOptions(
-        device, device_memory, host_memory, experts, context, policy, prefetch, miss, kernels, threads
+        device, device_memory, host_memory, experts, context, policy, prefetch, miss, kernels, compile, threads
     )
     with ExitStack() as stack:
         store = Store()
@@ -324,7 +327,8 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
             misses = _make_misses(on_host, fetcher, manifest, options, stack)
     else:
         maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
-        hooks.attend(model, speed_up_dense(model, maths))
+        if not options.compiles:
+            hooks.attend(model, speed_up_dense(model, maths))
         keep_expanded(model, plan.expanded)
     runtime = ExpertRuntime(
         manifest,
@@ -341,6 +345,9 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     hooks.attach(list(modules.values()), model, runtime, plan)
     if (first := first_decoder_layer(model, next(iter(modules)))) is not None:
         hooks.announce_tokens(first, runtime)
+    if options.compiles:
+        compile_layers(model, list(modules.values()), model.device)
+        notes = (*notes, _COMPILES)
     return Engine(
         manifest,
         plan,

@@ -18,14 +18,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .ledger import SPARE_WINDOW
 from .transfer import allocate_buffer
 
-__all__ = ["GrowingLayer", "can_crop", "grows_in_place", "make_cache", "set_aside"]
+__all__ = ["GrowingLayer", "can_crop", "grows_in_place", "leave_out_of_compilation", "make_cache", "set_aside"]
 
 States = tuple[torch.Tensor, torch.Tensor]
 
 
+class _GrowingCache(DynamicCache):
+    """What `make_cache` makes: a kind of its own, which may be left out of compilation."""
+
+
 def make_cache(config: PreTrainedConfig, context: int) -> Cache:
     """An empty cache for a model of `config` and one sequence of at most `context` tokens."""
-    cache = DynamicCache(config=config)
+    cache = _GrowingCache(config=config)
     cache.layers = [_in_place(layer, context) for layer in cache.layers]
     return cache
 
@@ -39,6 +43,15 @@ def can_crop(cache: Cache) -> bool:
 def grows_in_place(cache: Any) -> bool:
     """Whether `make_cache` made it, and its memory counts as tokens come."""
     return any(isinstance(layer, GrowingLayer) for layer in getattr(cache, "layers", ()))
+
+
+def leave_out_of_compilation() -> None:
+    """From now on code that torch.compile makes calls caches of `make_cache` as plain Python does, and is not made
+    anew for each layer of them.
+    """
+    for name in ("update", "update_conv_state", "update_recurrent_state"):
+        leave_out: Any = torch.compiler.disable  # untyped
+        setattr(_GrowingCache, name, leave_out(getattr(DynamicCache, name)))
 
 
 def set_aside(states: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     dtype, widening = _widen(manifest, is_wide)
     is_native = dtype == torch.bfloat16 and is_native_exactly(options.kernels)
     held = manifest
-    if not is_native:
+    if not is_native or options.compiles:
         held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
     libraries = Libraries(
         programs and kept_programs(programs),

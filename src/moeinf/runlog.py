@@ -53,14 +53,14 @@ class RunLog:
 
     def add(self, plan: MemoryPlan, tpot_s: float, decode: CacheCounters) -> None:
         """Note an answer that took `tpot_s` per token, and met the cache like this while decoding; `plan` is what goes
-        where by now. An answer in which that has changed is left out, and so is one of which the processor computed
-        experts for a GPU, which is not foretold.
+        where by now. An answer in which that has changed is left out, and so is what is not foretold: compiled layers,
+        and experts that the processor computed for a GPU.
         """
         if plan != self._plan:
             self._plan = plan
             return
         tokens = decode.requests // plan.token_experts
-        if tokens < _LEAST_TOKENS or not tpot_s or decode.passed_by:
+        if tokens < _LEAST_TOKENS or not tpot_s or decode.passed_by or self._options.compiles:
             return
         run = PastRun(
             date=datetime.now(UTC).isoformat(timespec="seconds"),

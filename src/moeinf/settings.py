@@ -44,6 +44,7 @@ _CHOICES = {
     "prefetch": ("auto", "eam", "gate", "off"),
     "miss": ("auto", "fetch", "host"),
     "kernels": ("auto", "native", "torch", "triton"),
+    "compile": ("auto", "on", "off"),
 }
 
 
@@ -64,6 +65,7 @@ class EngineOptions:
     prefetch: str = "auto"
     miss: str = "fetch"
     kernels: str = "auto"
+    compile: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +82,13 @@ class EngineOptions:
     def computes_on_host(self) -> bool:
         """Whether the processor may compute experts that a GPU lacks."""
         return self.miss != "fetch"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch compiles decoder layers. With `auto` it does not: where it was measured, native kernels are
+        faster (docs/experiments.md).
+        """
+        return self.compile == "on"
 
 
 def home_path(environ: Mapping[str, str] = os.environ) -> Path:

@@ -103,6 +103,19 @@ def test_triton_kernels_give_nearly_the_same(family: str, home: Path, tmp_path: 
             assert len(tokens) == NEW_TOKENS
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_give_nearly_the_same(family: str, home: Path, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path, "float32")
+    logits, _ = reference(tmp_path, torch.float32)
+    pull(str(tmp_path), store=Store(home), name="model")
+    for experts in ("50%", "100%"):
+        with moeinf.load("model", device="cuda", experts=experts, compile="on") as engine, torch.inference_mode():
+            assert torch.allclose(engine.model(PROMPT.to("cuda")).logits, logits, rtol=1e-3, atol=1e-3)
+            engine.generation_config.eos_token_id = None
+            tokens = engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens
+            assert len(tokens) == NEW_TOKENS
+
+
 @pytest.fixture
 def bench(tmp_path: Path, device: CudaDevice) -> Iterator[Bench]:
     made = Bench(tmp_path, device, 3)

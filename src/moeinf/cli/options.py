@@ -125,6 +125,10 @@ class EngineFlags:
     kernels: Annotated[
         str | None, typer.Option(metavar="auto|native|torch|triton", help="What computes the experts.")
     ] = None
+    compile: Annotated[
+        str | None,
+        typer.Option(metavar="auto|on|off", help="Whether torch compiles what lies between experts; auto does not."),
+    ] = None
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads that compute.")] = None
 
     def resolve(self) -> EngineOptions:

@@ -36,6 +36,8 @@ def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) 
     options = flags.resolve()
     if options.computes_on_host:
         raise UnsupportedError("what --miss brings is not foretold yet", hint="leave --miss out")
+    if options.compiles:
+        raise UnsupportedError("what --compile brings is not foretold", hint="leave --compile out")
     with output.busy(f"looking at {model}"):
         from moeinf import evidence, memory
         from moeinf.placement import place
