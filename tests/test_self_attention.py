@@ -35,7 +35,7 @@ WHOLE = {
     "aria_text", "dots1", "exaone_moe", "glm4_moe", "granitemoe", "granitemoeshared", "hy_v3", "kolibri1", "mellum",
     "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
 }  # fmt: skip
-"""The families of which some layers attend natively."""
+"""The families of which some layers are taken whole."""
 
 OTHERS = {"cohere2_moe", "ernie4_5_moe", "flex_olmo", "gpt_oss", "hunyuan_v1_moe", "lfm2_moe", "qwen3_next"}
 """They turn pairs of numbers, have sinks, gates, or other parts or names."""
@@ -98,6 +98,20 @@ def test_logits_are_the_familys(family: str, pool: NativePool, asked: list[int])
     hold_the_same(model, native, [9, *[1] * 20, 3, *[1] * 10])
     assert bool(asked) == (family in WHOLE)
     assert 10 in asked or not asked
+
+
+def test_torch_attends_where_the_library_does_not(
+    pool: NativePool, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def knows(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(NativeAttention, "knows", knows)
+    for family in ("olmoe", "phimoe", "qwen3_moe"):
+        model = make_model(family, **SIZES)
+        hold_the_same(model, speed_up_copy(model, pool), [9, *[1] * 20, 3, *[1] * 10])
+        assert asked
+        asked.clear()
 
 
 @pytest.mark.parametrize("window", [12, 40])

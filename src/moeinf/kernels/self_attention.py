@@ -2,8 +2,9 @@
 rotary embedding, KV cache, attention, output.
 
 What it is made of is native and torch's to the last bit by itself (`dense`, `attention`); what is saved are the
-small steps of Python between. No family is named: a module is taken when it has the usual parts under their usual
-names, and gives on trial what these give in the usual order.
+small steps of Python between. Where attention itself is not native, torch attends between what comes before it and the
+output's projection. No family is named: a module is taken when it has the usual parts under their usual names, and
+gives on trial what these give in the usual order.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .attention import AttentionCall, NativeAttention
@@ -30,6 +32,10 @@ _MEANT_FOR_OTHERS = {"cache_position", "position_ids", "use_cache"}
 """What decoder layers hand on, and attention that has its angles and its cache does not look at."""
 _TRIALS = ((1, 1.0), (37, 30.0), (520, 1e3))
 """Tokens in the cache, the new one included, and the size of a state: sizes at which whoever limits something does."""
+
+_ONE_THREAD = 1 << 21
+"""Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would
+have to wake up, on cores where the library's look out for work (docs/experiments.md)."""
 
 States = tuple[torch.Tensor, torch.Tensor]
 
@@ -54,7 +60,7 @@ class SelfAttentions:
 
     def find(self, module: nn.Module) -> NativeSelfAttention | None:
         """The forward of `module` from now on, or None for one that is of another kind."""
-        return NativeSelfAttention(module, self) if _has_usual_parts(module, self.attention) else None
+        return NativeSelfAttention(module, self) if _has_usual_parts(module) else None
 
     def between(self, numbers: int) -> torch.Tensor:
         """Memory for so many numbers between two steps, which all modules share."""
@@ -79,8 +85,11 @@ class NativeSelfAttention:
         self._parts = projections, norms  # which have these addresses
         self._layer = _SelfAttention(0, *(part and ctypes.addressof(part) for part in (*projections, *norms)))
         heads, kv_heads = (layer.outputs // self._size for layer in (query, key))
-        self._what = AttentionCall(heads, kv_heads, self._size, scale=module.scaling)
+        self._scale: float = module.scaling
+        self._what = AttentionCall(heads, kv_heads, self._size, scale=self._scale)
         self._between = shared.between(2 * (query.outputs + key.outputs))
+        self._output = None if shared.attention.knows(heads, kv_heads, self._size) else projections[-1]
+        """What torch's attention is followed by; None where attention is native."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         output = None if args or self._is_watched() else self._compute(**named)
@@ -132,10 +141,25 @@ class NativeSelfAttention:
         hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
         output = torch.empty_like(hidden)
         structures = ctypes.addressof(layer), ctypes.addressof(what)
-        addresses = (x.data_ptr() for x in (hidden, cos, sin, self._between, output))
-        if self._pool.lib.moe_self_attend(self._pool.handle, *structures, *addresses):
+        addresses = (x.data_ptr() for x in (hidden, cos, sin, self._between))
+        into = output.data_ptr() if self._output is None else None
+        if self._pool.lib.moe_self_attend(self._pool.handle, *structures, *addresses, into):
             raise MemoryError("no memory for the attention of a token")
+        if self._output is not None:
+            query = self._between[: what.heads * self._size].view(1, what.heads, 1, self._size)
+            self._pool.apply(self._output, self._attend_by_torch(query, keys, values), output)
         return output
+
+    def _attend_by_torch(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        threads = torch.get_num_threads()
+        is_small = (
+            query.numel() * keys.shape[2] < _ONE_THREAD and query.shape[1] > 1
+        )  # one head is cut among all threads
+        torch.set_num_threads(1 if is_small else threads)
+        try:
+            return F.scaled_dot_product_attention(query, keys, values, scale=self._scale, enable_gqa=True).contiguous()
+        finally:
+            torch.set_num_threads(threads)
 
     def _try(self, turned: int) -> bool:
         generator = torch.Generator().manual_seed(0)
@@ -179,7 +203,7 @@ class _TrialCache:
         return self._states
 
 
-def _has_usual_parts(module: Any, attention: NativeAttention) -> bool:
+def _has_usual_parts(module: Any) -> bool:
     """Whether it has all that attention usually has, all of it native, and nothing else."""
     parts = dict(module.named_children())
     usual = {*_PROJECTIONS, *_NORMS} if "q_norm" in parts else {*_PROJECTIONS}
@@ -196,8 +220,6 @@ def _has_usual_parts(module: Any, attention: NativeAttention) -> bool:
     if (output.in_features, output.out_features) != (query.out_features, query.in_features):
         return False
     if key.out_features != value.out_features or query.out_features % size or key.out_features % size:
-        return False
-    if not attention.knows(query.out_features // size, key.out_features // size, size):
         return False
     forward = inspect.signature(type(module).forward)
     asked = {name for name, each in forward.parameters.items() if each.kind is not each.VAR_KEYWORD}

@@ -55,7 +55,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 15 };
+enum { MOE_INTERFACE = 16 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -166,7 +166,8 @@ typedef struct {
 } moe_self_attention;
 
 /* `what` has the cache and its shape; it gets the token's keys and values, as the last of `tokens`. `between` is memory for
- * two queries, a key and a value of all heads. Returns what moe_attend returns. */
+ * two queries, a key and a value of all heads, and begins with the queries afterwards: with an `output` that is NULL that is
+ * all, and attending is left to the caller. Returns what moe_attend returns. */
 MOE_API int moe_self_attend(moe_pool *pool, const moe_self_attention *layer, const moe_attention *what, const void *x,
                             const void *cosines, const void *sines, void *between, void *output);
 

@@ -15,8 +15,8 @@
 #endif
 
 /* How often a thread looks before it sleeps. For others to end: some 20 microseconds, less than two system calls and a
-   wake-up take. For work: some 200, which is more than what lies between most calls of a token. */
-enum { LOOKS = 500, LOOKS_FOR_WORK = 5000 };
+   wake-up take. For work: some 400, which is more than what lies between most calls of a token. */
+enum { LOOKS = 500, LOOKS_FOR_WORK = 10000 };
 
 struct pool {
     pthread_mutex_t lock;

@@ -24,6 +24,8 @@ int moe_self_attend(moe_pool *pool, const moe_self_attention *layer, const moe_a
         memcpy((uint16_t *)what->values + h * (size_t)what->value_head + last * (size_t)what->value_token,
                value + h * size, size * sizeof *value);
     }
+    if (output == NULL)
+        return 0;
     moe_attention attention = *what;
     attention.query = query;
     int failed = moe_attend(pool, &attention, attended);
