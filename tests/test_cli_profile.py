@@ -175,6 +175,16 @@ def test_options_of_the_engine_need_a_model(cli: CommandLine, measured: Measured
         """)
 
 
+@pytest.mark.parametrize("option", ["--miss host", "--compile on"])
+def test_what_cannot_be_foretold_is_refused_before_anything_is_measured(option: str, cli: CommandLine) -> None:
+    cli.check(f"""
+        $ moeinf profile demo {option}
+        ! error: what {option.split()[0]} brings is not foretold
+        ! hint: leave {option.split()[0]} out
+        = 7
+    """)
+
+
 def test_a_model_is_planned_with_the_figures(cli: CommandLine, measured: Measured) -> None:
     measured(typical())
     stdout, _, code = cli.run("profile", "demo", "--host-memory", "200MiB", "--json")

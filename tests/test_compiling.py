@@ -20,6 +20,8 @@ from moeinf.errors import UnsupportedError
 from moeinf.pull import pull
 from moeinf.store import Store
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler says of its own code
+
 PROMPT = list(range(5, 25))
 
 
@@ -62,7 +64,6 @@ def test_layers_share_code_and_give_the_same_tokens(home: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("only_recorded")
-@pytest.mark.filterwarnings("ignore")  # what transformers and torch say about families of theirs
 def test_hooks_stay_outside(home: Path, tmp_path: Path) -> None:
     """The next router is asked by hooks inside of layers, and names experts as it does without a compiler."""
     make_checkpoint("qwen3_moe", tmp_path)
@@ -77,7 +78,6 @@ def test_hooks_stay_outside(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles C++ here")
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own code
 def test_compiled_code_rounds_as_the_model_does(home: Path, tmp_path: Path) -> None:
     make_checkpoint("mixtral", tmp_path, num_hidden_layers=1)
     pull(str(tmp_path), store=Store(home), name="model")

@@ -13,8 +13,6 @@ import torch
 import moeinf
 from families import make_checkpoint
 from moeinf.cli.answers import describe_plan, describe_stats
-from moeinf.cli.options import EngineFlags
-from moeinf.cli.planning import show_plan
 from moeinf.device import find_device
 from moeinf.engine import Engine
 from moeinf.errors import CapacityError, MoeinfError, UnsupportedError, UsageError
@@ -433,10 +431,3 @@ def test_what_is_said_names_both_tiers(tiny: str, device: StandIn) -> None:
         )
     with moeinf.load(tiny) as engine:
         assert describe_plan(engine.plan) == "all 16 experts in GPU memory"
-
-
-@pytest.mark.parametrize("miss", ["auto", "host"])
-def test_what_the_processor_brings_is_not_foretold(miss: str, tiny: str) -> None:
-    nobody: Any = None
-    with pytest.raises(UnsupportedError, match="what --miss brings is not foretold yet"):
-        show_plan(tiny, nobody, EngineFlags(miss=miss), nobody)

@@ -265,10 +265,11 @@ def test_libraries_take_less_where_they_keep_few_programs_and_beside_a_narrow_mo
         takes_prompts: bool = True,
         threads: int = 1,
         has_tiles: bool = False,
+        compiles: bool = False,
         **fields: Any,
     ) -> int:
         shape = dataclasses.replace(SHAPE, hidden=hidden, widest=2 * hidden, vocabulary=0, **fields)
-        libraries = Libraries(programs, takes_prompts, threads, has_tiles)
+        libraries = Libraries(programs, takes_prompts, threads, has_tiles, compiles)
         made = make_plan(make_manifest(), shape, available_bytes=8 * GIB, experts="8", context=512, libraries=libraries)
         return made.workspace - made.step_tokens * made.token_workspace
 
@@ -280,6 +281,7 @@ def test_libraries_take_less_where_they_keep_few_programs_and_beside_a_narrow_mo
     assert fixed(256) < fixed(256, has_plain_attention=False)
     assert fixed(256) < fixed(256, sharing=8)
     assert fixed(256, threads=8) - fixed(256) == 7 * 512 * KIB
+    assert fixed(256, compiles=True) - fixed(256) == 96 * MIB
     for hidden, kib in ((256, 0), (512, 0), (768, 256), (1024, 512), (4096, 512)):
         assert fixed(hidden, 128, has_tiles=True) - fixed(hidden, 128) == (128 + 128) * kib * KIB
 

@@ -18,7 +18,6 @@ from families import make_checkpoint
 from machine_fakes import make_gpu
 from machines import make_machine
 from moeinf import demo, hub, memory, planning
-from moeinf.cli.options import EngineFlags
 from moeinf.cli.output import Mode, Output
 from moeinf.cli.planning import show_plan
 from moeinf.errors import CapacityError, ModelNotFoundError, MoeinfError, UnsupportedError
@@ -28,6 +27,7 @@ from moeinf.machine import Machine
 from moeinf.manifest import Manifest
 from moeinf.planning import Subject, find_curve, find_subject
 from moeinf.pull import pull
+from moeinf.settings import EngineOptions
 from moeinf.simulate import events, replay
 from moeinf.store import TRACES_FOLDER, Store
 from moeinf.trace import NO_EXPERT, ModelIdentity
@@ -188,7 +188,7 @@ def show(
 ) -> tuple[str, int]:
     stdout = io.StringIO()
     output = Output(mode, stdin=io.StringIO(), stdout=stdout, stderr=stderr or io.StringIO())
-    code = show_plan(model, machine, EngineFlags(**flags), output)  # type: ignore[arg-type]
+    code = show_plan(model, machine, EngineOptions(**flags), output)  # type: ignore[arg-type]
     return stdout.getvalue(), code
 
 
@@ -251,7 +251,7 @@ def test_what_cannot_run_is_a_no(mode: Mode, shown: str) -> None:
     stdout = io.StringIO()
     output = Output(mode, stdin=io.StringIO(), stdout=stdout, stderr=io.StringIO())
     with pytest.raises(CapacityError, match="the model needs") as caught:
-        show_plan("demo", make_machine(), EngineFlags(host_memory="20MiB"), output)
+        show_plan("demo", make_machine(), EngineOptions(host_memory="20MiB"), output)
     assert stdout.getvalue() == shown
     assert caught.value.hint is not None
 
@@ -260,7 +260,7 @@ def test_a_no_as_json() -> None:
     stdout = io.StringIO()
     output = Output(Mode.JSON, stdin=io.StringIO(), stdout=stdout, stderr=io.StringIO())
     with pytest.raises(CapacityError) as caught:
-        show_plan("demo", make_machine(), EngineFlags(host_memory="20MiB"), output)
+        show_plan("demo", make_machine(), EngineOptions(host_memory="20MiB"), output)
     data = json.loads(stdout.getvalue())
     assert (data["schema"], data["verdict"], data["plan"]) == (1, "no", None)
     assert data["reason"] == str(caught.value)

@@ -7,6 +7,7 @@ come. Experts, the KV cache and hooks are left out of it: compiled code calls th
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .errors import UnsupportedError
 from .kvcache import leave_out_of_compilation
 
-__all__ = ["compile_layers"]
+__all__ = ["compile_layers", "load_compiler"]
 
 _OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 """Of torch's own compiler: round where the layers' own code rounds."""
 _MOST_VARIANTS = 64
 """Of a piece of code: kinds of layers, with and without masks, for one token and for many."""
+
+
+def load_compiler() -> None:
+    """Have torch's compiler in memory, which it is loaded into when it is first asked for otherwise."""
+    importlib.import_module("torch._inductor.compile_fx")
 
 
 def compile_layers(model: nn.Module, experts: list[nn.Module], place: torch.device, backend: str = "inductor") -> None:

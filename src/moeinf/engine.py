@@ -26,7 +26,7 @@ from . import hooks, memory
 from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, CollectionFile
-from .compiling import compile_layers
+from .compiling import compile_layers, load_compiler
 from .densefile import DenseFiles, read_plain
 from .device import Device
 from .dtypes import TORCH_DTYPES
@@ -294,6 +294,8 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         config = _load_part(AutoConfig, folder, "configuration")
         shape = model_shape(config, manifest)  # imports the family's code, before memory is counted
         tokenizer = load_tokenizer(stored)
+    if options.compiles:
+        load_compiler()
     libraries_bytes = memory.rss_bytes()
     placement = place(manifest, shape, options, is_wide=is_wide)
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())

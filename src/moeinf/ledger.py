@@ -45,6 +45,8 @@ _CODE_BYTES, _MORE_CODE_BYTES = 14 * MIB, 11 * MIB
 """Of it, code of libraries that nothing used before the model was loaded, and what belongs to it; and what there is
 more of it where attention is of another kind than most, or torch computes the experts of prompts (docs/experiments.md).
 """
+_COMPILER_BYTES = 96 * MIB
+"""What torch's compiler takes while it compiles, and what it keeps of that (docs/experiments.md)."""
 _PROGRAM_BYTES = 400 * KIB
 """A program of a matrix product, which is as large for small matrices as for large ones."""
 _TILE_PROGRAM_BYTES, _TILE_WIDTH = 512 * KIB, 512
@@ -113,14 +115,15 @@ class ModelShape:
 @dataclass(frozen=True, slots=True)
 class Libraries:
     """What the memory that libraries take depends on beside the model: so many `programs` of matrix products are kept
-    at most, the native library `takes_prompts`, or torch computes their experts, so many `threads` compute, and torch
-    `has_tiles` to multiply by.
+    at most, the native library `takes_prompts`, or torch computes their experts, so many `threads` compute, torch
+    `has_tiles` to multiply by, and it `compiles` layers.
     """
 
     programs: int = MANY_PROGRAMS
     takes_prompts: bool = False
     threads: int = 1
     has_tiles: bool = False
+    compiles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,7 +460,8 @@ def _library_bytes(manifest: Manifest, shape: ModelShape, libraries: Libraries) 
     shared = min(_LIBRARY_BYTES, code + libraries.programs * _PROGRAM_BYTES + holes)
     width = min(1.0, max(0.0, shape.hidden / _TILE_WIDTH - 1)) if libraries.has_tiles else 0.0
     tiles = int(width * (libraries.programs + _ATTENTION_PROGRAMS) * _TILE_PROGRAM_BYTES)
-    return shared + libraries.threads * _THREAD_BYTES + tiles
+    compiler = _COMPILER_BYTES if libraries.compiles else 0
+    return shared + libraries.threads * _THREAD_BYTES + tiles + compiler
 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:

@@ -84,6 +84,7 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
         is_native and takes_long_prompts(options.kernels, manifest.layout) and not _lies_across(manifest, shape),
         options.threads or torch.get_num_threads(),
         has_tiles=_TILES in processor_features(),
+        compiles=options.compiles,
     )
     return Placement(None, held, shape, memory.plan_memory(held, shape, options, widening, libraries), dtype, notes)
 

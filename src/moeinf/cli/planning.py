@@ -14,6 +14,7 @@ from moeinf.gpu_forecast import GpuSituation, on_gpu
 from moeinf.ledger import MemoryPlan, can_cache_files
 from moeinf.machine import Machine
 from moeinf.outlook import LIMITS, AtBudget, Outlook, look_ahead
+from moeinf.settings import EngineOptions
 from moeinf.store import Store
 from moeinf.units import format_bytes, format_seconds
 
@@ -23,21 +24,26 @@ from .output import Output, columns
 if TYPE_CHECKING:
     from moeinf.planning import Subject
 
-__all__ = ["show_plan"]
+__all__ = ["resolve_foreseen", "show_plan"]
 
 _BAR = 40
 
 
-def show_plan(model: str, machine: Machine, flags: EngineFlags, output: Output) -> int:
+def resolve_foreseen(flags: EngineFlags) -> EngineOptions:
+    """The options of a plan. Raises UnsupportedError for those whose times are not foretold."""
+    options = flags.resolve()
+    if options.computes_on_host:
+        raise UnsupportedError("what --miss brings is not foretold", hint="leave --miss out")
+    if options.compiles:
+        raise UnsupportedError("what --compile brings is not foretold", hint="leave --compile out")
+    return options
+
+
+def show_plan(model: str, machine: Machine, options: EngineOptions, output: Output) -> int:
     """Say how `model`, stored or not, will run on `machine`.
 
     Raises CapacityError, after all is said, when it cannot; and what `find_subject` raises.
     """
-    options = flags.resolve()
-    if options.computes_on_host:
-        raise UnsupportedError("what --miss brings is not foretold yet", hint="leave --miss out")
-    if options.compiles:
-        raise UnsupportedError("what --compile brings is not foretold", hint="leave --compile out")
     with output.busy(f"looking at {model}"):
         from moeinf import evidence, memory
         from moeinf.placement import place

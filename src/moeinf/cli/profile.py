@@ -54,11 +54,14 @@ def profile(
         raise UsageError(
             f"--{given[0].replace('_', '-')} says how a model is to run", hint="moeinf profile MODEL, or leave it out"
         )
-    machine = load_or_measure(home_path(), output, refresh=refresh, notify=output.note)
+    options = None
     if model is not None:
-        from .planning import show_plan
+        from .planning import resolve_foreseen, show_plan
 
-        return show_plan(model, machine, engine_flags, output)
+        options = resolve_foreseen(engine_flags)
+    machine = load_or_measure(home_path(), output, refresh=refresh, notify=output.note)
+    if model is not None and options is not None:
+        return show_plan(model, machine, options, output)
     _show(machine, str(home_path() / MACHINE_FILE), output)
     return 0
 
