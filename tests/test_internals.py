@@ -58,7 +58,9 @@ USED = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "parameters"), USED, ids=lambda value: str(value).rpartition(".")[2])
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"), USED, ids=lambda value: value.rpartition(".")[2] if isinstance(value, str) else ""
+)
 def test_what_is_used_is_there(module: str, name: str, parameters: set[str] | None) -> None:
     moved = f"transformers has moved {name} of {module}: src/moeinf/conversion.py, metamodel.py or hooks.py must follow"
     found: object = importlib.import_module(module)

@@ -76,7 +76,7 @@ def test_a_machine_is_measured(tmp_path: Path) -> None:
     if built_library():
         assert {("native", weights, 1) for weights in ("bfloat16", "float32", "int8", "int4")} <= kinds
     assert machine.layer_s > 0
-    assert machine.fetch_s > 0
+    assert machine.fetch_s >= 0  # what is left when something else is taken off
     assert machine.foresee_s > 0
     assert machine.program_s >= 0
     assert machine.gpus[0].name == "A GPU 0"
