@@ -90,26 +90,17 @@ def test_no_policy_and_no_guess_changes_the_output(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_triton_kernels_give_nearly_the_same(family: str, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernels", "compile_"), [("triton", "off"), ("auto", "on"), ("triton", "on")])
+def test_what_rounds_otherwise_gives_nearly_the_same(
+    kernels: str, compile_: str, family: str, home: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
     make_checkpoint(family, tmp_path, "float32")
     logits, _ = reference(tmp_path, torch.float32)
     pull(str(tmp_path), store=Store(home), name="model")
     for experts in ("50%", "100%"):
-        with moeinf.load("model", device="cuda", experts=experts, kernels="triton") as engine, torch.inference_mode():
-            assert torch.allclose(engine.model(PROMPT.to("cuda")).logits, logits, rtol=1e-3, atol=1e-3)
-            engine.generation_config.eos_token_id = None
-            tokens = engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens
-            assert len(tokens) == NEW_TOKENS
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_layers_give_nearly_the_same(family: str, home: Path, tmp_path: Path) -> None:
-    make_checkpoint(family, tmp_path, "float32")
-    logits, _ = reference(tmp_path, torch.float32)
-    pull(str(tmp_path), store=Store(home), name="model")
-    for experts in ("50%", "100%"):
-        with moeinf.load("model", device="cuda", experts=experts, compile="on") as engine, torch.inference_mode():
+        options = {"device": "cuda", "experts": experts, "kernels": kernels, "compile": compile_}
+        with moeinf.load("model", **options) as engine, torch.inference_mode():  # type: ignore[arg-type]
             assert torch.allclose(engine.model(PROMPT.to("cuda")).logits, logits, rtol=1e-3, atol=1e-3)
             engine.generation_config.eos_token_id = None
             tokens = engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens

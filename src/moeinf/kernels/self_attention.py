@@ -151,11 +151,9 @@ class NativeSelfAttention:
         return output
 
     def _attend_by_torch(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        threads = torch.get_num_threads()
-        is_small = (
-            query.numel() * keys.shape[2] < _ONE_THREAD and query.shape[1] > 1
-        )  # one head is cut among all threads
-        torch.set_num_threads(1 if is_small else threads)
+        threads, heads = torch.get_num_threads(), query.shape[1]
+        is_small = query.numel() * keys.shape[2] < _ONE_THREAD
+        torch.set_num_threads(1 if is_small and heads > 1 else threads)  # a single one is cut among all of them
         try:
             return F.scaled_dot_product_attention(query, keys, values, scale=self._scale, enable_gqa=True).contiguous()
         finally:
