@@ -1,6 +1,6 @@
 """What a GPU makes of moeinf: its own tests, then times beside transformers and accelerate, then a thousand requests.
 
-    scripts/gpu_check.sh                          # everything, in about 25 minutes; installs what is missing
+    scripts/gpu_check.sh                          # everything, in perhaps 45 minutes; installs what is missing
     python benchmarks/gpu.py --folder FOLDER --shapes deepseek-v2-lite:10 qwen3-30b-a3b:12
 
 Each shape (with so many layers, about a gigabyte each) is a random checkpoint, kept in FOLDER. At a quarter and half of

@@ -49,8 +49,8 @@ def leave_out_of_compilation() -> None:
     """From now on code that torch.compile makes calls caches of `make_cache` as plain Python does, and is not made
     anew for each layer of them.
     """
+    leave_out: Any = torch.compiler.disable  # untyped
     for name in ("update", "update_conv_state", "update_recurrent_state"):
-        leave_out: Any = torch.compiler.disable  # untyped
         setattr(_GrowingCache, name, leave_out(getattr(DynamicCache, name)))
 
 
