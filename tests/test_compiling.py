@@ -17,8 +17,9 @@ import moeinf
 from families import make_checkpoint
 from moeinf import compiling, engine
 from moeinf.errors import UnsupportedError
+from moeinf.evidence import read_runs
 from moeinf.pull import pull
-from moeinf.store import Store
+from moeinf.store import TRACES_FOLDER, Store
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler says of its own code
 
@@ -75,6 +76,20 @@ def test_hooks_stay_outside(home: Path, tmp_path: Path) -> None:
             named.append((tokens, loaded.runtime.prefetch.named, loaded.runtime.prefetch.right))
     assert named[0] == named[1]
     assert named[0][1] > 0
+
+
+@pytest.mark.usefixtures("only_recorded")
+def test_such_answers_are_no_evidence(home: Path, tmp_path: Path) -> None:
+    """What the first of them takes is torch's compiler's time, of which no forecast knows."""
+    make_checkpoint("qwen3_moe", tmp_path)
+    pull(str(tmp_path), store=Store(home), name="model")
+    noted = []
+    for compile_ in ("on", "off"):
+        with moeinf.load("model", kernels="torch", compile=compile_) as loaded:
+            loaded.generation_config.eos_token_id = None
+            loaded.session().generate(PROMPT, moeinf.Sampling(max_tokens=20))
+        noted.append(len(read_runs(Store(home).path("model") / TRACES_FOLDER)))
+    assert noted == [0, 1]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles C++ here")
