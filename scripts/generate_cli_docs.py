@@ -23,8 +23,8 @@ _HEAD = """\
 A model argument is an alias (`mixtral`), a hub id (`org/name` or `org/name@revision`), a folder, or the name of a model
 that is pulled already. A SIZE is written like `900MiB`, `12GB` or `50%`. Data goes to stdout, and progress, notes,
 warnings and statistics to stderr. `--json` prints one object with `"schema": 1`; of models, `-q` prints names only.
-Only `pull`, `trace`, `quality` and `quantize --calibrate` with a data set of the hub, and `profile` with a model of the
-hub that is not here, open a connection.
+Only `pull`, `trace`, `quality`, `bench` and `quantize --calibrate` with a data set of the hub, and `profile` with a model
+of the hub that is not here, open a connection.
 """
 
 _TAIL = """\
