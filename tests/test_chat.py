@@ -241,7 +241,15 @@ def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())["messages"]) == 2
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x\0"])
+def test_what_cannot_be_saved_or_read_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "chats").write_text("a file in the way")
+    actions: list[Callable[..., object]] = [save_chat, load_chat]
+    for action in actions:
+        with pytest.raises(UsageError, match="no access to"):
+            action("x", Conversation(FakeEngine(), SAMPLING), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x\0", "x" * 300])
 def test_names_that_could_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     actions: list[Callable[..., object]] = [save_chat, load_chat]
     for action in actions:

@@ -134,6 +134,27 @@ def test_stopping_in_a_prompt_ends_at_the_next_layer(engine: Engine) -> None:
     assert session.generate(PROMPT, GREEDY).tokens == engine.session().generate(PROMPT, GREEDY).tokens
 
 
+def test_stopping_while_a_prompt_is_computed_anew_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU ran out of memory after some tokens; what was said by then stays said."""
+    stopping = False
+    forward = engine.runtime.forward
+    steps = 0
+
+    def run_out(*step: torch.Tensor) -> torch.Tensor:
+        nonlocal stopping, steps
+        steps += 1
+        if steps == 10:
+            stopping = True
+            raise torch.OutOfMemoryError
+        return forward(*step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.runtime, "forward", run_out)
+    monkeypatch.setattr(engine, "make_room", lambda: None)
+    completion = engine.session().generate(PROMPT, GREEDY, should_stop=lambda: stopping)
+    assert 0 < len(completion.tokens) < 10
+    assert completion.finish_reason == "interrupted"
+
+
 def test_the_context_is_kept(engine: Engine) -> None:
     full = engine.session().generate(PROMPT, Sampling(temperature=0))
     assert (len(full.tokens), full.finish_reason) == (128 - 40, "length")

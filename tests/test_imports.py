@@ -14,7 +14,7 @@ import moeinf
 SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
-    {"errors", "units", "progress", "settings"},
+    {"errors", "interrupts", "units", "progress", "settings"},
     {"catalog", "demo", "forecast", "gpu_forecast", "machine", "manifest", "ledger", "outlook", "panels", "prompts"},
     {
         "checkpoint",

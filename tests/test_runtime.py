@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 
 import moeinf
 from families import make_checkpoint
+from moeinf import hooks
 from moeinf.engine import Engine
 from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import expert_path
@@ -235,6 +238,39 @@ def test_an_interrupt_in_the_maths_leaves_no_lease(wide: str) -> None:
         assert run(engine) == expected
 
 
+@pytest.mark.parametrize("prefetch", ["off", "eam"])
+def test_ctrl_c_waits_until_nothing_is_half_done(wide: str, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when a slot has been taken that the step does not know of yet."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with moeinf.load(wide, experts="8", prefetch=prefetch) as engine:
+            expected = run(engine, PROMPT[:5])
+            acquire = engine.runtime.cache.acquire
+            calls = 0
+
+            def interrupted(expert: int, *, keep: bool = True) -> Any:
+                nonlocal calls
+                calls += 1
+                leased = acquire(expert, keep=keep)
+                if calls == at:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return leased
+
+            monkeypatch.setattr(engine.runtime.cache, "acquire", interrupted)
+            for at in range(1, 12):
+                calls = 0
+                with pytest.raises(KeyboardInterrupt):
+                    run(engine, PROMPT[:5])
+                assert calls >= at
+                engine.runtime.cache.check_integrity()
+                calls = -1000
+                assert run(engine, PROMPT[:5]) == expected
+                engine.runtime._settle(())
+                assert sum(engine.runtime.cache._leases) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_counters_tell_what_happened(wide: str) -> None:
     with moeinf.load(wide, experts="100%") as engine:
         engine.generation_config.eos_token_id = None
@@ -298,3 +334,62 @@ def test_what_was_given_up_for_others_is_fetched_before_it_is_computed(
             assert engine.runtime._warm_up._unread
             assert torch.equal(engine.model(torch.tensor([PROMPT])).logits, expected)
             engine.runtime.cache.check_integrity()
+
+
+def test_a_warm_up_makes_room_for_what_is_lent(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with moeinf.load(wide, experts="60") as engine:
+        expected = run(engine)
+    use_reader(monkeypatch, StuckReader)
+    with moeinf.load(wide, experts="60", prefetch="eam") as engine:
+        runtime = engine.runtime
+        assert len(runtime._warm_up._unread) > 60 - runtime.lendable_slots
+        runtime.lend(runtime.lendable_slots)
+        assert runtime.cache.num_usable == 60 - len(runtime._lent) == 60 - 17 - 43 // 4
+        runtime.lend(50)
+        assert runtime.cache.num_usable == 10
+        runtime.cache.check_integrity()
+        runtime.lend(0)
+        assert run(engine) == expected
+
+
+class _Misleading:
+    """Names experts of the first layer that are not here."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+
+    def observe(self, layer: int, tokens: object) -> None:
+        pass
+
+    def predict(self, layer: int, added: object = None) -> list[int]:
+        return [] if layer != 2 else [expert for expert in range(31, -1, -1) if self.cache.slot(expert) is None][:6]
+
+
+def test_a_slot_may_be_lent_while_guesses_are_on_their_way(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses have all slots but those of one layer's choice; one of these is then lent, and all guesses are wrong."""
+
+    class Hesitant(SlowReader):
+        def _read_piece(self, job: Any, start: int) -> None:
+            if job.key < 32:
+                time.sleep(0.02)
+            super()._read_piece(job, start)
+
+    with moeinf.load(wide, experts="8", prefetch="off") as engine:
+        expected = run(engine, PROMPT[:3])
+    use_reader(monkeypatch, Hesitant)
+    names = _Misleading()
+    monkeypatch.setattr(moeinf.engine, "_predictors", lambda *_: {"misleading": names})
+    with moeinf.load(wide, experts="8") as engine:
+        names.cache = engine.runtime.cache
+        engine.model.register_forward_pre_hook(lambda *_: engine.runtime.lend(1))
+        monkeypatch.setattr(hooks._Loans, "_lend", lambda *_: None)
+        assert run(engine, PROMPT[:3]) == expected
+        engine.runtime.cache.check_integrity()
+
+
+def test_an_engine_that_is_closed_says_so(wide: str) -> None:
+    with moeinf.load(wide, experts="4") as engine:
+        session = engine.session()
+        session.generate(PROMPT[:3], GREEDY)
+    with pytest.raises(MoeinfError, match="closed"):
+        session.generate(PROMPT[3:9], GREEDY)

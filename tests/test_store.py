@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import pytest
 
@@ -23,6 +24,8 @@ from moeinf.incoming import Incoming, is_safe_path
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec, expert_path
 from moeinf.store import Store, is_valid_name
 
+P = ParamSpec("P")
+R = TypeVar("R")
 KEY = {"source": "org/tiny", "commit": "c" * 40}
 LAYOUT = ExpertLayout(4096, (TensorSpec("up", "F32", (4, 8), 0), TensorSpec("down", "F32", (8, 4), 128)))
 DENSE_HEADER = b"{}".ljust(64)
@@ -623,6 +626,22 @@ def test_strays_of_an_earlier_try_do_not_get_into_the_model(tmp_path: Path, whol
     (tmp_path / "models" / ".incoming" / "tiny" / "model" / "experts" / "stray").write_text("x")
     put(tmp_path)
     assert tree(tmp_path / "models" / "tiny") == whole
+
+
+def test_what_the_trash_does_not_let_go_of_keeps_nobody_from_reading(tmp_path: Path) -> None:
+    put(tmp_path)
+    (tmp_path / "models" / ".trash" / "old").mkdir(parents=True)
+
+    class Clinging(FileSystem):
+        def perform(self, operation: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+            if args[0] == tmp_path / "models" / ".trash" / "old":
+                raise OSError(errno.ENOTEMPTY, "Directory not empty")
+            return operation(*args, **kwargs)
+
+    assert Store(tmp_path, disk=Clinging()).names() == ["tiny"]
+    assert (tmp_path / "models" / ".trash" / "old").exists()
+    assert Store(tmp_path).names() == ["tiny"]
+    assert not (tmp_path / "models" / ".trash" / "old").exists()
 
 
 def test_removing_never_follows_a_link(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from moeinf.manifest import ExpertLayout, TensorSpec
 from moeinf.native_reader import NativeReader, open_reader
 from moeinf.shared_library import NotNativeError
 from moeinf.steps import Arrival
-from moeinf.transfer import FileReader, Reader, SlotPool, Urgency, allocate_buffer, can_read_direct
+from moeinf.transfer import PIECE_BYTES, FileReader, Reader, SlotPool, Urgency, allocate_buffer, can_read_direct
 from readers import count_threads
 from test_native import LIBRARY
 
@@ -291,6 +291,37 @@ def test_closing_drops_what_has_not_begun(tmp_path: Path, make_reader: MakeReade
         reader.fetch(key, tmp_path / "file", 0, 4096, memoryview(allocate_buffer(4096)))
     reader.close()
     assert count_threads(before) <= before
+
+
+def test_what_is_read_in_part_when_the_reader_closes_is_closed_too(tmp_path: Path, make_reader: MakeReader) -> None:
+    write_random(tmp_path / "file", 16 * PIECE_BYTES)
+    memory = memoryview(allocate_buffer(16 * PIECE_BYTES))
+    before = psutil.Process().num_fds()
+    for _ in range(5):
+        reader = make_reader(threads=1, direct=False)
+        reader.fetch(1, tmp_path / "file", 0, len(memory), memory)
+        time.sleep(0.001)
+        reader.close()
+        reader.close()
+    assert psutil.Process().num_fds() == before
+    with pytest.raises(MoeinfError, match="closed"):
+        reader.fetch(2, tmp_path / "file", 0, len(memory), memory)
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
+def test_a_native_reader_that_nobody_closed_ends_before_its_memory_does(tmp_path: Path) -> None:
+    size = 64 * PIECE_BYTES
+    (tmp_path / "file").write_bytes(b"\xaa" * size)
+    before = int(psutil.Process().num_threads())
+
+    def begin() -> None:
+        reader = NativeReader(threads=4, direct=False)
+        reader.fetch(1, tmp_path / "file", 0, size, memoryview(allocate_buffer(size)), Urgency.WARM_UP)
+
+    begin()
+    assert count_threads(before) <= before
+    others = [bytearray(allocate_buffer(size)) for _ in range(2)]
+    assert not any(map(any, others))
 
 
 class GatedReader(Reader):

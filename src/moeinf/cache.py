@@ -190,7 +190,9 @@ class ExpertCache:
 
     def lend(self, count: int) -> list[int]:
         """Take up to `count` slots out of use, empty ones first, then those that the policy would evict."""
-        slots = [slot for slot in (self._take_slot() for _ in range(count)) if slot is not None]
+        slots: list[int] = []
+        while len(slots) < count and (slot := self._take_slot()) is not None:
+            slots.append(slot)
         self._lent.update(slots)
         return slots
 
@@ -215,9 +217,9 @@ class ExpertCache:
     def _admit(self, expert: int, *, keep: bool) -> int | None:
         slot = self._take_slot()
         if slot is not None:
+            self._loading.add(expert)  # first: nobody may take it for resident
             self._slot_of[expert] = slot
             self._expert_in[slot] = expert
-            self._loading.add(expert)
             self._policy.insert(expert, keep=keep)
         return slot
 

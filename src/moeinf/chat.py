@@ -7,7 +7,6 @@ Knows the engine by `TextEngine` only, and nothing of terminals.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from .errors import IntegrityError, UsageError
+from .files import explained, publish
 from .settings import home_path
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_LONGEST_NAME = 200
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Role = Literal["user", "assistant"]
@@ -207,33 +208,37 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def save_chat(name: str, conversation: Conversation, home: Path | None = None) -> Path:
-    """Write `conversation` to the private file `chats/NAME.json`, whether or not it is there; returns its path."""
+    """Write `conversation` to the private file `chats/NAME.json`, whether or not it is there; returns its path. Raises
+    what `publish` raises.
+    """
     path = _chat_path(name, home)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(conversation.to_dict(), file, indent=1, ensure_ascii=False)
-    partial.replace(path)
+    text = json.dumps(conversation.to_dict(), indent=1, ensure_ascii=False)
+    with explained(path.parent):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    publish(path, [text.encode()], mode=0o600)
     return path
 
 
 def load_chat(name: str, conversation: Conversation, home: Path | None = None) -> None:
-    """Go on with the chat saved as `name`. Raises UsageError if there is none, IntegrityError if it is damaged."""
+    """Go on with the chat saved as `name`. Raises UsageError if there is none or it may not be read, IntegrityError if
+    it is damaged.
+    """
     path = _chat_path(name, home)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        saved = ", ".join(sorted(other.stem for other in path.parent.glob("*.json"))) or "none"
-        raise UsageError(f"no chat is saved as {name!r}", hint=f"saved chats: {saved}") from None
-    except ValueError as error:
-        raise IntegrityError(f"{path} is no saved chat: {error}") from error
+    with explained(path):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            saved = ", ".join(sorted(other.stem for other in path.parent.glob("*.json"))) or "none"
+            raise UsageError(f"no chat is saved as {name!r}", hint=f"saved chats: {saved}") from None
+        except ValueError as error:
+            raise IntegrityError(f"{path} is no saved chat: {error}") from error
     conversation.restore(data)
 
 
 def _chat_path(name: str, home: Path | None) -> Path:
-    if not re.fullmatch(r"[\w-][\w.-]*", name):
-        raise UsageError(f"{name!r} cannot name a chat", hint="use letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > _LONGEST_NAME:
+        hint = f"use letters, digits, '-', '_' and '.', {_LONGEST_NAME} bytes of them at most"
+        raise UsageError(f"{name!r} cannot name a chat", hint=hint)
     return (home or home_path()) / "chats" / f"{name}.json"
 
 

@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 
 from .errors import CapacityError, MoeinfError, UsageError
 
-__all__ = ["DENIED", "Bytes", "FileSystem", "explained", "publish"]
+__all__ = ["DENIED", "Bytes", "FileSystem", "explained", "is_alive", "publish"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,9 +45,9 @@ class FileSystem:
             self.make_folder(path.parent)
             self.perform(_make_folder, path)
 
-    def create(self, path: Path) -> int:
+    def create(self, path: Path, mode: int = 0o644) -> int:
         """A descriptor of an empty file, whatever lay there before."""
-        return self.perform(os.open, path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        return self.perform(os.open, path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode)
 
     def reopen(self, path: Path) -> int:
         """A descriptor of a file that is there, its contents kept."""
@@ -132,7 +132,7 @@ def explained(place: Path) -> Iterator[None]:
         ) from error
 
 
-def publish(path: Path, chunks: Iterable[Bytes], *, disk: FileSystem | None = None) -> None:
+def publish(path: Path, chunks: Iterable[Bytes], *, mode: int = 0o644, disk: FileSystem | None = None) -> None:
     """Write a file, all or nothing: under a name of its own first, which becomes `path` when its bytes are durable.
 
     Whatever happens, `path` is then the old file, the new one, or none. Raises CapacityError when the disk is full,
@@ -146,7 +146,7 @@ def publish(path: Path, chunks: Iterable[Bytes], *, disk: FileSystem | None = No
         disk.make_folder(path.parent)
         _remove_stale_drafts(path, disk)
         try:
-            _write(draft, chunks, disk)
+            _write(draft, chunks, mode, disk)
             disk.rename(draft, path)
         except BaseException:
             with suppress(OSError):
@@ -155,8 +155,8 @@ def publish(path: Path, chunks: Iterable[Bytes], *, disk: FileSystem | None = No
         disk.sync_folder(path.parent)
 
 
-def _write(path: Path, chunks: Iterable[Bytes], disk: FileSystem) -> None:
-    descriptor = disk.create(path)
+def _write(path: Path, chunks: Iterable[Bytes], mode: int, disk: FileSystem) -> None:
+    descriptor = disk.create(path, mode)
     try:
         size = 0
         for chunk in chunks:
@@ -172,14 +172,15 @@ def _remove_stale_drafts(path: Path, disk: FileSystem) -> None:
     pattern = re.compile(re.escape(path.name) + r"\.(\d{1,9})-[0-9a-f]{8}\.part")
     for other in list(path.parent.iterdir()):
         match = pattern.fullmatch(other.name)
-        if match and not _is_alive(int(match[1])):
+        if match and not is_alive(int(match[1])):
             disk.remove(other)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

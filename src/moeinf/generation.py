@@ -121,6 +121,7 @@ class Session:
             while (new := self._continue(ids, sampling, max_tokens, clock)) is None:
                 self._engine.make_room()
         except StepStopped:
+            clock.is_interrupted = True
             self.clear()
             new = list(clock.tokens)
         except BaseException:

@@ -30,6 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import IntegrityError
+from .interrupts import KeptInterrupt
 from .kernels import LosslessLinear, NativeAttention, SelfAttentions
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
@@ -41,6 +42,8 @@ __all__ = ["announce_tokens", "attach", "attend", "load_dense_model", "move", "q
 _NAME = "moeinf"
 _ROTATION = "apply_rotary_pos_emb"
 """What most families call the function that turns queries and keys."""
+_interrupt = KeptInterrupt()
+"""Within a forward pass, Ctrl-C waits for the next MoE layer, or the end."""
 
 
 @register_quantization_config(_NAME)
@@ -148,6 +151,7 @@ class _Loans:
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step begins."""
+        _interrupt.hold()
         given = kwargs.get("input_ids", args[0] if args else None)
         if given is not None:
             self._lend(given.numel(), self._count(kwargs.get("past_key_values"), given.numel()))
@@ -155,6 +159,7 @@ class _Loans:
     def end(self, *_: Any) -> None:
         """It has ended; after a KeyboardInterrupt torch does not say so."""
         self._lend(1, sum(self._held.values()))
+        _interrupt.release()
 
     def _count(self, cache: Any, tokens: int) -> int:
         """Tokens that are held, in all conversations, behind a step of so many; of another's KV cache nobody knows."""
@@ -181,6 +186,7 @@ def announce_tokens(first: nn.Module, runtime: ExpertRuntime) -> None:
 def _experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
+    _interrupt.check()
     runtime, layer = module.moeinf
     output: torch.Tensor = runtime.forward(layer, hidden_states, top_k_index, top_k_weights)
     return output

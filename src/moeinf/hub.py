@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .checkpoint import is_companion
 from .errors import HubError, IntegrityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
 from .files import FileSystem, explained
 from .units import MIB
@@ -34,17 +35,6 @@ Kind = Literal["model", "dataset"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_NAMES = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-}
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:|(^|/)\.{0,2}(/|$)")
 
@@ -251,7 +241,7 @@ def _select(repo: str, listed: Iterable[RemoteFile]) -> tuple[RemoteFile, ...]:
     weights = _weights(names)
     if not weights or "config.json" not in names:
         raise _unsupported(repo, names)
-    wanted = sorted(weights | {name for name in names if _is_wanted(name)})
+    wanted = sorted(weights | {name for name in names if is_companion(name)})
     if len({name.casefold() for name in wanted}) < len(wanted):
         raise IntegrityError(f"{repo} has files whose names differ only in case", hint="do not trust this repo")
     for name in wanted:
@@ -274,11 +264,6 @@ def _weights(names: set[str]) -> set[str]:
         return {_SINGLE}
     shards = {name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated")}
     return shards | {_INDEX} if shards and _INDEX in names else set()
-
-
-def _is_wanted(name: str) -> bool:
-    is_tokenizer = name.endswith((".model", ".tiktoken")) or (name.startswith("tokenizer") and name.endswith(".json"))
-    return is_tokenizer or name in _NAMES
 
 
 def _unsupported(repo: str, names: set[str]) -> UnsupportedError:

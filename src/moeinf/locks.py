@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import MoeinfError
-from .files import DENIED
+from .files import DENIED, is_alive
 
 __all__ = ["exclusive_lock", "shared_lock"]
 
@@ -85,17 +85,7 @@ def _is_taken(descriptor: int, kind: int) -> bool:
 def _holder(text: bytes) -> str:
     """Who the lock file says it is; of several users it knows the last one, who may be gone."""
     match = re.fullmatch(rb"(\d+) (.+)\n", text)
-    if not match or not _is_alive(int(match[1])):
+    if not match or not is_alive(int(match[1])):
         return "another process is using it"
     who = "this process" if int(match[1]) == os.getpid() else f"process {int(match[1])}"
     return f"{who} is {match[2].decode(errors='replace')} it"
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from .errors import MoeinfError
 from .shared_library import NotNativeError, Signature, load_library
 from .steps import Arrival
-from .transfer import FileReader, Reader, Urgency, ends_early, piece_size, read_error
+from .transfer import FileReader, Reader, Urgency, ends_early, is_closed, piece_size, read_error
 
 __all__ = ["NativeReader", "open_reader"]
 
@@ -71,10 +73,13 @@ class NativeReader:
         self._reader = self._library.moe_open_reader(threads, threads if started is None else started, direct)
         if self._reader is None:
             raise NotNativeError("memory or threads are lacking to read with")
+        self._end = weakref.finalize(self, _end, self._library, self._reader, self._fetches)
 
     def fetch(
         self, key: int, path: Path, begin: int, end: int, memory: memoryview, urgency: Urgency = Urgency.DEMAND
     ) -> None:
+        if self._reader is None:
+            raise is_closed()
         into = (ctypes.c_char * len(memory)).from_buffer(memory)
         size = piece_size(end - begin, self._piece_bytes)
         place = ctypes.addressof(into)
@@ -84,9 +89,11 @@ class NativeReader:
             raise MemoryError
 
     def promote(self, key: int) -> None:
+        assert self._reader is not None, "the reader is closed"
         self._library.moe_promote(self._reader, key)
 
     def cancel(self, key: int) -> None:
+        assert self._reader is not None, "the reader is closed"
         self._library.moe_cancel(self._reader, key)
 
     def wait(self) -> Arrival:
@@ -98,10 +105,8 @@ class NativeReader:
         return self._await(0)
 
     def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            self._library.moe_close_reader(reader)
-        self._fetches.clear()
+        self._reader = None
+        self._end()
 
     def _await(self, milliseconds: int) -> Arrival | None:
         arrival = self._arrival
@@ -113,6 +118,12 @@ class NativeReader:
         self._library.moe_forget(self._reader)
         del self._fetches[told.key]
         return told
+
+
+def _end(library: ctypes.CDLL, reader: int, fetches: dict[int, Any]) -> None:
+    """End a reader, if nobody has closed it: before the memory that its threads read into is anybody else's."""
+    library.moe_close_reader(reader)
+    fetches.clear()
 
 
 def _error_of(path: Path, end: int, arrival: _Arrival) -> MoeinfError:

@@ -153,7 +153,10 @@ class Prefetcher:
         for expert in experts:
             if len(self._on_their_way) + len(self._given_up) >= self.most_guesses:
                 return
-            if self._cache.slot(expert) is None and (slot := self._cache.foresee(expert)) is not None:
+            if self._cache.slot(expert) is None:
+                slot = self._cache.foresee(expert)
+                if slot is None:
+                    return
                 self._on_their_way.add(expert)
                 self._unread.add(expert)
                 self._hold(expert)
@@ -223,6 +226,11 @@ class WarmUp:
             return False
         self._give_up()
         return True
+
+    @property
+    def is_any_leaving(self) -> bool:
+        """Whether one was given up, and its fetch has not ended."""
+        return bool(self._leaving)
 
     def is_leaving(self, expert: int) -> bool:
         """Whether it was given up, and its fetch has not ended: it cannot be leased yet."""

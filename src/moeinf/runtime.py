@@ -163,11 +163,16 @@ class ExpertRuntime:
         return empty + (self.cache.num_usable - empty) // 4
 
     def lend(self, count: int) -> None:
-        """Have `count` slots out of use from now on, and their memory for whoever needs it."""
+        """Have `count` slots out of use from now on, and their memory for whoever needs it. What is on its way into
+        empty slots makes room; what somebody waits for, or will soon, does not.
+        """
         if count == len(self._lent):
             return
         if count > len(self._lent):
             slots = self.cache.lend(count - len(self._lent))
+            while len(self._lent) + len(slots) < count and self._makes_room():
+                self._entered.append(self._await_arrival())
+                slots += self.cache.lend(count - len(self._lent) - len(slots))
             for slot in slots:
                 self._pool.release(slot)
             self._lent += slots
@@ -175,6 +180,10 @@ class ExpertRuntime:
             self.cache.give_back(self._lent[count:])
             del self._lent[count:]
         self._fit(self.cache.num_usable)
+
+    def _makes_room(self) -> bool:
+        """Whether something that nobody waits for has given its slot up, and its arrival will come, now or soon."""
+        return self._warm_up.make_room() or self._warm_up.is_any_leaving or bool(self._prefetcher.unsettled)
 
     def shrink(self, num_slots: int) -> None:
         """Make do with so many slots from now on, no fewer than one layer asks for. What was in any is gone from there.
@@ -317,7 +326,9 @@ class ExpertRuntime:
             self._entered += self._enter_arrivals()
         while self._warm_up.is_leaving(key):
             self._entered.append(self._await_arrival())
-        while (leased := self.cache.acquire(key, keep=keep)) is None and self._warm_up.give_up():
+        while (leased := self.cache.acquire(key, keep=keep)) is None and (
+            self._prefetcher.unsettled or self._warm_up.give_up()
+        ):
             self._entered.append(self._await_arrival())
         if leased is None:
             return None

@@ -210,14 +210,15 @@ class Store:
     def recover(self) -> None:
         """Finish what a killed process left half done: move whole models into place, empty the trash.
 
-        In a home that cannot be written, nothing happens.
+        In a home that cannot be written, nothing happens. What stays in the trash is tried again later.
         """
         try:
             for name in _folders(self._incoming):
                 if _is_settled(self._incoming / name):
                     with suppress(MoeinfError), exclusive_lock(_lock_path(self.home, name), "recovering"):
                         self._install(name)
-            self._empty_trash()
+            with suppress(OSError):
+                self._empty_trash()
         except OSError as error:
             if error.errno not in DENIED:
                 raise

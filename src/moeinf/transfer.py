@@ -45,6 +45,7 @@ __all__ = [
     "allocate_buffer",
     "can_read_direct",
     "ends_early",
+    "is_closed",
     "piece_size",
     "read_error",
 ]
@@ -265,6 +266,8 @@ class Reader:
     ) -> None:
         piece_bytes = piece_size(end - begin, self._piece_bytes)
         starts = range(begin, end, piece_bytes)
+        if self._is_closed:
+            raise is_closed()
         job = _Job(key, path, begin, end, memory, piece_bytes, len(starts), len(starts))
         with self._work:
             self._queues[urgency][key] = (job, deque(starts))
@@ -294,9 +297,11 @@ class Reader:
     def close(self) -> None:
         with self._work:
             self._is_closed = True
-            for queue in self._queues:
-                queue.clear()
+            dropped = [waiting for queue in self._queues for waiting in queue.values()]
+            self._queues = [{} for _ in Urgency]
             self._work.notify_all()
+        for job, starts in dropped:
+            self._end_pieces(job, len(starts))
         for thread in self._threads:
             thread.join()
 
@@ -411,6 +416,11 @@ def piece_size(size_bytes: int, about: int | None) -> int:
 def ends_early(path: Path, file_bytes: int, wanted: int) -> IntegrityError:
     """What is wrong with a file that has fewer bytes than `wanted`."""
     return IntegrityError(f"{path} ends at byte {file_bytes}, and should hold {wanted}", hint=_VERIFY)
+
+
+def is_closed() -> MoeinfError:
+    """What to say of something that is to be read when the reader is closed."""
+    return MoeinfError("this engine is closed", hint="load the model again")
 
 
 def read_error(path: Path, error: OSError) -> MoeinfError:

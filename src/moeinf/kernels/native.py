@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
@@ -247,6 +248,7 @@ class NativePool:
         self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
+        self._end = weakref.finalize(self, self.lib.moe_close, self.handle)
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
         self._kept: list[torch.Tensor] = []
         self.orders = Orders(self.find_order)
@@ -299,10 +301,9 @@ class NativePool:
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
-        if self.handle is not None:
-            self.lib.moe_close(self.handle)
-            self.handle = None
-            self._scratch = torch.empty(0, dtype=torch.bfloat16)
+        self.handle = None
+        self._end()
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     def keep(self, table: torch.Tensor) -> torch.Tensor:
         """One table for all that have the same."""
