@@ -126,6 +126,18 @@ def test_caches_need_not_be_contiguous(attention: NativeAttention) -> None:
     assert torch.equal(attention.compute(query, key, value, 0.25), expected(query, key, value, 0.25))
 
 
+@pytest.mark.parametrize("tokens", [7, 32, 40, 600])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["one key", "all keys", "the query"])
+def test_what_is_no_number_is_torchs_too(tokens: int, value: float, where: str, attention: NativeAttention) -> None:
+    """Whatever the order of sums is."""
+    query, key, values = (torch.ones(1, 2, count, 64).bfloat16() for count in (1, tokens, tokens))
+    key *= 0
+    {"one key": key[:, :, 3], "all keys": key, "the query": query}[where][..., 0] = value
+    found, wanted = attention.compute(query, key, values, 1.0), expected(query, key, values, 1.0)
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
 def test_far_scores_weigh_nothing(attention: NativeAttention) -> None:
     skip_unless_known(attention, 4, 4, 64)
     torch.manual_seed(1)
@@ -201,6 +213,17 @@ class Rotation:
     def __call__(self, *args: Any, **named: Any) -> Any:
         self.asked += 1
         return modeling_qwen3_moe.apply_rotary_pos_emb(*args, **named)
+
+
+def test_angles_need_not_lie_together(attention: NativeAttention) -> None:
+    torch.manual_seed(0)
+    rotate = attention.rotation(modeling_qwen3_moe.apply_rotary_pos_emb)
+    for _ in range(20):
+        query, key, _ = tensors(8, 2, 64, 1)
+        cos, sin = (torch.stack([each, torch.rand_like(each)], -1)[..., 0] for each in angles(64))
+        assert not cos.is_contiguous()
+        expected = modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
+        assert all(map(torch.equal, rotate(query, key, cos, sin), expected))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 2), (7, 1, 30), (16, 4, 64), (32, 4, 128)])

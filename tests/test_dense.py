@@ -99,7 +99,7 @@ def test_one_token_and_some_are_tried_apart(monkeypatch: pytest.MonkeyPatch) -> 
         apply(pool, linear, rows, result)
         calls.append(rows.numel() // 64)
         if calls[-1] > 1:
-            result += 1
+            result.fill_(7)
 
     monkeypatch.setattr(NativePool, "apply", spoil)
     one, some = torch.randn(1, 1, 64).bfloat16(), torch.randn(1, 5, 64).bfloat16()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.manifest import GROUPS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
+from moeinf.native_reader import NativeReader
 from moeinf.quantized import Packer, Quantizer, dequantize, fill_randomly
 from moeinf.shared_library import NotNativeError, built_library
 
@@ -406,10 +408,10 @@ def expanded(layout: ExpertLayout, tensors: Tensors, plain: ExpertLayout) -> Ten
     return whole
 
 
-@pytest.mark.parametrize("exponents", [(118, 126), (0, 4), (130, 160)], ids=str)
+@pytest.mark.parametrize("exponents", [(118, 126), (0, 4), (130, 160), (250, 256)], ids=str)
 @pytest.mark.parametrize("kind", ["silu", "no-gate", "gelu-tanh", "interleaved"])
 def test_released_experts_give_what_they_give_expanded(pool: NativePool, kind: str, exponents: tuple[int, int]) -> None:
-    """To the last bit, with any instruction set, whatever is too small to be a normal number."""
+    """To the last bit, with any instruction set, whatever is too small to be a normal number, infinite or none."""
     module = Experts(**KINDS[kind])
     generator = torch.Generator().manual_seed(0)
     for hidden_size, inner in ((32, 32), (64, 96), (544, 160), (2080, 64)):
@@ -421,7 +423,7 @@ def test_released_experts_give_what_they_give_expanded(pool: NativePool, kind: s
         whole = [expanded(*expert, plain) for expert in experts]
         wanted = compute(NativeMaths(module, plain, pool), hidden, weights, whole)
         found = compute(NativeMaths(module, layout, pool), hidden, weights, [tensors for _, tensors in experts])
-        assert torch.equal(found, wanted)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 FLOAT8_SIZES = ((1, 1), (24, 33), (65, 100), (128, 127), (256, 384), (640, 192), (1152, 256))
@@ -464,6 +466,92 @@ def test_the_library_expands_float8_as_torch_does(pool: NativePool) -> None:
                 wanted = ExpertMaths(module, about)._expand(numbers, scales, rows)
                 found = by_library._expand(numbers, scales, rows)
                 torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800000])
+def test_scales_that_are_no_numbers_come_through(pool: NativePool, bits: int) -> None:
+    """Whatever else their bits say: rounding must not make a number of them."""
+    module = Experts()
+    layout, tensors = float8(make_layout(module, 256, 128, torch.bfloat16), 1.0)
+    tensors[scales_name("down_proj")].view(torch.int32)[:] = bits
+    about = layout.quantization
+    assert about is not None
+    numbers, scales = tensors["down_proj"], tensors[scales_name("down_proj")]
+    wanted = dequantize(numbers, scales, about, 128, torch.bfloat16)
+    found = ExpandingMaths(module, layout, pool)._expand(numbers, scales, torch.empty(1, 128, dtype=torch.bfloat16))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    hidden, weights = torch.ones(1, 256).bfloat16(), torch.ones(1, 1)
+    assert not compute(NativeMaths(module, layout, pool), hidden, weights, [tensors]).isfinite().any()
+
+
+def test_factors_that_are_no_numbers_come_through(pool: NativePool) -> None:
+    module = Experts()
+    quantizer = Quantizer(make_layout(module, 64, 64, torch.bfloat16), False, "int8", 64)
+    numbers = torch.full((64, 64), 3, dtype=torch.uint8)
+    factors = torch.tensor([float("inf"), float("nan"), -float("inf"), 65504.0] * 16).half()[:, None]
+    rows = torch.empty(1, 64, dtype=torch.bfloat16)
+    wanted = dequantize(numbers, factors, quantizer.quantization, 64, torch.bfloat16)
+    found = ExpandingMaths(module, quantizer.layout, pool)._expand(numbers, factors, rows)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_small_numbers_count_in_every_thread(pool: NativePool) -> None:
+    """Also where the caller's own are told to take them for 0, as torch and other libraries may."""
+    module = Experts()
+    layout, tensors = float8(make_layout(module, 1024, 512, torch.bfloat16), 1.0)
+    numbers, scales = tensors["gate_up_proj"], tensors[scales_name("gate_up_proj")]
+    numbers.view(torch.uint8).random_(0, 8)
+    several = NativePool(2, pool.variant, LIBRARY)
+    rows = torch.empty(1, 1024, dtype=torch.bfloat16)
+    assert layout.quantization is not None
+    wanted = dequantize(numbers, scales, layout.quantization, 1024, torch.bfloat16)
+    try:
+        torch.set_flush_denormal(True)
+        found = [ExpandingMaths(module, layout, several)._expand(numbers, scales, rows) for _ in range(3)]
+    finally:
+        torch.set_flush_denormal(False)
+        several.close()
+    assert wanted.count_nonzero() > 0
+    assert all(torch.equal(each, wanted) for each in found)
+
+
+def test_the_default_dtype_is_of_no_matter(pool: NativePool) -> None:
+    module = Experts(**KINDS["no-gate"])
+    for dtype in DTYPES:
+        layout = make_layout(module, 64, 96, dtype)
+        experts = [make_expert(layout, torch.Generator().manual_seed(seed)) for seed in range(3)]
+        hidden, weights = torch.ones(1, 64, dtype=dtype), torch.tensor([[0.25, 0.5, 1.0]])
+        wanted = compute(NativeMaths(module, layout, pool), hidden, weights, experts)
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            found = compute(NativeMaths(module, layout, pool), hidden, weights, experts)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore")  # that threads and fork do not go together
+def test_a_child_closes_what_it_cannot_use() -> None:
+    pool = NativePool(2, path=LIBRARY)
+    reader = NativeReader(threads=2, direct=False)
+    child = os.fork()
+    if child == 0:
+        reader.close()
+        pool.close()
+        os._exit(7)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    reader.close()
+    pool.close()
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+
+
+def test_a_set_that_is_not_there_opens_no_pool() -> None:
+    assert NativePool(1, path=LIBRARY).lib.moe_open(1, 99) is None
 
 
 def test_float8_nan_comes_through(pool: NativePool) -> None:
@@ -595,6 +683,15 @@ def test_infinities_and_nans_come_through(pool: NativePool) -> None:
         wanted = compute(ExpertMaths(module), hidden, torch.ones(1, 1), experts)
         assert torch.equal(found.isnan(), wanted.isnan())
         assert torch.equal(found.isinf(), wanted.isinf())
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu-tanh", "no-gate"])
+def test_activations_let_nan_through(pool: NativePool, kind: str) -> None:
+    module = Experts(**KINDS[kind])
+    layout = make_layout(module, 64, 33, torch.float32)
+    experts = [make_expert(layout, torch.Generator().manual_seed(0))]
+    hidden = torch.full((1, 64), torch.nan)
+    assert compute(NativeMaths(module, layout, pool), hidden, torch.ones(1, 1), experts).isnan().all()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

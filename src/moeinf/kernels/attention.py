@@ -193,10 +193,10 @@ class NativeRotation:
         return self._is_exact[size]
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         output = torch.empty_like(x)
-        angles = cos.contiguous().data_ptr(), sin.contiguous().data_ptr()
-        self._pool.lib.moe_rotate(x.shape[1], x.shape[3], x.data_ptr(), *angles, output.data_ptr())
+        addresses = (each.data_ptr() for each in (x, cos, sin, output))
+        self._pool.lib.moe_rotate(x.shape[1], x.shape[3], *addresses)
         return output
 
     def _try(self, size: int) -> bool:

@@ -598,7 +598,7 @@ class NativeMaths(ExpandingMaths):
     def _try(self, values: torch.Tensor) -> torch.Tensor:
         trial = NativeLayer.from_buffer_copy(self.layer)
         trial.inner = _PROBE
-        output = torch.empty(1, _PROBE)
+        output = torch.empty(1, _PROBE, dtype=torch.float32, device="cpu")
         self.pool.lib.moe_activate(trial, values.data_ptr(), output.data_ptr())
         return output
 
@@ -610,7 +610,7 @@ class _NativeToken:
         self._maths = maths
         self._hidden = hidden.contiguous()
         self._weights = weights.float().contiguous()
-        self.rows = torch.empty(weights.shape[1], hidden.shape[1])
+        self.rows = hidden.new_empty(weights.shape[1], hidden.shape[1], dtype=torch.float32)
         self._row_dtype, self._sum_dtype = maths.rounding[weights.dtype]
 
     def compute(self, places: Sequence[int], experts: Sequence[Tensors]) -> None:

@@ -10,6 +10,7 @@
 
 #ifdef HAS_DOT_AMX
 
+#include <cpuid.h>
 #include <stdbool.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@
 #define TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
 
 enum { WORD = 4, AHEAD = 4 * STEP };
+enum { BF16_BIT = 1 << 22, TILE_BIT = 1 << 24 }; /* of EDX, in leaf 7 of cpuid */
 enum { REQUEST_STATE = 0x1023, TILE_STATE = 18 }; /* ARCH_REQ_XCOMP_PERM and the data of tiles, of asm/prctl.h */
 
 /* What a processor is told of its eight tiles: their rows, and the bytes of each. */
@@ -27,7 +29,9 @@ typedef struct {
 } shapes;
 
 bool has_amx(void) {
-    return syscall(SYS_arch_prctl, REQUEST_STATE, TILE_STATE) == 0;
+    unsigned a, b, c, d = 0, both = BF16_BIT | TILE_BIT;
+    bool has_both = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & both) == both;
+    return has_both && syscall(SYS_arch_prctl, REQUEST_STATE, TILE_STATE) == 0;
 }
 
 /* Not every compiler knows that an instruction which loads a tile reads memory: what is written before has to be there. */

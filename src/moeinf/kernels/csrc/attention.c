@@ -102,13 +102,18 @@ TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
     size_t t = 0;
     for (; t + LANES <= count; t += LANES) {
         __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(scale));
-        largest = _mm512_max_ps(scaled, largest); /* of a NaN and a number, the number */
+        __mmask16 odd = _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q);
+        largest = _mm512_mask_mov_ps(_mm512_max_ps(scaled, largest), odd, scaled); /* of a NaN and a number, the NaN */
         _mm512_storeu_ps(scores + t, scaled);
     }
-    most = _mm512_reduce_max_ps(largest);
+    most = _mm512_cmp_ps_mask(largest, largest, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps(largest);
     for (; t < count; t++) {
         scores[t] *= scale;
         most = scores[t] > most ? scores[t] : most;
+    }
+    if (most == -INFINITY) { /* nothing to attend to */
+        memset(scores, 0, count * sizeof *scores);
+        return;
     }
     t = 0;
     for (; t + LANES <= count; t += LANES) {
@@ -208,7 +213,7 @@ TARGET static void attend(const attending *job, size_t shared) {
         weigh(each, heads, values + start * value_token, value_token, size, count);
     }
     for (size_t h = 0; h < heads; h++) {
-        float share = 1 / each[h].sum;
+        float share = each[h].sum == 0 ? 1 : 1 / each[h].sum;
         for (size_t i = 0; i < size; i++)
             job->output[(shared * heads + h) * size + i] = to_bf16(each[h].total[i] * share);
     }

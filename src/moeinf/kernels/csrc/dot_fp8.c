@@ -33,7 +33,9 @@ TARGET static inline __m512i values(int first, __m512 scale) {
     if (first + 16 == 128)
         bits = _mm512_mask_mov_epi32(bits, 0x8000, _mm512_set1_epi32(0x7fc00000));
     __m512 exact = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
-    bits = _mm512_castps_si512(_mm512_mul_ps(exact, scale));
+    __m512 scaled = _mm512_mul_ps(exact, scale);
+    __mmask16 none = _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q); /* the rounding of a NaN may reach the sign */
+    bits = _mm512_mask_mov_epi32(_mm512_castps_si512(scaled), none, _mm512_set1_epi32(0x7fc00000));
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
 }
@@ -202,6 +204,10 @@ void dot_fp8(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t fi
         else
             dot_slowly(w, blocks, width, row, packed, out + r);
         r += ROWS;
+    }
+    if (r < rows && rows >= ROWS) {
+        dot_slowly(w, blocks, width, first + rows - ROWS, packed, out + rows - ROWS);
+        return;
     }
     for (; r < rows; r++)
         out[r] = dot_row(w + (first + r) * width, scales_of(blocks, first + r, width), width, packed);

@@ -71,11 +71,13 @@ TARGET static inline void expand_four(__m512i words, int half, __m512i below, __
     pairs[1] = _mm512_subs_epu16(_mm512_permutexvar_epi16(late, table), below);
 }
 
-/* How far the rows' powers are below the table's, of a byte of each word; whether some are too small for its arithmetic. */
+/* How far the rows' powers are below the table's, of a byte of each word; whether some are too small or too large for its
+ * arithmetic. */
 TARGET static inline bool measure(__m512i exponents, int byte, __m512i *below) {
     __m512i powers = spread(exponents, byte, 0x80);
     *below = _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(LARGEST), powers), 7);
-    return _mm512_cmplt_epu16_mask(powers, _mm512_set1_epi16(SMALLEST)) != 0;
+    __m512i above = _mm512_sub_epi16(powers, _mm512_set1_epi16(SMALLEST));
+    return _mm512_cmpgt_epu16_mask(above, _mm512_set1_epi16(LARGEST - SMALLEST)) != 0;
 }
 
 /* Adds a group of `sets` sixteens of rows to their chains. */
@@ -92,7 +94,7 @@ TARGET static inline void add_group(const uint8_t *w, size_t stride, size_t sets
         }
 }
 
-/* The same of rows some of whose powers are so small that the table's arithmetic does not hold. */
+/* The same of rows some of whose powers are so small or large that the table's arithmetic does not hold. */
 TARGET static void add_tiny(const uint8_t *w, size_t stride, const uint8_t *scales, size_t scale_stride, size_t sets,
                             const uint16_t *x, __m512 *chains) {
     for (size_t s = 0; s < sets; s++) {
@@ -184,6 +186,11 @@ void dot_mxfp4(const uint8_t *w, const uint8_t *scales, size_t width, size_t row
         dot_rows(w + r * width / 2, scales + r * (width / FP4_GROUP), width, TOGETHER, packed, out + r);
     for (; r + ROWS <= rows; r += ROWS)
         dot_rows(w + r * width / 2, scales + r * (width / FP4_GROUP), width, 1, packed, out + r);
+    if (r < rows && rows >= ROWS) {
+        r = rows - ROWS;
+        dot_rows(w + r * width / 2, scales + r * (width / FP4_GROUP), width, 1, packed, out + r);
+        return;
+    }
     for (; r < rows; r++)
         out[r] = dot_row(w + r * width / 2, scales + r * (width / FP4_GROUP), width, packed);
 }

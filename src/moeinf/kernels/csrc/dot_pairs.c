@@ -75,6 +75,10 @@ void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed,
     size_t r = 0;
     for (; r + ROWS <= rows; r += ROWS)
         dot_rows(w + r * width, width, packed, out + r);
+    if (r < rows && rows >= ROWS) { /* the last sixteen: alone, rows keep sums that the instruction makes 0 */
+        dot_rows(w + (rows - ROWS) * width, width, packed, out + rows - ROWS);
+        return;
+    }
     for (; r < rows; r++)
         out[r] = dot_row(w + r * width, width, packed);
 }

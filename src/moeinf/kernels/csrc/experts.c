@@ -1,7 +1,6 @@
 #include "layer.h"
 
 #include <stdbool.h>
-#include <stdlib.h>
 
 /* A ticket is so much of one expert, little enough that a thread which loses its core holds up little.
  * Of weights that are [out, in], PAD outputs, which are then laid out together as the next kernel wants them.

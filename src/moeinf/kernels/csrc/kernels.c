@@ -160,7 +160,8 @@ const kernels *find_kernels(int number) {
 #endif
 #ifdef HAS_DOT_PAIRS
     if (number == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return &avx512bf16;
 #endif
 #ifdef HAS_DOT_AMX

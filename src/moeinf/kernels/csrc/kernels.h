@@ -9,9 +9,14 @@
 #include <stdint.h>
 #include <string.h>
 
-/* float16 by arithmetic on its bits: moved to where float32 has them, its exponent is 112 too small. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "numbers lie in files with their lowest byte first");
+
+/* float16 by arithmetic on its bits: moved to where float32 has them, its exponent is 112 too small, but for infinity and
+ * NaN. */
 static inline float from_f16(uint16_t half) {
     uint32_t bits = (uint32_t)(half & 0x8000) << 16 | (uint32_t)(half & 0x7fff) << 13;
+    if ((half & 0x7c00) == 0x7c00)
+        bits |= 0x7f800000;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value * 0x1p112f;

@@ -12,7 +12,7 @@ static float activated(int activation, float x) {
     case MOE_GELU_TANH:
         return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * (x * x * x))));
     default:
-        return x > 0 ? x * x : 0;
+        return x < 0 ? 0 : x * x; /* and NaN for NaN */
     }
 }
 

@@ -14,10 +14,11 @@ const char *moe_variant(int number) {
 }
 
 moe_pool *moe_open(int threads, int variant) {
-    moe_pool *pool = calloc(1, sizeof *pool);
+    const kernels *kernels = find_kernels(variant);
+    moe_pool *pool = kernels == NULL ? NULL : calloc(1, sizeof *pool);
     if (pool == NULL)
         return NULL;
-    pool->kernels = find_kernels(variant);
+    pool->kernels = kernels;
     pool->threads = pool_open(threads);
     if (pool->threads == NULL) {
         free(pool);

@@ -82,8 +82,8 @@ typedef struct {
     int64_t chain, share, step;
 } moe_order;
 
-/* Computes `count` experts on many tokens, of which expert i has those of tokens[begins[i]] to tokens[ends[i] - 1], rows of
- * `hidden`: rows[begins[i]] and so on, of sum_dtype, receive its rows times weights[begins[i]] and so on, rounded to
+/* Computes `count` experts on many tokens, of which expert i has those of tokens[begins[i]] to tokens[ends[i] - 1], one or more
+ * rows of `hidden`: rows[begins[i]] and so on, of sum_dtype, receive its rows times weights[begins[i]] and so on, rounded to
  * row_dtype first. Products of expert i have the orders[2 * i], up, and orders[2 * i + 1], down; all their own without
  * `orders`. 0, -1 when memory is lacking, -2 where it is not compiled in or not for such a layer: float32, [in, out]. */
 MOE_API int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts,

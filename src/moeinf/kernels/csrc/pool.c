@@ -2,7 +2,9 @@
 
 #include <pthread.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -18,11 +20,15 @@
    wake-up take. For work: some 400, which is more than what lies between most calls of a token. */
 enum { LOOKS = 500, LOOKS_FOR_WORK = 10000 };
 
+/* What a thread needs; some systems give it an eighth of that. */
+enum { STACK_BYTES = 1 << 20 };
+
 struct pool {
     pthread_mutex_t lock;
     pthread_cond_t work;     /* there is a new job, or the pool closes */
     pthread_cond_t progress; /* a count came to 0 */
     pthread_t *workers;
+    pid_t process; /* whose workers they are */
     int num_workers;
     bool is_open; /* a job may be joined */
     bool closes;
@@ -34,10 +40,42 @@ struct pool {
     atomic_size_t next;
 };
 
+/* Numbers too small to be normal are numbers in every thread alike, whatever the caller has told its own: float16 and float8
+ * become float32 by way of them. Returns how it was. */
+static uint64_t keep_small_numbers(void) {
+#if defined(__x86_64__)
+    unsigned before = __builtin_ia32_stmxcsr(), flush = 0x8040;
+    if (before & flush)
+        __builtin_ia32_ldmxcsr(before & ~flush);
+    return before;
+#elif defined(__aarch64__)
+    uint64_t before, flush = 1 << 24;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    if (before & flush)
+        __asm__ volatile("msr fpcr, %0" : : "r"(before & ~flush));
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static void treat_small_numbers_as(uint64_t before) {
+#if defined(__x86_64__)
+    if (before != __builtin_ia32_stmxcsr())
+        __builtin_ia32_ldmxcsr((unsigned)before);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(before));
+#else
+    (void)before;
+#endif
+}
+
 static void draw(pool *pool) {
+    uint64_t before = keep_small_numbers();
     size_t ticket;
     while ((ticket = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed)) < pool->tickets)
         pool->run(pool->job, ticket);
+    treat_small_numbers_as(before);
 }
 
 /* A worker that wakes after the job was closed does not join it: the caller waits for nobody that did nothing. */
@@ -71,9 +109,14 @@ pool *pool_open(int threads) {
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->progress, NULL);
     pool->workers = calloc((size_t)(threads > 1 ? threads - 1 : 1), sizeof *pool->workers);
+    pool->process = getpid();
+    pthread_attr_t kind;
+    pthread_attr_init(&kind);
+    pthread_attr_setstacksize(&kind, STACK_BYTES);
     while (pool->workers != NULL && pool->num_workers < threads - 1 &&
-           pthread_create(&pool->workers[pool->num_workers], NULL, work, pool) == 0)
+           pthread_create(&pool->workers[pool->num_workers], &kind, work, pool) == 0)
         pool->num_workers++;
+    pthread_attr_destroy(&kind);
     if (pool->workers == NULL || pool->num_workers < threads - 1) {
         pool_close(pool);
         return NULL;
@@ -82,6 +125,8 @@ pool *pool_open(int threads) {
 }
 
 void pool_close(pool *pool) {
+    if (pool->process != getpid())
+        return; /* a child has no workers, and nobody who would unlock what they locked */
     pthread_mutex_lock(&pool->lock);
     pool->closes = true;
     pthread_cond_broadcast(&pool->work);

@@ -34,6 +34,7 @@ struct moe_reader {
     pthread_cond_t work;    /* there are pieces that may be read, or the reader closes */
     pthread_cond_t arrival; /* a fetch ended */
     queue waiting[MOE_URGENCIES], ended;
+    pid_t process; /* whose threads they are */
     pthread_t *threads;
     int32_t most, num_threads, idle, guessing, is_direct, closes;
 };
@@ -223,6 +224,7 @@ moe_reader *moe_open_reader(int32_t most, int32_t threads, int32_t is_direct) {
     pthread_mutex_init(&reader->lock, NULL);
     pthread_cond_init(&reader->work, NULL);
     pthread_cond_init(&reader->arrival, NULL);
+    reader->process = getpid();
     reader->most = most;
     reader->is_direct = is_direct;
     start(reader, threads);
@@ -243,6 +245,8 @@ static void drop(queue *queue) {
 }
 
 void moe_close_reader(moe_reader *reader) {
+    if (reader->process != getpid())
+        return; /* a child has no threads, and nobody who would unlock what they locked */
     queue dropped[MOE_URGENCIES] = {{NULL, NULL}};
     pthread_mutex_lock(&reader->lock);
     reader->closes = 1;
