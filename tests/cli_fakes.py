@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -78,6 +79,7 @@ class FakeEngine:
         *,
         tokenizer: Any = None,
         context: int = 200,
+        max_context: int = 400,
         slots: int = 5,
         on_step: Callable[[int], None] = lambda _: None,
         notes: tuple[str, ...] = (),
@@ -91,6 +93,7 @@ class FakeEngine:
             budget=0, dense=0, kv_cache=0, workspace=0, slots=slots, slot_bytes=0, all_experts=5, token_experts=4,
             context=context, token_workspace=0,
         )  # fmt: skip
+        self.manifest = SimpleNamespace(max_context=max_context)
         self.replies = list(replies)
         self.prompts: list[str] = []
         self.samplings: list[Sampling] = []

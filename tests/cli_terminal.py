@@ -21,7 +21,9 @@ _PATIENCE_S = 30.0
 
 
 class Terminal:
-    """`moeinf ARGS` at the far end of a pseudo terminal, with an engine that counts 0, 1, 2, … until it is stopped."""
+    """`moeinf ARGS` at the far end of a pseudo terminal, with an engine that counts 0, 1, 2, … until it is stopped, or
+    breaks if it is told to.
+    """
 
     def __init__(self, home: Path, *args: str, environ: dict[str, str] | None = None) -> None:
         here = Path(__file__).parent
@@ -101,8 +103,14 @@ def _main() -> int:
 def _load(*_: object, **__: object) -> object:
     from cli_fakes import FakeEngine
 
+    def step(_: int) -> None:
+        if "<user>break<end>" in engine.prompts[-1]:
+            raise RuntimeError("broken")
+        time.sleep(0.002)
+
     numbers = " ".join(map(str, range(50_000)))
-    return FakeEngine([numbers], context=1_000_000, on_step=lambda _: time.sleep(0.002))
+    engine = FakeEngine([numbers], context=1_000_000, max_context=2_000_000, on_step=step)
+    return engine
 
 
 if __name__ == "__main__":

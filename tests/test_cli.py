@@ -581,6 +581,13 @@ def test_run_with_stats(engine: FakeEngine, stored: CommandLine) -> None:
         ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
         = 0
     """)
+    stored.check("""
+        $ moeinf run -q tiny Hi --stats
+        | Hello.
+        ! time to first token 250 ms · prompt 48.0 tokens/s · answer 8.0 tokens/s
+        ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
+        = 0
+    """)
 
 
 def test_run_says_why_an_answer_was_cut(engine: FakeEngine, stored: CommandLine) -> None:
@@ -597,6 +604,14 @@ def test_run_says_why_an_answer_was_cut(engine: FakeEngine, stored: CommandLine)
         | {"o" * 195}
         ! loading tiny
         ! the answer was cut where the context of 200 tokens was full; --context sets that
+        = 0
+    """)
+    engine.manifest.max_context = 200
+    stored.check(f"""
+        $ moeinf run tiny Hi
+        | {"o" * 195}
+        ! loading tiny
+        ! the answer was cut where the context of 200 tokens was full; the model was made for no more
         = 0
     """)
 
@@ -804,10 +819,15 @@ def test_chat_is_saved_and_loaded(engine: FakeEngine, stored: CommandLine) -> No
     stored.check("""
         $ moeinf chat tiny
         < /load talk
+        < /show
         < More
         | Hello.
         ! loading tiny
         ! loaded talk: 2 messages
+        ! model     tiny
+        ! system    Brief.
+        ! settings  max_tokens default, temperature default, top_p default, top_k default, seed default
+        ! messages  2, 21 of 200 tokens
         = 0
     """)
     assert engine.prompts[-1] == "<system>Brief.<end><user>Hi<end><assistant>Hello.<end><user>More<end><assistant>"
@@ -838,15 +858,19 @@ def test_a_chat_from_a_file_ends_at_the_first_mistake(engine: FakeEngine, stored
         ),
         ("/set temperature", "error: temperature must be a number or default, not ''"),
         ("/set temperature hot", "error: temperature must be a number or default, not 'hot'"),
-        ("/set temperature -1", "error: temperature must be 0 or more, not -1.0"),
-        ("/set temperature nan", "error: temperature must be 0 or more, not nan"),
+        ("/set temperature -1", "error: temperature must be from 0 to 1000, not -1.0"),
+        ("/set temperature nan", "error: temperature must be from 0 to 1000, not nan"),
+        ("/set seed 99999999999999999999", f"error: seed must be from 0 to {2**63 - 1}, not 99999999999999999999"),
         ("/set top_p 2", "error: top p must be from 0 to 1, not 2.0"),
         ("/set top_k 1.5", "error: top_k must be a whole number or default, not '1.5'"),
         ("/set max_tokens 0", "error: max tokens must be 1 or more, not 0"),
         ("/set stats maybe", "error: stats are on or off, not 'maybe'"),
         ("/stats", "error: there is no answer yet"),
         ("/retry", "error: there is no answer to try again"),
-        ("/save ../x", "error: '../x' cannot name a chat\nhint: use letters, digits, '-', '_' and '.'"),
+        (
+            "/save ../x",
+            "error: '../x' cannot name a chat\nhint: use letters, digits, '-', '_' and '.', 200 bytes of them at most",
+        ),
         ("/load x", "error: no chat is saved as 'x'\nhint: saved chats: none"),
     ],
 )
@@ -1134,6 +1158,20 @@ def test_an_interrupt_outside_an_answer_is_quiet(stored: CommandLine, monkeypatc
 # Terminals
 
 
+def test_nothing_that_goes_wrong_ends_a_chat(stored: CommandLine) -> None:
+    with Terminal(stored.home, "chat", "tiny") as terminal:
+        terminal.expect(">>>")
+        terminal.press("break\r")
+        terminal.expect("RuntimeError: broken")
+        terminal.expect(">>>")
+        terminal.press("count\r")
+        terminal.expect("0 1 2 3 4")
+        terminal.press(CTRL_C)
+        terminal.expect(">>>")
+        terminal.press(CTRL_D)
+        assert terminal.wait() == 0
+
+
 def test_chat_in_a_terminal(stored: CommandLine) -> None:
     history = stored.home / "history/chat"
     history.parent.mkdir()
@@ -1217,6 +1255,34 @@ for line in ("--help", "run --help", "list", "show tiny", "verify tiny", "rm -y 
     process = spawn(stored.home, "-c", script)
     _, stderr = process.communicate()
     assert (process.returncode, stderr) == (0, "verify tiny: 21.7 KiB\n")
+
+
+def test_ctrl_c_while_the_program_starts_is_quiet(stored: CommandLine) -> None:
+    """Python takes a quarter of a second to read the commands; what a Ctrl-C meets there is no code of ours."""
+    (stored.home / "sitecustomize.py").write_text("import os, signal, sys, threading\n" + _PRESS)
+    path = f"{stored.home}{os.pathsep}{SOURCE}"
+    process = spawn(stored.home, "-m", "moeinf", "list", PYTHONPATH=path)
+    stdout, stderr = process.communicate()
+    assert (stdout, stderr, process.returncode) == ("", "", -signal.SIGINT)
+
+
+_PRESS = """
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "moeinf.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(stored: CommandLine, closed: str) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(SOURCE), "MOEINF_HOME": str(stored.home)}
+    for command, code in (("list", 0), ("show nothing", 3), ("rm tiny", 2), ("run nothing hi", 3)):
+        line = f"{sys.executable} -m moeinf {command} {closed}"
+        process = subprocess.run(line, shell=True, capture_output=True, text=True, check=False, env=environ)
+        assert process.returncode == code
+        assert "AttributeError" not in process.stderr
 
 
 def test_nobody_reads_the_output(stored: CommandLine) -> None:

@@ -199,8 +199,8 @@ def test_a_home_that_cannot_be(cli: CommandLine) -> None:
     cli.home.write_text("")
     cli.check("""
         $ moeinf profile
-        ! error: no access to HOME: File exists
-        ! hint: change its permissions, or set MOEINF_HOME to a folder that you may write to
+        ! error: MOEINF_HOME is HOME, which is no folder
+        ! hint: set it to one
         = 2
         """)
 

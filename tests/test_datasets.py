@@ -87,9 +87,10 @@ def test_files(tmp_path: Path, name: str, content: str, expected: list[tuple[str
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.pdf", b"x", UsageError, r"a\.pdf' is no data set"),
-        ("a", None, UsageError, "is no data set"),
-        ("a.txt", None, UsageError, "cannot be read: No such file"),
+        ("a.pdf", b"x", ModelNotFoundError, r"a\.pdf' is no data set"),
+        ("a", None, ModelNotFoundError, "is no data set"),
+        ("a.txt", None, ModelNotFoundError, "there is no file .*a.txt"),
+        ("a.jsonl", b'{"prompt": "hi"}\n\nnot json\n', IntegrityError, "line 3: "),
         ("a.txt", b"", IntegrityError, "holds no prompts"),
         ("a.txt", b"\n \n\n", IntegrityError, "holds no prompts"),
         ("a.txt", b"One.\n\xff", IntegrityError, "is not UTF-8: byte 0xff at 5"),
@@ -218,8 +219,8 @@ def test_a_file_here_comes_first_and_no_file_is_looked_up(fake: FakeHub, folder:
     (Path("org") / "talk").mkdir()
     with pytest.raises(UsageError, match="org/talk is a folder"):
         read_prompts(REPO)
-    for name in ("org/other.jsonl", "other", "a/b/c", "./org/x", "default/"):
-        with pytest.raises(UsageError):
+    for name in ("org/other.jsonl", "other", "a/b/c", "./org/x", "default/", ""):
+        with pytest.raises(ModelNotFoundError):
             read_prompts(name)
     for name in SHIPPED:
         assert read_prompts(name, 3)
@@ -321,7 +322,7 @@ def test_transcripts_of_data_sets_that_are_none(stored: CommandLine) -> None:
         $ moeinf trace tiny --dataset defautl
         ! error: 'defautl' is no data set
         ! hint: give default, default-held-out, a file (.jsonl, .csv, .json, .parquet, .txt), or ORG/NAME of the hub
-        = 2
+        = 3
     """)
 
 

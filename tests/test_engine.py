@@ -126,7 +126,9 @@ def test_a_model_in_use_cannot_be_removed(tiny: str) -> None:
     assert Store().names() == [tiny]
 
 
-@pytest.mark.parametrize("damage", ["dense.safetensors", expert_path(0, 0), "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "damage", ["dense.safetensors", expert_path(0, 0), "config.json", "tokenizer.json", "generation_config.json"]
+)
 def test_a_damaged_store_is_an_integrity_error_that_names_the_file(damage: str, home: Path, tmp_path: Path) -> None:
     make_checkpoint("mixtral", tmp_path)
     stored = pull(str(tmp_path), store=Store(home), name="model")

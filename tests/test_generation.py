@@ -169,7 +169,17 @@ def test_an_empty_prompt_is_refused(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -2}, {"max_tokens": 0}, {"seed": -1}, {"top_p": float("nan")}],
+    [
+        {"temperature": -1},
+        {"temperature": 1e-300},
+        {"temperature": float("inf")},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": -2},
+        {"max_tokens": 0},
+        {"seed": -1},
+        {"seed": 1 << 63},
+    ],
 )
 def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="must be"):

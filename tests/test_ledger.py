@@ -154,10 +154,21 @@ def test_regimes_and_thrashing() -> None:
     assert not plan(8000 * MIB, experts="128").thrashes
 
 
-@pytest.mark.parametrize("experts", ["", "0", "-1", "0%", "101%", "many", "12.5"])
+@pytest.mark.parametrize("experts", ["", "0", "-1", "0%", "many", "12.5"])
 def test_experts_must_be_a_number_or_a_share(experts: str) -> None:
     with pytest.raises(UsageError, match="is neither a number nor a share"):
         plan(8000 * MIB, experts=experts)
+
+
+def test_a_share_of_the_experts_is_no_more_than_all() -> None:
+    with pytest.raises(UsageError, match="101% is more than there are"):
+        plan(8000 * MIB, experts="101%")
+
+
+def test_a_shorter_context_is_proposed_where_it_helps() -> None:
+    with pytest.raises(CapacityError) as caught:
+        plan(1)
+    assert "context" not in str(caught.value.hint)
 
 
 def test_below_one_layers_need_is_refused_with_the_number_that_would_do() -> None:

@@ -36,11 +36,20 @@ def test_nothing_given_means_the_defaults(tmp_path: Path) -> None:
     ("environ", "config", "message"),
     [
         ({"MOEINF_CONTEXT": "many"}, "", "MOEINF_CONTEXT: 'many' is not a whole number"),
-        ({}, 'context = "x"', "config.toml: 'x' is not a whole number"),
+        ({}, 'context = "x"', "config.toml: context: 'x' is not a whole number"),
         ({}, "speed = 3", "unknown keys: speed"),
         ({}, "context =", "is not valid TOML"),
-        ({"MOEINF_PREFETCH": "always"}, "", "--prefetch always is not known"),
-        ({"MOEINF_THREADS": "0"}, "", "--threads must be 1 or more"),
+        ({}, "context = 3\n'context-' = 4", "unknown keys: context_"),
+        ({}, "host-memory = '1G'\nhost_memory = '2G'", "has host_memory twice"),
+        ({}, "device = true", "config.toml: device = True is no text"),
+        ({}, "experts = [1]", "config.toml: experts = \\[1\\] is no text"),
+        ({}, "experts = 'x'", "config.toml: experts 'x' is neither"),
+        ({"MOEINF_EXPERTS": "-3"}, "", "MOEINF_EXPERTS '-3' is neither"),
+        ({"MOEINF_HOST_MEMORY": "much"}, "", "MOEINF_HOST_MEMORY 'much' is not a size"),
+        ({}, "device_memory = '120%'", "config.toml: device_memory 120% is more than there is"),
+        ({"MOEINF_PREFETCH": "always"}, "", "MOEINF_PREFETCH always is not known"),
+        ({"MOEINF_THREADS": "0"}, "", "MOEINF_THREADS must be 1 or more"),
+        ({"MOEINF_THREADS": "3000"}, "", "MOEINF_THREADS must be 512 or less"),
     ],
 )
 def test_bad_settings_are_errors(tmp_path: Path, environ: dict[str, str], config: str, message: str) -> None:

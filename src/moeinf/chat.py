@@ -163,6 +163,10 @@ class Conversation:
             raise UsageError("there is no answer to try again")
         return self._extend(self._messages[:-1], on_text, should_stop)
 
+    def count_tokens(self) -> int:
+        """The tokens that the next message will stand behind."""
+        return len(_encode_messages(self._engine.tokenizer, self._messages, self.system)) if self._messages else 0
+
     def clear(self) -> None:
         """Forget all messages; `system` and `sampling` stay."""
         self._messages.clear()
@@ -312,11 +316,14 @@ def _concatenate(messages: Sequence[Message], system: str | None) -> str:
 
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    from .hooks import quiet
+
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"the prompt is not valid UTF-8: {error.reason}") from error
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    with quiet():  # transformers warns of long texts; what is too long is refused when it is known how much room is
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     if not ids:
         raise UsageError("the prompt is empty")
     return ids

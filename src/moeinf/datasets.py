@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .errors import IntegrityError, UnsupportedError, UsageError
+from .errors import IntegrityError, ModelNotFoundError, UnsupportedError, UsageError
 from .files import explained
 from .hub import HubRepo, RemoteFile
 from .locks import exclusive_lock
@@ -57,8 +57,9 @@ def read_prompts(
     only one for which a connection is opened. Of the hub, one file is read, and the next ones only while there are
     fewer than `limit` prompts; `notify` gets a sentence about which. docs/datasets.md says what is read of a row.
 
-    Raises UsageError for what is none of these or cannot be read, IntegrityError for a data set without prompts or a
-    damaged one, UnsupportedError for .parquet where pyarrow is not installed, and what `hub` raises.
+    Raises ModelNotFoundError for what is none of these, UsageError for what cannot be read, IntegrityError for a data
+    set without prompts or a damaged one, UnsupportedError for .parquet where pyarrow is not installed, and what `hub`
+    raises.
     """
     if dataset in SHIPPED:
         return shipped_prompts(dataset)[:limit]
@@ -131,18 +132,20 @@ def _fetch(listing: HubRepo, file: RemoteFile, folder: Path, progress: Progress)
 
 def _read_file(path: Path, name: str) -> list[Prompt]:
     """All prompts of a file; `name` is what messages call it."""
-    if os.path.isdir(path):
+    if name and os.path.isdir(path):
         raise UsageError(f"{name} is a folder", hint=f"give a file in it: {', '.join(_READERS)}")
     read = _READERS.get(path.suffix)
     if read is None:
         names = ", ".join(SHIPPED)
-        raise UsageError(
+        raise ModelNotFoundError(
             f"{name!r} is no data set", hint=f"give {names}, a file ({', '.join(_READERS)}), or ORG/NAME of the hub"
         )
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{name} is larger than {format_bytes(MAX_BYTES)}", hint="split it, and give a part")
         rows = read(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"there is no file {name}", hint="look at its path") from None
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -188,7 +191,14 @@ def _read_text(data: bytes) -> list[dict[Any, Any]]:
 
 
 def _read_json_lines(data: bytes) -> list[dict[Any, Any]]:
-    return _objects(json.loads(line) for line in _decoded(data).split("\n") if line.strip())
+    rows = []
+    for number, line in enumerate(_decoded(data).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return _objects(rows)
 
 
 def _read_json(data: bytes) -> list[dict[Any, Any]]:

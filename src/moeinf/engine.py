@@ -310,7 +310,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         on_host = copy.deepcopy(list(modules.values())) if options.computes_on_host else []
         hooks.move(model, placement.device.place)
     if (folder / GENERATION_CONFIG_NAME).exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = _load_part(GenerationConfig, folder, "generation config")
     identity = ModelIdentity.of(stored.name, manifest)
     traces = folder / TRACES_FOLDER
     collection_file = CollectionFile(traces / COLLECTION_FILE, identity)

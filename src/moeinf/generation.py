@@ -30,6 +30,12 @@ __all__ = ["Completion", "FinishReason", "Sampling", "Session", "make_generation
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.001, 1000
+"""Beyond these, logits become infinite or all alike."""
+_LARGEST_SEED = (1 << 63) - 1
+_ROOM = "start afresh (/clear in a chat), or give a larger --context, which takes memory from the experts"
+_NO_MORE_ROOM = "start afresh (/clear in a chat): the model was made for no longer context"
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -47,16 +53,21 @@ class Sampling:
     def __post_init__(self) -> None:
         limits = {
             "max_tokens": (1, None),
-            "temperature": (0, None),
+            "temperature": (0, _HIGHEST_TEMPERATURE),
             "top_p": (0, 1),
             "top_k": (0, None),
-            "seed": (0, None),
+            "seed": (0, _LARGEST_SEED),
         }
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if value is not None and not (value >= least and (most is None or value <= most)):
                 span = f"{least} or more" if most is None else f"from {least} to {most}"
                 raise UsageError(f"{name.replace('_', ' ')} must be {span}, not {value}")
+        if self.temperature is not None and 0 < self.temperature < _LOWEST_TEMPERATURE:
+            raise UsageError(
+                f"temperature must be 0, or {_LOWEST_TEMPERATURE} or more, not {self.temperature}",
+                hint="0 takes the likeliest token",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +122,7 @@ class Session:
         if room < 1:
             raise UsageError(
                 f"the conversation has {len(ids)} tokens and the context holds {self._engine.plan.context}",
-                hint="start afresh (/clear in a chat), or give a larger --context, which takes memory from the experts",
+                hint=_ROOM if self._engine.plan.context < self._engine.manifest.max_context else _NO_MORE_ROOM,
             )
         max_tokens = min(sampling.max_tokens or room, room)
         clock = _Clock(on_token, should_stop)

@@ -379,11 +379,12 @@ def _slots(manifest: Manifest, empty: MemoryPlan, experts: str | None, option: s
     wanted = parse_slots(experts, manifest.num_experts, fewest)
     least = empty.total + (wanted or fewest) * empty.slot_bytes
     if least > empty.budget:
+        shorter = f", or a shorter --context than {empty.context}" if least - empty.kv_cache < empty.budget else ""
         raise CapacityError(
             f"the model needs {format_bytes(least)}: {format_bytes(empty.dense)} of dense weights,"
             f" {format_bytes(empty.kv_cache)} of KV cache, {format_bytes(empty.workspace)} of workspace and"
             f" {wanted or fewest} experts; the budget is {format_bytes(max(empty.budget, 0))}",
-            hint=f"give it {option} {-(-least // MIB)}MiB or more, or a shorter --context than {empty.context}"
+            hint=f"give it {option} {-(-least // MIB)}MiB or more{shorter}"
             + (", or fewer --experts" if wanted else ""),
         )
     return wanted or min(manifest.num_experts, (empty.budget - empty.total) // empty.slot_bytes)
@@ -406,7 +407,9 @@ def parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | Non
     try:
         if text.endswith("%"):
             share = float(text[:-1])
-            if 0 < share <= 100:
+            if share > 100:
+                raise UsageError(f"--experts {text} is more than there are", hint="a share is 100% at most")
+            if share > 0:
                 return min(num_experts, max(fewest, round(num_experts * share / 100)))
         elif int(text) > num_experts:
             return num_experts

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
+from .units import parse_size
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -36,6 +39,7 @@ that they met, 1024 of them if nobody says otherwise. Where torch computes the e
 shape for each number of tokens, and attention that is not plain has products of its own; many are kept without a loss
 in speed. Else few are: linear layers meet one number of rows per prompt (docs/experiments.md)."""
 
+_CONFIG = "config.toml"
 _SPINS = "GOMP_SPINCOUNT"
 _PROGRAMS = {"LRU_CACHE_CAPACITY": 2, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 1}
 """Of what torch keeps half is enough: what it has dropped, oneDNN still has."""
@@ -46,6 +50,9 @@ _CHOICES = {
     "kernels": ("auto", "native", "torch", "triton"),
     "compile": ("auto", "on", "off"),
 }
+_SIZES = ("device_memory", "host_memory")
+_MOST = {"context": 1 << 30, "threads": 512}
+_EXPERTS = re.compile(r"\s*(\d+|(\d+\.?\d*|\.\d+)%)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +76,8 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(f"--{name} {value} is not known", hint=f"choose one of: {', '.join(known)}")
-        for name in ("context", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be 1 or more, not {value}")
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name), _flag(field.name))
 
     @property
     def computes_on_host(self) -> bool:
@@ -92,8 +93,14 @@ class EngineOptions:
 
 
 def home_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder that holds everything: `MOEINF_HOME`, else `~/.moeinf`."""
-    return Path(environ.get("MOEINF_HOME") or Path.home() / ".moeinf").expanduser()
+    """The folder that holds everything: `MOEINF_HOME`, else `~/.moeinf`. Raises UsageError for what cannot be one."""
+    try:
+        path = Path(environ.get("MOEINF_HOME") or Path.home() / ".moeinf").expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"there is no home: {error}", hint="set MOEINF_HOME to a folder") from error
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"MOEINF_HOME is {path}, which is no folder", hint="set it to one")
+    return path
 
 
 def tune_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -132,27 +139,57 @@ def resolve_options(
 
     Raises UsageError for a value that cannot be, naming where it came from.
     """
-    config = _read_config((home or home_path(environ)) / "config.toml")
+    config = _read_config((home or home_path(environ)) / _CONFIG)
     values: dict[str, object] = {}
     for field in dataclasses.fields(EngineOptions):
         variable = f"MOEINF_{field.name.upper()}"
         found = [
-            (flags.get(field.name), f"--{field.name.replace('_', '-')}"),
+            (flags.get(field.name), _flag(field.name)),
             (environ.get(variable) or None, variable),
-            (config.pop(field.name, None), "config.toml"),
+            (config.pop(field.name, None), _CONFIG),
         ]
         given = [(value, origin) for value, origin in found if value is not None]
         if given:
-            values[field.name] = _convert(field.name, *given[0])
+            value, origin = given[0]
+            values[field.name] = _convert(field.name, value, origin)
+            _check(field.name, values[field.name], origin)
     if config:
         raise UsageError(
-            f"config.toml has unknown keys: {', '.join(sorted(config))}", hint="see docs/cli.md for the names"
+            f"{_CONFIG} has unknown keys: {', '.join(sorted(config))}", hint="see docs/cli.md for the names"
         )
     return EngineOptions(**values)  # type: ignore[arg-type]  # _convert made every field what it must be
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _convert(name: str, value: object, origin: str) -> object:
-    return _number(value, origin) if name in ("context", "threads") else str(value)
+    if name in _MOST:
+        return _number(value, f"{origin}: {name}" if origin == _CONFIG else origin)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UsageError(f"{origin}: {name} = {value!r} is no text and no number")
+    return str(value)
+
+
+def _check(name: str, value: Any, origin: str) -> None:
+    """Raise UsageError for a value that no model and no machine could do with, and call it by its origin."""
+    if value is None:
+        return
+    what = f"{origin}: {name}" if origin == _CONFIG else origin
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise UsageError(f"{what} {value} is not known", hint=f"choose one of: {', '.join(_CHOICES[name])}")
+    if name in _MOST and value < 1:
+        raise UsageError(f"{what} must be 1 or more, not {value}")
+    if name in _MOST and value > _MOST[name]:
+        raise UsageError(f"{what} must be {_MOST[name]} or less, not {value}")
+    if name == "experts" and not _EXPERTS.fullmatch(value):
+        raise UsageError(f"{what} {value!r} is neither a number nor a share", hint="write it like 256 or 25%")
+    if name in _SIZES:
+        try:
+            parse_size(value, whole_bytes=1)
+        except UsageError as error:
+            raise UsageError(f"{what} {error}", hint=error.hint) from None
 
 
 def _number(value: object, origin: str) -> int:
@@ -164,12 +201,17 @@ def _number(value: object, origin: str) -> int:
 
 def _read_config(path: Path) -> dict[str, object]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            config = tomllib.load(file)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        return {key.replace("-", "_"): value for key, value in tomllib.loads(text).items()}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
+    values: dict[str, object] = {}
+    for key, value in config.items():
+        if (name := key.replace("-", "_")) in values:
+            raise UsageError(f"{path} has {name} twice, spelled with - and with _", hint="leave one of them out")
+        values[name] = value
+    return values

@@ -29,7 +29,9 @@ def parse_size(text: str, *, whole_bytes: int | None = None) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit = match["unit"].upper() if match else ""
-    if match and unit == "%" and whole_bytes is not None and float(match["number"]) <= 100:
+    if match and unit == "%" and whole_bytes is not None:
+        if float(match["number"]) > 100:
+            raise UsageError(f"{text} is more than there is", hint="a share is 100% at most")
         return int(whole_bytes * float(match["number"]) / 100)
     if not match or unit not in _FACTORS:
         share = ", or a share like 50%" if whole_bytes is not None else ""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import traceback
@@ -23,7 +24,7 @@ from .bench import bench
 from .chat import chat
 from .models import list_models, pull, remove, show, verify
 from .options import with_groups
-from .output import Output
+from .output import Output, unexpected
 from .profile import profile
 from .quantize import quality, quantize
 from .run import INTERRUPTED, run
@@ -60,12 +61,22 @@ app.command("bench", short_help="Measure a model, beside what else could run it.
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` when `args` is None) and return its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # __main__ has seen to that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the locale cannot show
     code = _run(args)
     if code == INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more Ctrl-C would break into Python's own end
     return code
+
+
+def _open_streams() -> None:
+    """Give a process that was started without standard streams some that lead nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process
 
 
 def _run(args: Sequence[str] | None) -> int:
@@ -76,8 +87,7 @@ def _run(args: Sequence[str] | None) -> int:
     except MoeinfError as error:
         return _report(error)
     except Exception as error:
-        unexpected = MoeinfError(f"{type(error).__name__}: {error}", hint="MOEINF_DEBUG=1 shows where this comes from")
-        return _report(unexpected)
+        return _report(unexpected(error))
 
 
 def _dispatch(args: Sequence[str] | None) -> int:

@@ -15,7 +15,7 @@ from moeinf.settings import home_path
 
 from .answers import Interrupts, describe_cut, describe_plan, describe_stats, open_engine
 from .options import EngineFlags, Model, Quiet, SamplingFlags, Stats
-from .output import Mode, Output
+from .output import Mode, Output, unexpected
 from .reading import LineReader, Reader, TerminalReader
 from .run import INTERRUPTED
 
@@ -54,7 +54,8 @@ def chat(
             output.note(f"{name}: {describe_plan(engine.plan)}. /help lists the commands, Ctrl-D leaves.")
         if not has_chat_template(engine.tokenizer):
             output.note(f"{name} has no chat template: it continues what is said as it stands")
-        return Repl(name, conversation, reader, output, context=engine.plan.context, shows_stats=stats).talk()
+        contexts = engine.plan.context, engine.manifest.max_context
+        return Repl(name, conversation, reader, output, contexts=contexts, shows_stats=stats).talk()
 
 
 class _Left(Exception):  # noqa: N818  # no error: somebody said /bye
@@ -71,7 +72,7 @@ class Repl:
         reader: Reader,
         output: Output,
         *,
-        context: int,
+        contexts: tuple[int, int],
         shows_stats: bool = False,
         interrupts: Interrupts | None = None,
     ) -> None:
@@ -79,7 +80,8 @@ class Repl:
         self._conversation = conversation
         self._reader = reader
         self._output = output
-        self._context = context
+        self._contexts = contexts
+        """Tokens that fit now, and those that the model was made for."""
         self._shows_stats = shows_stats
         self._interrupts = interrupts or Interrupts()
         self._last: Reply | None = None
@@ -98,10 +100,10 @@ class Repl:
                 if self._interrupts.press():
                     return INTERRUPTED
                 self._output.note("Ctrl-C again or Ctrl-D to leave")
-            except MoeinfError as error:
+            except Exception as error:  # whatever it is, what was said is worth more
                 if not self._reader.is_interactive:
                     raise
-                self._output.error(error)
+                self._output.error(error if isinstance(error, MoeinfError) else unexpected(error))
 
     def _turn(self) -> None:
         line = self._reader.read(">>> ").strip()
@@ -143,8 +145,7 @@ class Repl:
         completion = self._last.completion
         if completion.finish_reason == "interrupted":
             self._output.note("stopped; what was said is kept, /retry asks again")
-        cut = describe_cut(completion, self._conversation.sampling, self._context)
-        if cut:
+        if cut := describe_cut(completion, self._conversation.sampling, *self._contexts):
             self._output.note(cut)
         if self._shows_stats:
             self.stats("")
@@ -152,8 +153,8 @@ class Repl:
     def help(self, _: str) -> None:
         width = max(len(command.usage) for command in COMMANDS)
         for command in COMMANDS:
-            self._output.note(f"{command.usage:<{width}}  {command.help}")
-        self._output.note(f"{_BLOCK:<{width}}  begins and ends a message of several lines")
+            self._output.tell(f"{command.usage:<{width}}  {command.help}")
+        self._output.tell(f"{_BLOCK:<{width}}  begins and ends a message of several lines")
 
     def clear(self, _: str) -> None:
         self._conversation.clear()
@@ -192,17 +193,18 @@ class Repl:
 
     def show(self, _: str) -> None:
         sampling = dataclasses.asdict(self._conversation.sampling)
-        used = self._last.completion.prompt_tokens + len(self._last.completion.tokens) if self._last else 0
-        self._output.note(f"model     {self._model}")
-        self._output.note(f"system    {self._conversation.system or 'none'}")
-        self._output.note("settings  " + ", ".join(f"{name} {_shown(value)}" for name, value in sampling.items()))
-        self._output.note(f"messages  {len(self._conversation.messages)}, {used} of {self._context} tokens")
+        last = self._last.completion if self._last else None
+        used = last.prompt_tokens + len(last.tokens) if last else self._conversation.count_tokens()
+        self._output.tell(f"model     {self._model}")
+        self._output.tell(f"system    {self._conversation.system or 'none'}")
+        self._output.tell("settings  " + ", ".join(f"{name} {_shown(value)}" for name, value in sampling.items()))
+        self._output.tell(f"messages  {len(self._conversation.messages)}, {used} of {self._contexts[0]} tokens")
 
     def stats(self, _: str) -> None:
         if self._last is None:
             raise UsageError("there is no answer yet")
         for line in describe_stats(self._last.completion.stats):
-            self._output.note(line)
+            self._output.tell(line)
 
     def save(self, name: str) -> None:
         self._output.note(f"saved {save_chat(name, self._conversation)}")

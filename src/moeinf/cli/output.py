@@ -20,7 +20,7 @@ from moeinf.progress import NO_PROGRESS, Task, Unit
 
 from .progress import Bars, LineTask
 
-__all__ = ["BROKEN_PIPE", "Mode", "Output", "columns"]
+__all__ = ["BROKEN_PIPE", "Mode", "Output", "columns", "unexpected"]
 
 BROKEN_PIPE = 141
 """Exit code when nobody reads what we write: what a program has that a SIGPIPE ends."""
@@ -88,6 +88,10 @@ class Output:
         if self.mode is not Mode.QUIET:
             self._say(text)
 
+    def tell(self, text: str) -> None:
+        """Tell a person something that is no data and was asked for: when quiet, too."""
+        self._say(text)
+
     def warn(self, text: str) -> None:
         self._say(text, "warning")
 
@@ -146,6 +150,11 @@ class Output:
         except OSError as error:
             kind = CapacityError if error.errno in (errno.ENOSPC, errno.EDQUOT) else MoeinfError
             raise kind(f"the output cannot be written: {error.strerror}") from error
+
+
+def unexpected(error: Exception) -> MoeinfError:
+    """What to say of an error that nobody has foreseen."""
+    return MoeinfError(f"{type(error).__name__}: {error}", hint="MOEINF_DEBUG=1 shows where this comes from")
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

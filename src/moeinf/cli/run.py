@@ -51,12 +51,13 @@ def run(
                     reply = Conversation(engine, sampling, system).send(text, on_text, should_stop)
             finally:
                 output.end_line()
-        context = engine.plan.context
+        contexts = engine.plan.context, engine.manifest.max_context
     if output.mode is Mode.JSON:
         output.result(_to_dict(name, reply), lines=())
-    cut = describe_cut(reply.completion, sampling, context)
-    for line in [*([cut] if cut else []), *(describe_stats(reply.completion.stats) if stats else [])]:
-        output.note(line)
+    if cut := describe_cut(reply.completion, sampling, *contexts):
+        output.note(cut)
+    for line in describe_stats(reply.completion.stats) if stats else []:
+        output.tell(line)
     return INTERRUPTED if reply.completion.finish_reason == "interrupted" else 0
 
 
