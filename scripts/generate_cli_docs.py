@@ -33,6 +33,20 @@ _TAIL = """\
 An engine option (`--device` to `--threads` above) that is not on the command line is taken from the environment
 (`MOEINF_HOST_MEMORY=8GiB`), else from `$MOEINF_HOME/config.toml` (`host-memory = "8GiB"`), else it has its default.
 
+| option | default | |
+|---|---|---|
+| `--device` | `auto` | the first GPU that torch can use and the model fits, or else the processor ([gpu.md](gpu.md)) |
+| `--device-memory` | what is free, less a twentieth | of the GPU |
+| `--host-memory` | what is available, less 1 GiB | everything but Python and the libraries; behind a GPU, its experts alone ([planning.md](planning.md#the-plan)) |
+| `--experts` | as many as fit | slots, a number or a share of all experts |
+| `--context` | 4096 | less where the model was made for less, or the KV cache would take more than an eighth of the memory |
+| `--policy` | `neighbour-use` | [policies.md](policies.md) |
+| `--prefetch` | `auto` | `gate`: the next layer's router, asked early; `eam`: what past tokens and requests chose; `auto`: what pays, found by trying; `off` ([architecture.md](architecture.md#the-life-of-one-token)) |
+| `--miss` | `fetch` | [gpu.md](gpu.md#computed-where-it-is) |
+| `--kernels` | `auto` | `native` where it gives torch's results to the last bit, else `torch`; `triton` on a GPU ([kernels.md](kernels.md)) |
+| `--compile` | `auto` | compiles nothing; `on` does ([kernels.md](kernels.md#compiled-layers)) |
+| `--threads` | one per core | 512 at most |
+
 | variable | what it does |
 |---|---|
 | `MOEINF_HOME` | the folder of models, data sets, saved chats, history and `config.toml`; `~/.moeinf` without it |
