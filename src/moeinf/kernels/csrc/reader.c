@@ -16,7 +16,7 @@
 enum { PAGE = 4096 };
 
 struct moe_fetch {
-    moe_fetch *next;
+    moe_fetch *next, *before;
     int64_t key, begin, end, piece_bytes;
     int64_t unread; /* where the piece begins that nobody reads yet */
     int64_t read_bytes, file_bytes;
@@ -41,6 +41,7 @@ struct moe_reader {
 
 static void append(queue *queue, moe_fetch *fetch) {
     fetch->next = NULL;
+    fetch->before = queue->last;
     if (queue->first == NULL)
         queue->first = fetch;
     else
@@ -48,13 +49,15 @@ static void append(queue *queue, moe_fetch *fetch) {
     queue->last = fetch;
 }
 
-static void take_out(queue *queue, moe_fetch *before, moe_fetch *fetch) {
-    if (before == NULL)
+static void take_out(queue *queue, moe_fetch *fetch) {
+    if (fetch->before == NULL)
         queue->first = fetch->next;
     else
-        before->next = fetch->next;
-    if (queue->last == fetch)
-        queue->last = before;
+        fetch->before->next = fetch->next;
+    if (fetch->next == NULL)
+        queue->last = fetch->before;
+    else
+        fetch->next->before = fetch->before;
 }
 
 static int64_t pieces_of(int64_t bytes, int64_t piece_bytes) {
@@ -88,7 +91,7 @@ static int next_piece(moe_reader *reader, moe_piece *piece) {
         reader->guessing += piece->is_guess;
         fetch->unread += fetch->piece_bytes;
         if (fetch->unread >= fetch->end)
-            take_out(queue, NULL, fetch);
+            take_out(queue, fetch);
         return 1;
     }
     return 0;
@@ -252,7 +255,7 @@ void moe_close_reader(moe_reader *reader) {
     reader->closes = 1;
     for (int urgency = 0; urgency < MOE_URGENCIES; urgency++)
         for (moe_fetch *fetch; (fetch = reader->waiting[urgency].first) != NULL;) {
-            take_out(&reader->waiting[urgency], NULL, fetch);
+            take_out(&reader->waiting[urgency], fetch);
             int64_t unread = pieces_of(fetch->end - fetch->unread, fetch->piece_bytes);
             fetch->pieces_left -= (int32_t)unread;
             if (fetch->pieces_left == 0) /* else who reads the last piece ends it */
@@ -291,17 +294,15 @@ int moe_fetch_file(moe_reader *reader, int64_t key, const char *path, int64_t be
     return 0;
 }
 
-/* Takes what nobody reads yet of a fetch that nobody waits for out of its queue; NULL if there is no such fetch. */
+/* Takes what nobody reads yet of a fetch that nobody waits for out of its queue; NULL if there is no such fetch. The newest
+ * are looked at first, since they are what is given up first. */
 static moe_fetch *take(moe_reader *reader, int64_t key) {
-    for (int urgency = MOE_GUESS; urgency < MOE_URGENCIES; urgency++) {
-        moe_fetch *before = NULL, *fetch = reader->waiting[urgency].first;
-        for (; fetch != NULL && fetch->key != key; fetch = fetch->next)
-            before = fetch;
-        if (fetch != NULL) {
-            take_out(&reader->waiting[urgency], before, fetch);
-            return fetch;
-        }
-    }
+    for (int urgency = MOE_GUESS; urgency < MOE_URGENCIES; urgency++)
+        for (moe_fetch *fetch = reader->waiting[urgency].last; fetch != NULL; fetch = fetch->before)
+            if (fetch->key == key) {
+                take_out(&reader->waiting[urgency], fetch);
+                return fetch;
+            }
     return NULL;
 }
 
@@ -344,7 +345,7 @@ int moe_await(moe_reader *reader, int32_t milliseconds, moe_arrival *arrival) {
 void moe_forget(moe_reader *reader) {
     pthread_mutex_lock(&reader->lock);
     moe_fetch *fetch = reader->ended.first;
-    take_out(&reader->ended, NULL, fetch);
+    take_out(&reader->ended, fetch);
     pthread_mutex_unlock(&reader->lock);
     free(fetch);
 }
