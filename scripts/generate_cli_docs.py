@@ -1,5 +1,7 @@
 """Write docs/cli.md, the reference of the command line, from the commands: `python scripts/generate_cli_docs.py`."""
 
+# ruff: noqa: E501  # rows of tables are lines
+
 from __future__ import annotations
 
 import inspect

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +216,144 @@ def test_a_newer_schema_is_not_guessed_at() -> None:
     with pytest.raises(UnsupportedError, match=f"schema {DENSE_SCHEMA + 1}") as caught:
         Manifest.from_json(newer)
     assert "update moeinf" in (caught.value.hint or "")
+
+
+def put(value: Any, *keys: str | int) -> Callable[[dict[str, Any]], None]:
+    """A change that puts `value` where the keys lead."""
+
+    def change(raw: Any) -> None:
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = value
+
+    return change
+
+
+DTYPES = ", ".join(DTYPE_BYTES)
+NO_NUMBERS = {"null": None, "true": True, '"x"': "x", "1.0": 1.0, "NaN": math.nan, "Infinity": math.inf, "a list": [1]}
+NUMBERS: list[tuple[tuple[str | int, ...], str, int]] = [
+    (("files", "config.json", "size"), 'files["config.json"].size', 0),
+    (("layers", 1, "num_experts"), "layers[1].num_experts", 1),
+    (("layers", 0, "top_k"), "layers[0].top_k", 1),
+    (("layout", "data_offset"), "layout.data_offset", 0),
+    (("layout", "tensors", 1, "shape", 0), "layout.tensors[1].shape[0]", 1),
+    (("layout", "tensors", 0, "offset"), "layout.tensors[0].offset", 0),
+    (("layout", "quantization", "group"), "layout.quantization.group", 1),
+    (("layout", "quantization", "version"), "layout.quantization.version", 1),
+    (("layout", "quantization", "widths", "up_proj"), 'layout.quantization.widths["up_proj"]', 1),
+    (("packed_dense", "lm_head.weight", 0), 'packed_dense["lm_head.weight"][0]', 1),
+    (("dense_bytes",), "dense_bytes", 0),
+    (("kv_token_bytes",), "kv_token_bytes", 0),
+    (("kv_fixed_bytes",), "kv_fixed_bytes", 0),
+    (("max_context",), "max_context", 1),
+]
+
+
+@pytest.mark.parametrize(("keys", "field", "least"), NUMBERS, ids=[field for _, field, _ in NUMBERS])
+def test_a_number_is_whole_and_in_its_bounds(keys: tuple[str | int, ...], field: str, least: int) -> None:
+    for shown, value in NO_NUMBERS.items():
+        message = f"moeinf.json is damaged: {field} is {shown}, not a whole number"
+        with pytest.raises(IntegrityError, match=f"^{re.escape(message)}$"):
+            Manifest.from_json(edited(put(value, *keys), PACKED))
+    for value in (-1, least - 1, 1 << 63):
+        message = f"moeinf.json is damaged: {field} is {value}, not from {least} to {(1 << 63) - 1}"
+        with pytest.raises(IntegrityError, match=f"^{re.escape(message)}$"):
+            Manifest.from_json(edited(put(value, *keys), PACKED))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (put(None, "schema"), "schema is null, not a whole number"),
+        (put(True, "schema"), "schema is true, not a whole number"),
+        (put(-1, "schema"), f"schema is -1, not from 1 to {(1 << 63) - 1}"),
+        (put(None, "architecture"), "architecture is null, not text"),
+        (put("float8", "dtype"), 'dtype is "float8", not one of bfloat16, float16, float32'),
+        (put(7, "dtype"), "dtype is 7, not text"),
+        (put("org/tiny", "source"), 'source is "org/tiny", not an object'),
+        (put(None, "source", "repo"), "source.repo is null, not text"),
+        (put(7, "source", "commit"), "source.commit is 7, not text"),
+        (put("y" * 99, "files"), f'files is "{"y" * 39}…, not an object'),
+        (put([], "files", "x"), 'files["x"] is a list, not an object'),
+        (put({"size": 1}, "files", "x"), 'files["x"].sha256 is missing'),
+        (put(None, "files", "dense.safetensors", "sha256"), 'files["dense.safetensors"].sha256 is null, not text'),
+        (put(None, "dense_files"), "dense_files is null, not a list"),
+        (put([None], "dense_files"), "dense_files[0] is null, not text"),
+        (put([], "layers"), "layers is empty"),
+        (put({}, "layers"), "layers is an object, not a list"),
+        (put({}, "layers", 1), "layers[1].module is missing"),
+        (put(9, "layers", 0, "top_k"), "layers[0].top_k is 9, and the layer has 8 experts"),
+        (put([], "layout", "tensors"), "layout.tensors is empty"),
+        (put(None, "layout", "tensors", 0, "name"), "layout.tensors[0].name is null, not text"),
+        (put("x", "layout", "tensors", 0, "dtype"), f'layout.tensors[0].dtype is "x", not one of {DTYPES}'),
+        (put(32, "layout", "tensors", 0, "shape"), "layout.tensors[0].shape is 32, not a list"),
+        (
+            put(1000, "layout", "tensors", 1, "offset"),
+            "layout.tensors[1].offset is 1000, and what comes before ends at 1024",
+        ),
+        (put(7, "layout", "quantization"), "layout.quantization is 7, not an object"),
+        (put({}, "layout", "quantization"), "layout.quantization.kind is missing"),
+        (put(1, "layout", "x"), "layout.x is no field that this program knows"),
+        (put(1, "packed_dense"), "packed_dense is 1, not an object"),
+        (put({}, "packed_dense"), "schema 1 does not fit its dense part"),
+    ],
+)
+def test_damage_is_told_by_its_field(change: Callable[[dict[str, Any]], object], told: str) -> None:
+    with pytest.raises(IntegrityError, match=f"^moeinf\\.json is damaged: {re.escape(told)}$"):
+        Manifest.from_json(edited(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (put("x", "dtype"), f'layout.quantization.dtype is "x", not one of {DTYPES}'),
+        (put(None, "kind"), "layout.quantization.kind is null, not text"),
+        (put([33], "widths"), "layout.quantization.widths is a list, not an object"),
+        (put({"down_proj": 33}, "widths"), "layout.tensors has no rows of down_proj"),
+    ],
+)
+def test_damage_to_packed_experts_is_told_by_its_field(change: Callable[[dict[str, Any]], None], told: str) -> None:
+    with pytest.raises(IntegrityError, match=f"^moeinf\\.json is damaged: {re.escape(told)}$"):
+        Manifest.from_json(edited(lambda raw: change(raw["layout"]["quantization"]), QUANTIZED))
+
+
+@pytest.mark.parametrize("manifest", [QUANTIZED, PACKED], ids=["numbers", "lossless"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_packed_tensor_without_rows_is_damage(manifest: Manifest, index: int) -> None:
+    name = manifest.layout.tensors[index].name
+    with pytest.raises(IntegrityError, match=f"layout.tensors has no rows of {name}$"):
+        Manifest.from_json(edited(put([], "layout", "tensors", index, "shape"), manifest))
+
+
+@pytest.mark.parametrize("sides", [[16], [16, 8, 8]])
+def test_packed_dense_weights_have_two_sides(sides: list[int]) -> None:
+    told = rf'packed_dense\["lm_head.weight"\] has {len(sides)} entries, not 2$'
+    with pytest.raises(IntegrityError, match=told):
+        Manifest.from_json(edited(put(sides, "packed_dense", "lm_head.weight"), PACKED))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "it is no JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("null", "it is null, not an object"),
+        ("[]", "it is a list, not an object"),
+        ("{}", "schema is missing"),
+        ('{"schema": 1}', "source is missing"),
+        ("[" * 100_000, "it has a number that is too long, or lists too deep, to be read"),
+        ('{"schema": ' + "9" * 5000 + "}", "it has a number that is too long, or lists too deep, to be read"),
+    ],
+    ids=["empty", "null", "list", "object", "schema", "deep", "long"],
+)
+def test_what_is_no_manifest_at_all_is_told_in_plain_words(text: str, told: str) -> None:
+    with pytest.raises(IntegrityError, match=f"^moeinf\\.json is damaged: {re.escape(told)}$"):
+        Manifest.from_json(text)
+
+
+def test_what_is_null_may_be_absent() -> None:
+    from_folder = replace(MANIFEST, source=Source("/models/x"))
+    assert Manifest.from_json(edited(lambda raw: raw["source"].pop("commit"), from_folder)) == from_folder
+    assert Manifest.from_json(edited(put(None, "layout", "quantization"), from_folder)) == from_folder
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from moeinf.store import is_valid_name
         ("/models/../models/x@1", Reference("/models/x@1")),
         ("no-such-alias", None),
         ("", None),
+        ("x" * 5000, None),
         ("org/name/more", None),
         ("org/", None),
         ("https://example.org/x", None),
@@ -47,6 +48,11 @@ def test_a_folder_that_is_there_comes_before_a_hub_id_and_after_an_alias(
     assert read_reference("mixtral") == Reference("mistralai/Mixtral-8x7B-v0.1", None, "mixtral")
     for spelling in ("./mixtral", "~/mixtral", "plain/../mixtral/", "../" + tmp_path.name + "/mixtral"):
         assert read_reference(spelling) == Reference(f"{here}/mixtral")
+
+
+def test_a_user_whom_nobody_knows_has_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_reference("~no-such-user/x") == Reference(f"{tmp_path.resolve()}/~no-such-user/x")
 
 
 def test_an_at_sign_asks_for_a_revision() -> None:

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 
+from cli_transcripts import CommandLine
 from faults import CountingDisk, FailingDisk, PowerLossDisk
 from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UsageError
 from moeinf.files import FileSystem
@@ -110,6 +111,14 @@ def other_process(home: Path, code: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """A command line whose store has a model, in a folder where nothing else is."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "home")
+    return CommandLine(tmp_path / "home", monkeypatch)
+
+
 def test_a_model_is_put_found_opened_and_removed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.names() == []
@@ -147,12 +156,12 @@ def test_the_home_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest
     assert Store().home == tmp_path / "there"
 
 
-@pytest.mark.parametrize("name", ["a", "Qwen3-30B-A3B", "qwen1.5_moe", "a" * 96, "-x"])
+@pytest.mark.parametrize("name", ["a", "Qwen3-30B-A3B", "qwen1.5_moe", "a" * 96, "_x", "x-"])
 def test_names_that_are_valid(name: str) -> None:
     assert is_valid_name(name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "ä", "a\n", "a" * 97, "../x", "a\0"])
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "ä", "a\n", "a" * 97, "../x", "a\0", "-x"])
 def test_names_that_are_not(name: str, tmp_path: Path) -> None:
     assert not is_valid_name(name)
     with pytest.raises(UsageError, match="cannot be a model's name"):
@@ -175,6 +184,63 @@ def test_an_unknown_name_comes_with_near_ones(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         Store(tmp_path).resolve("tiny-modle")
     assert "tiny-model" in (caught.value.hint or "")
+
+
+def test_near_names_are_near_in_any_case(tmp_path: Path) -> None:
+    for name in ("trial", "Other"):
+        put(tmp_path, name)
+    for argument, hint in (("TRIAL", "did you mean trial or mixtral?"), ("othre", "did you mean Other?")):
+        with pytest.raises(ModelNotFoundError) as caught:
+            Store(tmp_path).resolve(argument)
+        assert caught.value.hint == hint
+
+
+def test_a_slash_behind_a_name_is_of_no_meaning_unless_a_folder_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.chdir(tmp_path)
+    put(home)
+    stop_after(home, 1, name="half")
+    store = Store(home)
+    assert [store.resolve(argument).name for argument in ("tiny/", "tiny//", "org/tiny/")] == ["tiny"] * 3
+    for argument, told in (("half/", "half is only partly here"), ("mixtral/", "mixtral is not pulled")):
+        with pytest.raises(ModelNotFoundError, match=told):
+            store.resolve(argument)
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(ModelNotFoundError, match="tiny/ is not pulled"):
+        store.resolve("tiny/")
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "rm -y", "run"])
+@pytest.mark.parametrize(
+    "argument", [".incoming", ".trash", "..", "-x", "other/", "a b", "tiny/moeinf.json", "x" * 5000]
+)
+def test_what_cannot_be_a_name_is_an_unknown_model(command: str, argument: str, line: CommandLine) -> None:
+    stop_after(line.home, 1, name="half")
+    Store(line.home).disk.make_folder(line.home / "models" / ".trash")
+    _, stderr, code = line.run(*command.split(), "--", argument, given=b"hi")
+    assert code == 3
+    assert stderr.startswith("error: ")
+    assert "no whole model" not in stderr
+    assert "hint: moeinf rm" not in stderr
+    assert Store(line.home).names() == ["tiny"]
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "rm -y", "run"])
+def test_empty_text_is_no_model(command: str, line: CommandLine) -> None:
+    stop_after(line.home, 1, name="half")
+    told = "error: the name of the model is empty\nhint: moeinf list shows the models here\n"
+    assert line.run(*command.split(), "", given=b"hi") == ("", told, 2)
+
+
+def test_a_name_with_a_dash_in_front_is_refused(line: CommandLine) -> None:
+    line.check("""
+        $ moeinf pull org/other --name -x
+        ! error: '-x' cannot be a model's name
+        ! hint: use up to 96 letters, digits, '.', '_' and '-', and no dot or dash in front
+        = 2
+    """)
 
 
 def test_an_alias_that_is_not_pulled_says_what_to_run(tmp_path: Path) -> None:
@@ -227,7 +293,7 @@ def test_a_damaged_model_does_not_keep_others_from_being_found(tmp_path: Path) -
     assert store.names() == ["good"]
 
 
-def edit_manifest(home: Path, change: Callable[[dict[str, object]], None]) -> None:
+def edit_manifest(home: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = home / "models" / "tiny" / "moeinf.json"
     raw = json.loads(path.read_text())
     change(raw)
@@ -266,6 +332,73 @@ def test_a_folder_without_a_manifest_is_no_model(tmp_path: Path) -> None:
     assert Store(tmp_path).names() == []
     with pytest.raises(IntegrityError, match="no whole model"):
         Store(tmp_path).resolve("mine")
+
+
+def test_list_names_folders_that_are_no_models(line: CommandLine) -> None:
+    """They take disk, whatever made them, and nothing else tells of them."""
+    for name in ("mine", "half"):
+        (line.home / "models" / name).mkdir()
+    stop_after(line.home, 1, name="half")
+    line.check("""
+        $ moeinf list
+        | NAME  ARCHITECTURE     EXPERTS         PRECISION  SIZE      SOURCE
+        | tiny  TinyForCausalLM  2 x 2/3, top 2  float32    21.8 KiB  org/tiny
+        ! half is only partly here: run the command that makes it again to go on, or `moeinf rm half`
+        ! mine has no moeinf.json and is no model: make it again with --force, or `moeinf rm mine`
+        = 0
+    """)
+    stdout, _, _ = line.run("list", "--json")
+    assert json.loads(stdout)["unfinished"] == ["half", "mine"]
+    assert line.run("rm", "-y", "mine", "half") == ("removed mine\nremoved half\n", "", 0)
+    assert tree(line.home / "models" / ".incoming") == {}
+    assert Store(line.home).without_manifest() == []
+
+
+def test_list_names_models_that_nobody_can_name(line: CommandLine) -> None:
+    """As programs before this one made them: the folder can be renamed."""
+    models = line.home / "models"
+    stop_after(line.home, 1, name="half")
+    (models / "tiny").rename(models / "-x")
+    (models / ".incoming" / "half").rename(models / ".incoming" / "-y")
+    (models / "lost+found").mkdir()
+    line.check("""
+        $ moeinf list
+        ! warning: HOME/models/-x has a name that no model may have: rename the folder, or remove it
+        ! warning: HOME/models/.incoming/-y has a name that no model may have: rename the folder, or remove it
+        ! no models here yet; moeinf pull SOURCE brings one, and moeinf chat demo needs none
+        = 0
+    """)
+    (models / "-x").rename(models / "x")
+    assert Store(line.home).open("x").name == "x"
+
+
+DAMAGE: list[Callable[[dict[str, Any]], object]] = [
+    lambda raw: raw.update(architecture=None),
+    lambda raw: raw["source"].update(repo=None),
+    lambda raw: raw["files"]["config.json"].update(size=None),
+    lambda raw: raw["layers"][0].update(num_experts=1.5),
+    lambda raw: raw["layers"][0].update(top_k=None),
+    lambda raw: raw["layout"].update(data_offset="x"),
+    lambda raw: raw["layout"]["tensors"][0].update(dtype="x"),
+    lambda raw: raw["layout"]["tensors"][0].update(shape=[None]),
+    lambda raw: raw.update(layers=[]),
+    lambda raw: raw.update(max_context=float("nan")),
+    lambda raw: raw.update(dense_bytes=10**400),
+]
+
+
+@pytest.mark.parametrize("change", DAMAGE)
+def test_a_damaged_manifest_keeps_no_other_model_from_being_listed(
+    change: Callable[[dict[str, Any]], object], line: CommandLine
+) -> None:
+    put(line.home, "other")
+    edit_manifest(line.home, change)
+    stdout, stderr, code = line.run("list", "--json")
+    assert [model["name"] for model in json.loads(stdout)["models"]] == ["other"]
+    assert stderr.startswith("warning: tiny: moeinf.json is damaged: ")
+    assert len(stderr.splitlines()) == 1
+    assert code == 0
+    assert line.run("show", "tiny")[2] == IntegrityError.exit_code
 
 
 def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
@@ -498,9 +631,9 @@ def test_what_was_learned_about_a_model_survives_its_replacement(tmp_path: Path)
     assert Store(tmp_path).verify("tiny") == []
 
 
-def stop_after(home: Path, writes: int, key: dict[str, str] = KEY) -> bool:
+def stop_after(home: Path, writes: int, key: dict[str, str] = KEY, name: str = "tiny") -> bool:
     """A pull that stops after some experts; whether it went on from an earlier one."""
-    with Store(home).incoming("tiny") as incoming:
+    with Store(home).incoming(name) as incoming:
         continued = incoming.begin(key)
         for expert in range(writes):
             incoming.write(expert_path(0, expert), [expert_bytes(0, expert)])

@@ -9,9 +9,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from .errors import IntegrityError, UnsupportedError
 
@@ -62,6 +64,11 @@ EXPERT_ALIGNMENT = 4096
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 """Bytes per element of each dtype, under the names that safetensors uses."""
+
+_Size = Annotated[int, range(1 << 63)]
+_Count = Annotated[int, range(1, 1 << 63)]
+_Dtype = Annotated[str, tuple(DTYPE_BYTES)]
+"""What `from_json` lets a field hold: a value of the type that is one of those behind it."""
 
 NUMBER_BITS = {"int8": 8, "int4": 4}
 GROUPS = {"int8": (64, 32), "int4": (16,)}
@@ -136,10 +143,10 @@ class Quantization:
     """
 
     kind: str
-    group: int
-    dtype: str
-    widths: dict[str, int]
-    version: int = _QUANTIZATION_VERSION
+    group: _Count
+    dtype: _Dtype
+    widths: dict[str, _Count]
+    version: _Count = _QUANTIZATION_VERSION
 
     @property
     def bits(self) -> int:
@@ -215,9 +222,9 @@ class TensorSpec:
     """One tensor of an expert: `offset` bytes after the start of the file's data section, row-major."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    dtype: _Dtype
+    shape: tuple[_Count, ...]
+    offset: _Size
 
     @property
     def nbytes(self) -> int:
@@ -231,7 +238,7 @@ class ExpertLayout:
     Without `quantization` the tensors are the parameters of the experts module.
     """
 
-    data_offset: int
+    data_offset: _Size
     tensors: tuple[TensorSpec, ...]
     quantization: Quantization | None = None
 
@@ -296,13 +303,13 @@ class MoeLayer:
     """
 
     module: str
-    num_experts: int
-    top_k: int
+    num_experts: _Count
+    top_k: _Count
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    size: int
+    size: _Size
     sha256: str
 
 
@@ -330,17 +337,17 @@ class Manifest:
     source: Source
     architecture: str
     model_type: str
-    dtype: str
+    dtype: Annotated[str, ("bfloat16", "float16", "float32")]
     precision: str
     layers: tuple[MoeLayer, ...]
     layout: ExpertLayout
     dense_files: tuple[str, ...]
-    dense_bytes: int
-    kv_token_bytes: int
-    kv_fixed_bytes: int
-    max_context: int
+    dense_bytes: _Size
+    kv_token_bytes: _Size
+    kv_fixed_bytes: _Size
+    max_context: _Count
     files: dict[str, FileRecord]
-    packed_dense: dict[str, tuple[int, int]] = field(default_factory=dict)
+    packed_dense: dict[str, tuple[_Count, _Count]] = field(default_factory=dict)
 
     @property
     def schema(self) -> int:
@@ -391,43 +398,51 @@ class Manifest:
         one.
         """
         try:
-            raw = json.loads(text)
-            schema = raw.pop("schema")
+            schema, raw = _parse(text)
             if schema not in (SCHEMA, QUANTIZED_SCHEMA, DENSE_SCHEMA):
                 raise UnsupportedError(
                     f"the store was written in schema {schema}, this program reads schemas {SCHEMA} to {DENSE_SCHEMA}",
                     hint="update moeinf, or pull the model again",
                 )
-            if (schema == SCHEMA) != (raw["layout"].get("quantization") is None):
+            manifest: Manifest = _reader(cls)(raw)
+            if (schema == SCHEMA) != (manifest.layout.quantization is None):
                 raise ValueError(f"schema {schema} does not fit its experts")
             if (schema == DENSE_SCHEMA) != ("packed_dense" in raw):
                 raise ValueError(f"schema {schema} does not fit its dense part")
-            return cls(
-                **{
-                    **raw,
-                    "source": Source(**raw["source"]),
-                    "layers": tuple(MoeLayer(**layer) for layer in raw["layers"]),
-                    "layout": _layout(raw["layout"]),
-                    "dense_files": tuple(raw["dense_files"]),
-                    "files": {path: FileRecord(**record) for path, record in raw["files"].items()},
-                    "packed_dense": _packed_dense(raw) if schema == DENSE_SCHEMA else {},
-                }
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_layers(manifest.layers)
+            _check_layout(manifest.layout)
+            if schema == DENSE_SCHEMA:
+                _check_packed_dense(manifest.packed_dense, manifest.dense_bytes)
+        except ValueError as error:
             raise IntegrityError(f"{MANIFEST_NAME} is damaged: {error}", hint="pull the model again") from error
+        return manifest
 
 
-def _layout(raw: dict[str, Any]) -> ExpertLayout:
-    tensors = tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in raw["tensors"])
-    quantization = _quantization(raw.get("quantization"), {spec.name: spec for spec in tensors})
-    return ExpertLayout(data_offset=raw["data_offset"], tensors=tensors, quantization=quantization)
+# What fields say together
 
 
-def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Quantization | None:
+def _check_layers(layers: tuple[MoeLayer, ...]) -> None:
+    if not layers:
+        raise ValueError("layers is empty")
+    for index, layer in enumerate(layers):
+        if layer.top_k > layer.num_experts:
+            raise ValueError(f"layers[{index}].top_k is {layer.top_k}, and the layer has {layer.num_experts} experts")
+
+
+def _check_layout(layout: ExpertLayout) -> None:
     """Raises UnsupportedError for a form of experts that this program does not know."""
-    if raw is None:
-        return None
-    made = Quantization(**raw)
+    if not layout.tensors:
+        raise ValueError("layout.tensors is empty")
+    if layout.quantization is not None:
+        _check_quantization(layout.quantization, {spec.name: spec for spec in layout.tensors})
+    end = 0
+    for index, spec in enumerate(layout.tensors):
+        if spec.offset != end:
+            raise ValueError(f"layout.tensors[{index}].offset is {spec.offset}, and what comes before ends at {end}")
+        end += spec.nbytes
+
+
+def _check_quantization(made: Quantization, specs: dict[str, TensorSpec]) -> None:
     groups = GROUPS | {kind: (group,) for kind, group in RELEASED_GROUPS.items()} | {LOSSLESS: (PANEL_ROWS,)}
     if made.kind == "int4" and made.group in _FORMER_GROUPS:
         raise UnsupportedError(
@@ -441,10 +456,13 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
             hint="update moeinf, or make the model again",
         )
     for name, width in made.widths.items():
+        for tensor in (name, made.partner(name)):
+            if tensor not in specs or not specs[tensor].shape:
+                raise ValueError(f"layout.tensors has no rows of {tensor}")
         if made.is_lossless:
             _check_lossless(made, name, specs)
             continue
-        (rows, _), (scale_rows, _) = specs[name].shape, specs[scales_name(name)].shape
+        rows, scale_rows = specs[name].shape[0], specs[scales_name(name)].shape[0]
         if made.is_in_blocks:
             if not made.has_blocks(name, rows, scale_rows):
                 raise ValueError(f"{scale_rows} rows of scales are no blocks of {name}, which is {rows} x {width}")
@@ -458,7 +476,6 @@ def _quantization(raw: dict[str, Any] | None, specs: dict[str, TensorSpec]) -> Q
         ):
             if (specs[tensor].dtype, specs[tensor].shape) != (dtype, shape):
                 raise ValueError(f"{tensor} is not {dtype} of {shape[0]} x {shape[1]}")
-    return made
 
 
 def _check_lossless(made: Quantization, name: str, specs: dict[str, TensorSpec]) -> None:
@@ -468,13 +485,141 @@ def _check_lossless(made: Quantization, name: str, specs: dict[str, TensorSpec])
         raise ValueError(f"{name} is no lossless weight of {rows} x {made.widths[name]} in {made.dtype}")
 
 
-def _packed_dense(raw: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    packed = {name: (rows, width) for name, (rows, width) in raw["packed_dense"].items()}
+def _check_packed_dense(packed: dict[str, tuple[int, int]], dense_bytes: int) -> None:
     if not packed:
         raise ValueError(f"schema {DENSE_SCHEMA} has packed dense weights, and there are none")
     for name, sides in packed.items():
-        if not name or not all(isinstance(side, int) for side in sides) or not are_whole_panels(*sides):
-            raise ValueError(f"{name!r} of {sides[0]} x {sides[1]} is no lossless weight")
-    if sum(lossless_bytes(*sides) for sides in packed.values()) > raw["dense_bytes"]:
+        if not name or not are_whole_panels(*sides):
+            raise ValueError(f"packed_dense[{json.dumps(name)}] of {sides[0]} x {sides[1]} is no lossless weight")
+    if sum(lossless_bytes(*sides) for sides in packed.values()) > dense_bytes:
         raise ValueError("its packed dense weights take more bytes than its dense part")
-    return packed
+
+
+# What a field can hold: JSON becomes the dataclasses above by the types of their fields, and no other JSON does
+
+_Reader = Callable[[Any], Any]
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
+_LONGEST_SHOWN = 40
+
+
+class _FieldError(ValueError):
+    """A field does not hold what it must. Its name grows from within outwards, and only when something is wrong:
+    a manifest has thousands of records.
+    """
+
+    def __init__(self, what: str, name: str = "") -> None:
+        super().__init__(f"{name.lstrip('.') or 'it'} {what}")
+        self.what = what
+        self.name = name
+
+    def within(self, outer: str) -> _FieldError:
+        return _FieldError(self.what, outer + self.name)
+
+
+def _parse(text: str) -> tuple[int, dict[str, Any]]:
+    """The schema of a manifest, and the fields of `Manifest` as JSON has them."""
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it has a number that is too long, or lists too deep, to be read") from error
+    if type(raw) is not dict:
+        raise _unfit(raw, dict)
+    if "schema" not in raw:
+        raise ValueError("schema is missing")
+    try:
+        schema: int = _reader(_Count)(raw.pop("schema"))
+    except _FieldError as error:
+        raise error.within("schema") from None
+    return schema, raw
+
+
+@cache
+def _object_reader(kind: type[Any]) -> _Reader:
+    """What makes a dataclass out of an object with its fields and no others, or raises _FieldError."""
+    hints = get_type_hints(kind, include_extras=True)
+    fields = dataclasses.fields(kind)
+    readers = [(each.name, _reader(hints[each.name])) for each in fields]
+    defaults = {each.name: each.default for each in fields if each.default is not MISSING}
+    defaults |= {each.name: each.default_factory() for each in fields if each.default_factory is not MISSING}
+
+    def read(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _unfit(value, dict)
+        if defaults:
+            value = defaults | value
+        made = []
+        for name, read_field in readers:
+            try:
+                made.append(read_field(value[name]))
+            except KeyError:
+                raise _FieldError("is missing", f".{name}") from None
+            except _FieldError as error:
+                raise error.within(f".{name}") from None
+        if len(value) > len(made):
+            raise _FieldError("is no field that this program knows", f".{min(value.keys() - hints.keys())}")
+        return kind(*made)
+
+    return read
+
+
+def _reader(hint: Any) -> _Reader:
+    """What makes a value of the type `hint`, one that a field above has, out of one of JSON, or raises _FieldError."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _object_reader(hint)
+    if origin is None or origin is Annotated:
+        return _plain_reader(*(inner or (hint,)))
+    read_inner = _reader(inner[1] if origin is dict else inner[0])
+    if origin is UnionType:
+        return lambda value: None if value is None else read_inner(value)
+
+    def read_object(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _unfit(value, dict)
+        return _read_each(value.items(), read_inner)
+
+    def read_list(value: Any) -> Any:
+        if type(value) is not list:
+            raise _unfit(value, list)
+        if inner[1] is not ... and len(value) != len(inner):
+            raise _FieldError(f"has {len(value)} entries, not {len(inner)}")
+        return tuple(_read_each(enumerate(value), read_inner).values())
+
+    return read_object if origin is dict else read_list
+
+
+def _read_each(items: Iterable[tuple[str | int, Any]], read: _Reader) -> dict[Any, Any]:
+    made = {}
+    for key, item in items:
+        try:
+            made[key] = read(item)
+        except _FieldError as error:
+            raise error.within(f"[{json.dumps(key)}]") from None
+    return made
+
+
+def _plain_reader(kind: type[Any], allowed: Sequence[Any] | None = None) -> _Reader:
+    """What lets through a `kind`, and no bool for an int, that is one of `allowed`, or raises _FieldError."""
+
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _unfit(value, kind)
+        if allowed is not None and value not in allowed:
+            others = f"one of {', '.join(allowed)}" if kind is str else f"from {allowed[0]} to {allowed[-1]}"
+            raise _FieldError(f"is {_shown(value)}, not {others}")
+        return value
+
+    return read
+
+
+def _unfit(value: Any, kind: type[Any]) -> _FieldError:
+    return _FieldError(f"is {_shown(value)}, not {_KINDS[kind]}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return _KINDS[type(value)]
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"

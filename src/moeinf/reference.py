@@ -5,6 +5,7 @@ One reading for all commands. Looks at the disk only to see whether a folder is 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def read_reference(argument: str) -> Reference | None:
         return Reference(demo.NAME, alias=base)
     if entry is not None:
         return Reference(entry.repo, revision or None, alias=base)
-    if argument and Path(argument).is_dir():
+    if os.path.isdir(argument):
         return _folder(argument)
     if _HUB_ID.fullmatch(base):
         return Reference(base, revision or None)
@@ -91,4 +92,4 @@ def read_reference(argument: str) -> Reference | None:
 
 
 def _folder(argument: str) -> Reference:
-    return Reference(str(Path(argument).expanduser().resolve()))
+    return Reference(str(Path(os.path.expanduser(argument)).resolve()))  # as it is, for a ~user whom nobody knows

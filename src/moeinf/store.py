@@ -39,13 +39,15 @@ __all__ = ["Problem", "Store", "StoredModel", "is_valid_name"]
 TRACES_FOLDER = "traces"
 """The one folder in a model's folder that others write to; no file of it is in the manifest."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,95}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _HASH_THREADS = 2
 _READ_BYTES = 4 * MIB
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether a model may be called that: letters, digits, `.`, `_`, `-`, no dot in front, at most 96 of them."""
+    """Whether a model may be called that: letters, digits, `.`, `_`, `-`, at most 96 of them, and no dot or dash in
+    front: a command line would take `-x` for an option.
+    """
     return _NAME.fullmatch(name) is not None
 
 
@@ -87,7 +89,17 @@ class Store:
     def names(self) -> list[str]:
         """The models that can be opened or say why not, sorted."""
         self.recover()
-        return [name for name in _folders(self.models) if (self.path(name) / MANIFEST_NAME).exists()]
+        return [name for name in _folders(self.models) if self._has_manifest(name)]
+
+    def without_manifest(self) -> list[str]:
+        """The folders that have a model's place and no manifest, sorted: they take disk, and cannot be opened."""
+        self.recover()
+        return [name for name in _folders(self.models) if not self._has_manifest(name)]
+
+    def misnamed(self) -> list[Path]:
+        """The folders of models and unfinished pulls whose names no model may have, sorted: they are left alone."""
+        models = (path.parent for path in self.models.glob(f"*/{MANIFEST_NAME}"))
+        return sorted(path for path in (*models, *self._incoming.glob("*/")) if not is_valid_name(path.name))
 
     def unfinished(self) -> list[str]:
         """The pulls that were begun and are neither finished nor removed, sorted."""
@@ -99,7 +111,7 @@ class Store:
         if not is_valid_name(name):
             raise UsageError(
                 f"{name!r} cannot be a model's name",
-                hint="use up to 96 letters, digits, '.', '_' and '-', and no dot in front",
+                hint="use up to 96 letters, digits, '.', '_' and '-', and no dot or dash in front",
             )
         return self.models / name
 
@@ -129,12 +141,15 @@ class Store:
     def resolve(self, argument: str) -> StoredModel:
         """The stored model that a person means by a name, an alias, a hub id with or without `@revision`, or a folder.
 
-        A stored name comes first, unless the argument is spelled like a path (`./x`). Raises ModelNotFoundError.
+        A stored name comes first, unless the argument is spelled like a path (`./x`). A slash behind a name, which
+        shells add, is of no meaning where no such folder is. Raises ModelNotFoundError, or UsageError for empty text.
         """
         self.recover()
         if is_valid_name(argument) and os.path.lexists(self.path(argument)):
             return self.open(argument)
         reference = read_reference(argument)
+        if reference is None and argument.endswith("/"):
+            return self.resolve(argument.rstrip("/"))
         if reference is None:
             raise self._not_found(argument)
         found = self.find(reference)
@@ -257,14 +272,23 @@ class Store:
             for path in sorted(self._trash.iterdir()):
                 self.disk.remove_tree(path)
 
+    def _has_manifest(self, name: str) -> bool:
+        return (self.path(name) / MANIFEST_NAME).exists()
+
     def _not_found(self, name: str) -> MoeinfError:
-        if os.path.lexists(self._incoming / name):
+        """What to raise for a name that cannot be opened, or for text that cannot even be one."""
+        if not name:
+            return UsageError("the name of the model is empty", hint="moeinf list shows the models here")
+        if is_valid_name(name) and os.path.lexists(self._incoming / name):
             return ModelNotFoundError(
                 f"{name} is only partly here", hint="run the command that makes it again to go on"
             )
-        if os.path.lexists(self.models / name):
+        if is_valid_name(name) and os.path.lexists(self.models / name):
             return IntegrityError(f"{name} has no {MANIFEST_NAME}: it is no whole model", hint=f"moeinf rm {name}")
-        near = list(dict.fromkeys([*difflib.get_close_matches(name, self.names(), n=3), *catalog.suggest(name)]))[:3]
+        stored = self.names()
+        alike = difflib.get_close_matches(name.lower(), map(str.lower, stored), n=3)
+        near = [other for lower in alike for other in stored if other.lower() == lower]
+        near = list(dict.fromkeys([*near, *catalog.suggest(name)]))[:3]
         return ModelNotFoundError(
             f"no model is called {name!r}",
             hint=f"did you mean {' or '.join(near)}?" if near else "moeinf list shows the models here",
@@ -298,10 +322,11 @@ def _check(name: str, manifest: Manifest) -> None:
     for path in manifest.dense_files:
         if path not in manifest.files:
             raise _damaged(name, f"no record of {path}")
+    file_bytes = manifest.layout.file_bytes
     for index, layer in enumerate(manifest.layers):
         for expert in range(layer.num_experts):
             record = manifest.files.get(expert_path(index, expert))
-            if record is None or record.size != manifest.layout.file_bytes:
+            if record is None or record.size != file_bytes:
                 raise _damaged(name, f"no fitting record of {expert_path(index, expert)}")
 
 

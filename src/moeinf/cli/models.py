@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import asdict
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from moeinf import demo
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError
 from moeinf.forms import ExpertForm
-from moeinf.manifest import Manifest
+from moeinf.manifest import MANIFEST_NAME, Manifest
 from moeinf.pull import PullPlan, plan_pull, resolve
 from moeinf.pull import pull as pull_model
 from moeinf.qualityfile import QUALITY_FILE, Quality, read_quality
@@ -120,17 +121,23 @@ def list_models(output_flags: OutputFlags) -> None:
         except MoeinfError as error:
             told = str(error).removeprefix(f"{name}: ")
             output.warn(f"{name}: {told}" + (f" ({error.hint})" if error.hint else ""))
+    for path in store.misnamed():
+        output.warn(f"{path} has a name that no model may have: rename the folder, or remove it")
+    unfinished = store.unfinished()
+    broken = [name for name in store.without_manifest() if name not in unfinished]
     head = ("NAME", "ARCHITECTURE", "EXPERTS", "PRECISION", "SIZE", "SOURCE")
     rows = [_row(model) for model in models]
     output.result(
-        {"models": [_summary(model) for model in models], "unfinished": store.unfinished()},
+        {"models": [_summary(model) for model in models], "unfinished": sorted([*unfinished, *broken])},
         lines=columns([head, *rows]) if rows else (),
         names=names,
     )
     if not names:
         output.note("no models here yet; moeinf pull SOURCE brings one, and moeinf chat demo needs none")
-    for name in store.unfinished():
+    for name in unfinished:
         output.note(f"{name} is only partly here: run the command that makes it again to go on, or `moeinf rm {name}`")
+    for name in broken:
+        output.note(f"{name} has no {MANIFEST_NAME} and is no model: make it again with --force, or `moeinf rm {name}`")
 
 
 def show(model: Model, output_flags: OutputFlags) -> None:
@@ -197,7 +204,7 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
 
 def _name_to_remove(store: Store, argument: str) -> str:
     """The name that `argument` means, also of what is damaged or only partly pulled."""
-    if is_valid_name(argument) and (store.path(argument).exists() or argument in store.unfinished()):
+    if is_valid_name(argument) and (os.path.lexists(store.path(argument)) or argument in store.unfinished()):
         return argument
     return store.resolve(argument).name
 
