@@ -341,6 +341,16 @@ def test_experts_give_what_they_give_unpacked(pool: NativePool, kind: str) -> No
                 assert torch.equal(compute_rows(maths, some, few[0], shares), wanted), rows
 
 
+@pytest.mark.parametrize("width", [8, 40, 512, 1032])
+@pytest.mark.parametrize("exponent", [0, -63, -66])
+def test_one_row_gives_what_it_gives_unpacked(pool: NativePool, width: int, exponent: int) -> None:
+    """Also where products are too small to be normal numbers, which an instruction may take for 0."""
+    weight = draw(48, width) * 2.0**exponent
+    x = (draw(1, width, seed=1).clamp(-4, 4) * 2.0**exponent).contiguous()
+    wanted = pool.multiply(x, weight)
+    assert torch.equal(bits(pool.multiply(x, *pack(weight))), bits(wanted))
+
+
 @pytest.mark.parametrize(("rows", "width"), SIDES)
 def test_the_library_unpacks_as_torch_does(pool: NativePool, rows: int, width: int) -> None:
     plain = ExpertLayout(4096, (TensorSpec("down_proj", "BF16", (rows, width), 0),))

@@ -3,8 +3,8 @@
  * from 0 on, then both; numbers too small to be normal are 0.
  *
  * A tile of 16 rows of weights is loaded as they lie in memory; what they are multiplied with lies in words of two inputs,
- * as tiles.c packs it. For one x packed weights are unpacked into such words, and multiplied the other way round; for many
- * they are expanded to rows of bfloat16 first. */
+ * as tiles.c packs it. For one x weights that were released packed are unpacked into such words, and multiplied the other way
+ * round (lossless ones are dot_lossless.c's); for many they are expanded to rows of bfloat16 first. */
 #define _GNU_SOURCE /* syscall */
 #include "pairs.h"
 
@@ -144,25 +144,6 @@ TARGET static inline void add_words(__m512i *words, size_t inputs, const uint16_
         _tile_loadd(2, words + i / 2, LINE_BYTES);
         _tile_dpbf16ps(0, 1, 2);
     }
-}
-
-TARGET void dot_lossless_amx(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
-    __m512i words[DEPTH / 2];
-    BEGIN_WORDS();
-    for (size_t r = first, end = first + rows; r < end;) {
-        size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
-        _tile_zero(0);
-        for (size_t start = 0; start < width; start += DEPTH) {
-            size_t inputs = width - start < DEPTH ? width - start : DEPTH;
-            write_lossless(w, r / PANEL_ROWS, width, start, inputs, words);
-            add_words(words, inputs, (const uint16_t *)packed + start);
-        }
-        float panel[PANEL_ROWS];
-        _tile_stored(0, panel, LINE_BYTES);
-        memcpy(out + r - first, panel + inside, count * sizeof *out);
-        r += count;
-    }
-    END();
 }
 
 /* Whole sixteens of rows of a weight that was released packed. */

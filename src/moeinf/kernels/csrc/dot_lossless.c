@@ -69,15 +69,80 @@ TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, cons
     _mm512_storeu_ps(out, total);
 }
 
-void dot_lossless(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+#ifdef HAS_DOT_AMX
+/* The same in the order of amx.c, by what AMX's instruction consists of: the even and the odd inputs of a step are added up
+ * apart, each from 0 on, one product at a time. A tile would have to wait until the words are in memory. What the instruction
+ * takes for 0, numbers too small to be normal, are 0 as long as SMALL_IS_0 is set in MXCSR. A panel is one stream, of which
+ * memory is asked for what comes AHEAD bytes later. */
+enum { SMALL_IS_0 = 0x8040, AHEAD = 16 * PANEL_BYTES };
+
+TARGET static inline void add_word(__m512i pairs, const float *x, __m512 *even, __m512 *odd) {
+    __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+    *even = _mm512_fmadd_ps(first, _mm512_set1_ps(x[0]), *even);
+    *odd = _mm512_fmadd_ps(second, _mm512_set1_ps(x[1]), *odd);
+}
+
+/* `count` inputs as float32, and what is behind them up to a whole vector. */
+TARGET static inline void widen(const uint16_t *x, size_t count, float *wide) {
+    for (size_t i = 0; i < count; i += 16) {
+        __m512i some = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + i)));
+        _mm512_storeu_ps(wide + i, _mm512_castsi512_ps(_mm512_slli_epi32(some, 16)));
+    }
+}
+
+TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out) {
+    const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
+    __m512i table = load_table(w);
+    cursor at = exceptions_of(w, panel);
+    __m512 total = _mm512_setzero_ps();
+    for (size_t start = 0; start < width; start += DEPTH) {
+        size_t end = width - start < DEPTH ? width : start + DEPTH;
+        float wide[DEPTH];
+        widen(x + start, end - start, wide);
+        for (size_t i = start; i < end;) {
+            size_t last = end - i < STEP ? end : i + STEP;
+            __m512 even = _mm512_setzero_ps(), odd = even;
+            for (; i < last; i += PANEL_INPUTS, from += PANEL_BYTES) {
+                __m512i pairs[4];
+                for (int line = 0; line < PANEL_BYTES; line += LINE_BYTES)
+                    _mm_prefetch((const char *)from + AHEAD + line, _MM_HINT_T0);
+                expand_eight(from, table, &at, i, pairs);
+                for (int k = 0; k < 4; k++)
+                    add_word(pairs[k], wide + i - start + 2 * k, &even, &odd);
+            }
+            total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+        }
+    }
+    _mm512_storeu_ps(out, total);
+}
+#endif
+
+typedef void dot_panels(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out);
+
+static void dot_all(dot_panels *dot, const lossless *w, size_t width, size_t first, size_t rows, const void *packed,
+                    float *out) {
     for (size_t r = first, end = first + rows; r < end;) {
         size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
         float panel[PANEL_ROWS];
-        dot_panel(w, r / PANEL_ROWS, width, packed, panel);
+        dot(w, r / PANEL_ROWS, width, packed, panel);
         memcpy(out + r - first, panel + inside, count * sizeof *out);
         r += count;
     }
 }
+
+void dot_lossless(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+    dot_all(dot_panel, w, width, first, rows, packed, out);
+}
+
+#ifdef HAS_DOT_AMX
+void dot_lossless_amx(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | SMALL_IS_0);
+    dot_all(dot_panel_amx, w, width, first, rows, packed, out);
+    _mm_setcsr(before);
+}
+#endif
 
 TARGET void write_lossless(const lossless *w, size_t panel, size_t width, size_t start, size_t inputs, void *words) {
     const uint8_t *from = w->panels + (panel * width + start) / PANEL_INPUTS * PANEL_BYTES;
