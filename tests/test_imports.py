@@ -15,7 +15,19 @@ SOURCE = Path(moeinf.__file__).parent
 
 LAYERS = [
     {"errors", "interrupts", "units", "progress", "settings"},
-    {"catalog", "demo", "forecast", "gpu_forecast", "machine", "manifest", "ledger", "outlook", "panels", "prompts"},
+    {
+        "catalog",
+        "demo",
+        "forecast",
+        "gpu_forecast",
+        "machine",
+        "manifest",
+        "ledger",
+        "outlook",
+        "panels",
+        "prompts",
+        "typedjson",
+    },
     {
         "checkpoint",
         "codebook",

@@ -9,13 +9,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, field
-from functools import cache
-from types import UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from .errors import IntegrityError, UnsupportedError
+from .typedjson import FieldError, reader_of, unfit
 
 __all__ = [
     "AS_RELEASED",
@@ -404,7 +403,7 @@ class Manifest:
                     f"the store was written in schema {schema}, this program reads schemas {SCHEMA} to {DENSE_SCHEMA}",
                     hint="update moeinf, or pull the model again",
                 )
-            manifest: Manifest = _reader(cls)(raw)
+            manifest: Manifest = reader_of(cls)(raw)
             if (schema == SCHEMA) != (manifest.layout.quantization is None):
                 raise ValueError(f"schema {schema} does not fit its experts")
             if (schema == DENSE_SCHEMA) != ("packed_dense" in raw):
@@ -416,6 +415,25 @@ class Manifest:
         except ValueError as error:
             raise IntegrityError(f"{MANIFEST_NAME} is damaged: {error}", hint="pull the model again") from error
         return manifest
+
+
+def _parse(text: str) -> tuple[int, dict[str, Any]]:
+    """The schema of a manifest, and the fields of `Manifest` as JSON has them."""
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it has a number that is too long, or lists too deep, to be read") from error
+    if type(raw) is not dict:
+        raise unfit(raw, dict)
+    if "schema" not in raw:
+        raise ValueError("schema is missing")
+    try:
+        schema: int = reader_of(_Count)(raw.pop("schema"))
+    except FieldError as error:
+        raise error.within("schema") from None
+    return schema, raw
 
 
 # What fields say together
@@ -493,133 +511,3 @@ def _check_packed_dense(packed: dict[str, tuple[int, int]], dense_bytes: int) ->
             raise ValueError(f"packed_dense[{json.dumps(name)}] of {sides[0]} x {sides[1]} is no lossless weight")
     if sum(lossless_bytes(*sides) for sides in packed.values()) > dense_bytes:
         raise ValueError("its packed dense weights take more bytes than its dense part")
-
-
-# What a field can hold: JSON becomes the dataclasses above by the types of their fields, and no other JSON does
-
-_Reader = Callable[[Any], Any]
-_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
-_LONGEST_SHOWN = 40
-
-
-class _FieldError(ValueError):
-    """A field does not hold what it must. Its name grows from within outwards, and only when something is wrong:
-    a manifest has thousands of records.
-    """
-
-    def __init__(self, what: str, name: str = "") -> None:
-        super().__init__(f"{name.lstrip('.') or 'it'} {what}")
-        self.what = what
-        self.name = name
-
-    def within(self, outer: str) -> _FieldError:
-        return _FieldError(self.what, outer + self.name)
-
-
-def _parse(text: str) -> tuple[int, dict[str, Any]]:
-    """The schema of a manifest, and the fields of `Manifest` as JSON has them."""
-    try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError("it has a number that is too long, or lists too deep, to be read") from error
-    if type(raw) is not dict:
-        raise _unfit(raw, dict)
-    if "schema" not in raw:
-        raise ValueError("schema is missing")
-    try:
-        schema: int = _reader(_Count)(raw.pop("schema"))
-    except _FieldError as error:
-        raise error.within("schema") from None
-    return schema, raw
-
-
-@cache
-def _object_reader(kind: type[Any]) -> _Reader:
-    """What makes a dataclass out of an object with its fields and no others, or raises _FieldError."""
-    hints = get_type_hints(kind, include_extras=True)
-    fields = dataclasses.fields(kind)
-    readers = [(each.name, _reader(hints[each.name])) for each in fields]
-    defaults = {each.name: each.default for each in fields if each.default is not MISSING}
-    defaults |= {each.name: each.default_factory() for each in fields if each.default_factory is not MISSING}
-
-    def read(value: Any) -> Any:
-        if type(value) is not dict:
-            raise _unfit(value, dict)
-        if defaults:
-            value = defaults | value
-        made = []
-        for name, read_field in readers:
-            try:
-                made.append(read_field(value[name]))
-            except KeyError:
-                raise _FieldError("is missing", f".{name}") from None
-            except _FieldError as error:
-                raise error.within(f".{name}") from None
-        if len(value) > len(made):
-            raise _FieldError("is no field that this program knows", f".{min(value.keys() - hints.keys())}")
-        return kind(*made)
-
-    return read
-
-
-def _reader(hint: Any) -> _Reader:
-    """What makes a value of the type `hint`, one that a field above has, out of one of JSON, or raises _FieldError."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _object_reader(hint)
-    if origin is None or origin is Annotated:
-        return _plain_reader(*(inner or (hint,)))
-    read_inner = _reader(inner[1] if origin is dict else inner[0])
-    if origin is UnionType:
-        return lambda value: None if value is None else read_inner(value)
-
-    def read_object(value: Any) -> Any:
-        if type(value) is not dict:
-            raise _unfit(value, dict)
-        return _read_each(value.items(), read_inner)
-
-    def read_list(value: Any) -> Any:
-        if type(value) is not list:
-            raise _unfit(value, list)
-        if inner[1] is not ... and len(value) != len(inner):
-            raise _FieldError(f"has {len(value)} entries, not {len(inner)}")
-        return tuple(_read_each(enumerate(value), read_inner).values())
-
-    return read_object if origin is dict else read_list
-
-
-def _read_each(items: Iterable[tuple[str | int, Any]], read: _Reader) -> dict[Any, Any]:
-    made = {}
-    for key, item in items:
-        try:
-            made[key] = read(item)
-        except _FieldError as error:
-            raise error.within(f"[{json.dumps(key)}]") from None
-    return made
-
-
-def _plain_reader(kind: type[Any], allowed: Sequence[Any] | None = None) -> _Reader:
-    """What lets through a `kind`, and no bool for an int, that is one of `allowed`, or raises _FieldError."""
-
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise _unfit(value, kind)
-        if allowed is not None and value not in allowed:
-            others = f"one of {', '.join(allowed)}" if kind is str else f"from {allowed[0]} to {allowed[-1]}"
-            raise _FieldError(f"is {_shown(value)}, not {others}")
-        return value
-
-    return read
-
-
-def _unfit(value: Any, kind: type[Any]) -> _FieldError:
-    return _FieldError(f"is {_shown(value)}, not {_KINDS[kind]}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return _KINDS[type(value)]
-    text = json.dumps(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
