@@ -91,7 +91,8 @@ TARGET static inline void widen(const uint16_t *x, size_t count, float *wide) {
     }
 }
 
-TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out) {
+TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, size_t panel, size_t width,
+                                                            const uint16_t *x, float *out) {
     const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
     __m512i table = load_table(w);
     cursor at = exceptions_of(w, panel);
