@@ -408,9 +408,24 @@ def expanded(layout: ExpertLayout, tensors: Tensors, plain: ExpertLayout) -> Ten
     return whole
 
 
+Chains = tuple[int, int]
+CHAINS = ((0, 0), (96, 64))
+"""Of what is multiplied with an expert's projections, up and down; 0 for the order that a set of instructions has."""
+
+
+def in_chains(maths: NativeMaths, chains: Chains) -> NativeMaths:
+    if any(chains) and maths.pool.variant != "avx512amx":
+        pytest.skip("chains are of AMX")
+    maths.layer.up_chain, maths.layer.down_chain = chains
+    return maths
+
+
+@pytest.mark.parametrize("chains", CHAINS, ids=str)
 @pytest.mark.parametrize("exponents", [(118, 126), (0, 4), (130, 160), (250, 256)], ids=str)
 @pytest.mark.parametrize("kind", ["silu", "no-gate", "gelu-tanh", "interleaved"])
-def test_released_experts_give_what_they_give_expanded(pool: NativePool, kind: str, exponents: tuple[int, int]) -> None:
+def test_released_experts_give_what_they_give_expanded(
+    pool: NativePool, kind: str, exponents: tuple[int, int], chains: Chains
+) -> None:
     """To the last bit, with any instruction set, whatever is too small to be a normal number, infinite or none."""
     module = Experts(**KINDS[kind])
     generator = torch.Generator().manual_seed(0)
@@ -421,8 +436,9 @@ def test_released_experts_give_what_they_give_expanded(pool: NativePool, kind: s
         hidden = (torch.randn(1, hidden_size, generator=generator) * 2.0 ** (120 - exponents[0])).bfloat16()
         weights = torch.rand(1, 3, generator=generator)
         whole = [expanded(*expert, plain) for expert in experts]
-        wanted = compute(NativeMaths(module, plain, pool), hidden, weights, whole)
-        found = compute(NativeMaths(module, layout, pool), hidden, weights, [tensors for _, tensors in experts])
+        theirs, native = (in_chains(NativeMaths(module, each, pool), chains) for each in (plain, layout))
+        wanted = compute(theirs, hidden, weights, whole)
+        found = compute(native, hidden, weights, [tensors for _, tensors in experts])
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -430,9 +446,10 @@ FLOAT8_SIZES = ((1, 1), (24, 33), (65, 100), (128, 127), (256, 384), (640, 192),
 """The next to last one has blocks that the library does not know."""
 
 
+@pytest.mark.parametrize("chains", CHAINS, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-34, 1e34], ids=str)
 @pytest.mark.parametrize("kind", ["silu", "no-gate", "interleaved"])
-def test_float8_experts_give_what_they_give_expanded(pool: NativePool, kind: str, scale: float) -> None:
+def test_float8_experts_give_what_they_give_expanded(pool: NativePool, kind: str, scale: float, chains: Chains) -> None:
     """To the last bit, with any instruction set: where weights are too small to be normal numbers, and infinite."""
     module = Experts(**KINDS[kind])
     generator = torch.Generator().manual_seed(0)
@@ -446,8 +463,9 @@ def test_float8_experts_give_what_they_give_expanded(pool: NativePool, kind: str
         hidden = (torch.randn(1, hidden_size, generator=generator) / scale).bfloat16()
         weights = torch.rand(1, 3, generator=generator)
         whole = [expanded(*expert, plain) for expert in experts]
-        wanted = compute(NativeMaths(module, plain, pool), hidden, weights, whole)
-        found = compute(NativeMaths(module, experts[0][0], pool), hidden, weights, [tensors for _, tensors in experts])
+        theirs, native = (in_chains(NativeMaths(module, each, pool), chains) for each in (plain, experts[0][0]))
+        wanted = compute(theirs, hidden, weights, whole)
+        found = compute(native, hidden, weights, [tensors for _, tensors in experts])
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeinf.kernels.native import NativePool, telling_rows, variants
+from moeinf.kernels.native import LinearLayer, NativePool, telling_rows, variants
 from moeinf.kernels.orders import MOST_BYTES, OWN, STEP, Order, Orders, step_of
 from test_native import LIBRARY
 
@@ -112,7 +112,7 @@ def test_the_order_that_is_found_is_torch_s_for_all_outputs(pool: NativePool, in
         pytest.skip("torch adds in another order on this processor")
     matrix = torch.randn(300, inputs, generator=torch.Generator().manual_seed(inputs)).bfloat16()
     order = OWN
-    if not pool.knows_order(rows, *matrix.shape):
+    if not pool.knows_order(rows, (*matrix.shape, False)):
         found = pool.orders.find(rows, (*matrix.shape, False), lambda: matrix)
         assert found is not None
         order = found
@@ -120,14 +120,48 @@ def test_the_order_that_is_found_is_torch_s_for_all_outputs(pool: NativePool, in
     assert torch.equal(pool.multiply(telling, matrix, order=order), F.linear(telling, matrix))
 
 
+@pytest.mark.parametrize("size", [(300, 5120), (1100, 7168), (520, 14336)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_order_of_one_row_is_torch_s(pool: NativePool, size: tuple[int, int], threads: int) -> None:
+    """Also where it has so many inputs that torch cuts them."""
+    if not pool.adds_as_torch_does:
+        pytest.skip("torch adds in another order on this processor")
+    matrix = torch.randn(size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        order = pool.order(1, (*size, False), lambda: matrix)
+        assert order is not None
+        for row in torch.split(telling_rows(matrix, 64), 1):
+            assert torch.equal(pool.multiply(row, matrix, order=order), F.linear(row, matrix))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_other_sets_of_instructions_refuse_chains_of_one_row() -> None:
+    if LIBRARY is None:
+        pytest.skip("there is no library")
+    pool = NativePool(1, variants(LIBRARY)[0], LIBRARY)
+    try:
+        x, matrix, result = (torch.ones(size).bfloat16() for size in ((1, 512), (32, 512), (1, 32)))
+        layer = LinearLayer(512, 32, matrix.data_ptr(), None, None, *Order(256, WHOLE))
+        assert pool.lib.moe_linear(pool.handle, layer, 1, x.data_ptr(), result.data_ptr()) == -2
+        assert (result == 1).all()
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("order", [Order(96, WHOLE), Order(64, 256), Order(352, 704), Order(256, WHOLE)])
-def test_inputs_are_added_up_in_the_order_asked_for(order: Order) -> None:
+def test_inputs_are_added_up_in_the_order_asked_for(order: Order, rows: int) -> None:
     """Against sums of products of each chain by itself, in float32."""
+    if rows == 1 and order.share != WHOLE:
+        pytest.skip("one row is in one share")
     if LIBRARY is None or "avx512amx" not in variants(LIBRARY):
         pytest.skip("this processor has no AMX")
     pool = NativePool(2, "avx512amx", LIBRARY)
     try:
-        inputs, rows = 1000, 40
+        inputs = 1000
         generator = torch.Generator().manual_seed(0)
         matrix = torch.randn(80, inputs, generator=generator).bfloat16()
         x = torch.randn(rows, inputs, generator=generator).bfloat16()

@@ -14,18 +14,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeinf.ledger import WHOLE_BYTES
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
 from .native import LEAST_PRODUCTS, MOST_ROWS, LinearLayer, NativePool, telling_rows
+from .orders import OWN, Order
 from .packed import LosslessLinear
 
 __all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
+
+Found = dict[tuple[int, ...], tuple[int, Order]]
+"""For a shape, as many rows as come out the same, and in which order the library adds up one."""
 
 _TRIALS = 4
 _MOST_NUMBERS = 1 << 15
@@ -41,15 +47,15 @@ def speed_up(model: nn.Module, pool: NativePool) -> int:
     """
     if not pool.adds_as_torch_does:
         return 0
-    most_rows: dict[tuple[int, ...], int] = {}
+    found: Found = {}
     replaced = 0
     for module in list(model.modules()):
-        native = _stand_in(module, pool, most_rows)
+        native = _stand_in(module, pool, found)
         if native is not None:
             module.forward = native  # type: ignore[method-assign, assignment, unused-ignore]  # of this one alone
             replaced += 1
         elif not isinstance(module, nn.Linear | nn.Embedding):
-            replaced += _wrap_matrices(module, pool, most_rows)
+            replaced += _wrap_matrices(module, pool, found)
     return replaced
 
 
@@ -57,18 +63,18 @@ def compute_packed(model: nn.Module, pool: NativePool) -> None:
     """Let `pool` unpack the weights of the linear layers of `model` that are packed, and compute products of few rows
     from what is packed, if it gives torch's results to the last bit.
     """
-    most_rows: dict[tuple[int, ...], int] = {}
+    found: Found = {}
     for module in model.modules():
         if not isinstance(module, LosslessLinear):
             continue
         module.pool = pool
         if pool.adds_as_torch_does and (module.bias is None or _is_plain(module.bias)):
             linear = NativeLinear(module.forward, pool, module.panels, module.bias, module.uppers)
-            if linear.is_exact(most_rows):
+            if linear.is_exact(found):
                 module.forward = linear  # type: ignore[method-assign]  # of this one alone
 
 
-def _wrap_matrices(module: nn.Module, pool: NativePool, most_rows: dict[tuple[int, ...], int]) -> int:
+def _wrap_matrices(module: nn.Module, pool: NativePool, found: Found) -> int:
     """Have the products by the module's own matrices computed, as routers take them; returns how many there are."""
     own = dict(module.named_parameters(recurse=False))
     wrapped = 0
@@ -76,20 +82,20 @@ def _wrap_matrices(module: nn.Module, pool: NativePool, most_rows: dict[tuple[in
         bias = own.get("bias")
         if weight.dim() == 2 and all(each is None or _is_plain(each) for each in (weight, bias)):
             linear = NativeLinear(partial(F.linear, weight=weight, bias=bias), pool, weight, bias)
-            if linear.is_exact(most_rows):
+            if linear.is_exact(found):
                 setattr(module, name, _NativeWeight.of(weight, bias, linear))
                 wrapped += 1
     return wrapped
 
 
-def _stand_in(module: nn.Module, pool: NativePool, most_rows: dict[tuple[int, ...], int]) -> _Native | None:
+def _stand_in(module: nn.Module, pool: NativePool, found: Found) -> _Native | None:
     """What computes `module` from now on; None for most."""
     weights = list(module.parameters(recurse=False))
     if not weights or not all(map(_is_plain, weights)):
         return None
     if type(module) is nn.Linear:
         linear = NativeLinear(module.forward, pool, module.weight, module.bias)
-        return linear if linear.is_exact(most_rows) else None
+        return linear if linear.is_exact(found) else None
     if len(weights) == 1 and weights[0].dim() == 1 and _epsilon(module) and not list(module.children()):
         norms = (NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
         return next((norm for norm in norms if norm.is_exact()), None)
@@ -147,22 +153,37 @@ class NativeLinear(_Native):
         self._most_rows = 1
         self._weight, self._uppers = weight, uppers
 
-    def is_exact(self, known: dict[tuple[int, ...], int]) -> bool:
+    def is_exact(self, found: Found) -> bool:
         """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
         is_small = self._inputs * self._outputs <= LEAST_PRODUCTS or self._inputs < self._pool.least_inputs
         if self._outputs == 1 or is_small:
             return False
         shape = (self._inputs, self._outputs, self._has_bias)
-        if shape not in known:
-            most = min(MOST_ROWS, self._pool.most_rows)
-            rows = telling_rows(self._last_outputs(), most)
-            known[shape] = int(self.gives_the_same(torch.split(rows[:_TRIALS], 1)))
-            if known[shape]:
-                self._most_rows = most
-                if self.gives_the_same(rows[:count] for count in (2, most)):
-                    known[shape] = most
-        self._most_rows = known[shape]
+        if shape not in found:
+            found[shape] = self._try()
+        self._most_rows, order = found[shape]
+        self.layer.chain, self.layer.share, self.layer.step = order
         return self._most_rows > 0
+
+    def _try(self) -> tuple[int, Order]:
+        """So many rows come out the same, 0 if none does, in this order."""
+        most = min(MOST_ROWS, self._pool.most_rows)
+        rows = telling_rows(self._last_outputs(), most)
+        single = torch.split(rows[:_TRIALS], 1)
+        if self.gives_the_same(single):
+            self._most_rows = most
+            return (most if self.gives_the_same(rows[:count] for count in (2, most)) else 1), OWN
+        kind = (self._outputs, self._inputs, False)
+        if self._pool.knows_order(1, kind) or (self._uppers is not None and 2 * prod(kind[:2]) > WHOLE_BYTES):
+            return 0, OWN
+        order = self._pool.orders.find(1, kind, self._matrix)
+        if order is None:
+            return 0, OWN
+        self.layer.chain, self.layer.share, self.layer.step = order
+        return int(self.gives_the_same(single)), order
+
+    def _matrix(self) -> torch.Tensor:
+        return self._weight if self._uppers is None else self._pool.unpack(self._weight, self._uppers)
 
     def _last_outputs(self) -> torch.Tensor:
         """Some of the matrix [16 or fewer, inputs]."""

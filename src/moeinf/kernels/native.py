@@ -12,7 +12,7 @@ import ctypes
 import sys
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache, cached_property, partial
 from itertools import count, product, takewhile
@@ -26,7 +26,7 @@ from torch import nn
 from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
-from .orders import MOST_BYTES, OWN, STEP, Order, Orders, step_of
+from .orders import MOST_BYTES, OWN, STEP, Kind, Order, Orders, step_of
 from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, route
 
 __all__ = [
@@ -117,6 +117,8 @@ class NativeLayer(ctypes.Structure):
         ("down_bias", c_int64),
         ("up_block", c_int64),
         ("down_block", c_int64),
+        ("up_chain", c_int64),
+        ("down_chain", c_int64),
         ("values", c_void_p),
         ("values_of_several", c_void_p),
     )
@@ -266,11 +268,18 @@ class NativePool:
         """Products of as many rows are added as torch adds them, if those of one row are."""
         return _KNOWN_ROWS.get(self.variant, sys.maxsize)
 
-    def knows_order(self, rows: int, outputs: int, inputs: int) -> bool:
-        """Whether torch's order of so many rows' products is the library's own, if it is that of one row."""
-        if rows == 1 or self.variant not in _KNOWN_ROWS or self.adds_rows_alike(inputs):
+    def order(self, rows: int, kind: Kind, weight: Callable[[], torch.Tensor]) -> Order | None:
+        """In which torch adds up so many rows' products with a matrix of this kind, of which `weight` is one; None if
+        that is not known.
+        """
+        return OWN if self.knows_order(rows, kind) else self.orders.find(rows, kind, weight)
+
+    def knows_order(self, rows: int, kind: Kind) -> bool:
+        """Whether that is the library's own, as far as it is any: what this says is still to be tried."""
+        outputs, inputs, _ = kind
+        if self.variant not in _KNOWN_ROWS or self.adds_rows_alike(inputs):
             return True
-        return rows <= self.most_rows and outputs >= _THREAD_OUTPUTS * torch.get_num_threads()
+        return 1 < rows <= self.most_rows and outputs >= _THREAD_OUTPUTS * torch.get_num_threads()
 
     def adds_rows_alike(self, inputs: int) -> bool:
         """Whether an output of so many inputs is the same whatever else is computed with it, if it is torch's."""
@@ -411,7 +420,8 @@ class NativeMaths(ExpandingMaths):
         self._values: list[torch.Tensor] = []
         self._recognise_activation(module)
         hidden, inner, gates = self.layer.hidden, self.layer.inner, 1 if self.up == "up_proj" else 2
-        self._widths = ((self.up, hidden, gates * inner), ("down_proj", inner, hidden))
+        sizes = {self.up: (gates * inner, hidden), "down_proj": (hidden, inner)}
+        self._kinds: dict[str, Kind] = {name: (*size, self._is_transposed) for name, size in sizes.items()}
         self.takes_prompts = (
             pool.adds_as_torch_does
             and self.dtype == torch.bfloat16
@@ -425,19 +435,16 @@ class NativeMaths(ExpandingMaths):
         """
         if self._quantization is not None and not self._quantization.is_exact:
             return OWN, OWN
-        up, down = (self._order(rows, tensors, *each) for each in self._widths)
+        up, down = (
+            self.pool.order(rows, kind, partial(self._matrix, tensors, name)) for name, kind in self._kinds.items()
+        )
         return None if up is None or down is None else (up, down)
 
-    def _order(self, rows: int, tensors: Tensors, name: str, inputs: int, outputs: int) -> Order | None:
-        if self.pool.knows_order(rows, outputs, inputs):
-            return OWN
-        kind = (outputs, inputs, self._is_transposed)
-        return self.pool.orders.find(rows, kind, partial(self._matrix, tensors, name, inputs))
-
-    def _matrix(self, tensors: Tensors, name: str, inputs: int) -> torch.Tensor:
+    def _matrix(self, tensors: Tensors, name: str) -> torch.Tensor:
         """[out, in], in bfloat16, as torch is given it."""
         weight = tensors[name]
         if self._quantization is not None:
+            _, inputs, _ = self._kinds[name]
             rows = torch.empty(0, inputs, dtype=torch.bfloat16)
             weight = self._expand(weight, tensors[self._quantization.partner(name)], rows)
         return weight.t() if self._is_transposed else weight
@@ -451,8 +458,10 @@ class NativeMaths(ExpandingMaths):
         orders = self.orders(rows, tensors)
         if orders is None:
             return rows > 1
-        matrices = (self._matrix(tensors, name, inputs) for name, inputs, _ in self._widths)
-        return all(self.pool.find_order(matrix, rows, [order]) for matrix, order in zip(matrices, orders, strict=True))
+        if rows == 1:
+            self.layer.up_chain, self.layer.down_chain = (order.chain for order in orders)
+        assumed = (name for name, kind in self._kinds.items() if self.pool.knows_order(rows, kind))
+        return all(self.pool.find_order(self._matrix(tensors, name), rows, [OWN]) for name in assumed)
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):

@@ -1,8 +1,8 @@
-"""In which order torch adds up a product of many rows, found by trying.
+"""In which order torch adds up a product, found by trying.
 
-With AMX oneDNN cuts the inputs of such a product by an estimate of its own, which depends on all of its sizes
-(docs/experiments.md). The library can add up in any of those orders, so torch is asked for one product of each size, of
-rows that show its order, and the library computes all that follow. Knows nothing of experts.
+With AMX oneDNN cuts the inputs of many rows, and many inputs of one row, by an estimate of its own, which depends on
+all of a product's sizes (docs/experiments.md). The library can add up in any of those orders, so torch is asked for one
+product of each size, of rows that show its order, and the library computes all that follow. Knows nothing of experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ STEP = 32
 """Inputs that one instruction adds up, at most."""
 _ALL = 1 << 62
 MOST_BYTES = 8 << 20
-"""Products of larger matrices take so long that what torch takes before them does not count (docs/experiments.md)."""
+"""Products of many rows with larger matrices take so long that what torch takes before them does not count
+(docs/experiments.md)."""
 _MOST_SHARES = 8
 _MOST_FAILURES = 3
 """After so many sizes whose order is none of those tried, other numbers of rows of such a matrix are left to torch."""
@@ -48,7 +49,8 @@ class Orders:
     def __init__(self, find: Callable[[torch.Tensor, int, Iterable[Order]], Order | None]) -> None:
         self._find = find
         self._known: dict[tuple[Kind, int, int], Order | None] = {}
-        self._found: dict[int, list[Order]] = defaultdict(lambda: [OWN])
+        self._found: dict[tuple[int, bool], list[Order]] = defaultdict(lambda: [OWN])
+        """By inputs, and whether of one row: the last one first."""
         self._failures: dict[Kind, int] = defaultdict(int)
 
     def find(self, rows: int, kind: Kind, weight: Callable[[], torch.Tensor]) -> Order | None:
@@ -62,10 +64,12 @@ class Orders:
 
     def _try(self, kind: Kind, rows: int, weight: Callable[[], torch.Tensor]) -> Order | None:
         outputs, inputs, _ = kind
-        if outputs * inputs * torch.bfloat16.itemsize > MOST_BYTES or self._failures[kind] >= _MOST_FAILURES:
+        is_large = outputs * inputs * torch.bfloat16.itemsize > MOST_BYTES
+        if rows > 1 and (is_large or self._failures[kind] >= _MOST_FAILURES):
             return None
-        found = self._found[inputs]
-        order = self._find(weight(), rows, [*found, *_orders(inputs, torch.get_num_threads())])
+        found = self._found[inputs, rows == 1]
+        others = _chains(inputs) if rows == 1 else _orders(inputs, torch.get_num_threads())
+        order = self._find(weight(), rows, [*found, *others])
         if order is None:
             self._failures[kind] += 1
         else:
@@ -79,13 +83,16 @@ def step_of(inputs: int) -> int:
     return inputs // steps if inputs % (2 * steps) == 0 else STEP
 
 
+def _chains(inputs: int) -> Iterator[Order]:
+    """Those of one row that differ from the library's own, which has no chains: chains of equal length."""
+    return (Order(chain, _ALL) for chain in range(2 * STEP, inputs - STEP, STEP))
+
+
 def _orders(inputs: int, threads: int) -> Iterator[Order]:
-    """All that differ from the library's own, which has no chains: steps of full length, then chains of equal length,
-    all in one share, or as many for each of some threads.
-    """
+    """Those of several rows: steps of full length, then chains, in one share, or as many for each of some threads."""
     if step_of(inputs) != STEP:
         yield Order(_ALL, _ALL)
-    for chain in range(2 * STEP, inputs - STEP, STEP):
-        chains = -(-inputs // chain)
-        shares = (-(-chains // count) * chain for count in range(2, min(threads, chains - 1, _MOST_SHARES) + 1))
-        yield from (Order(chain, share) for share in (_ALL, *shares))
+    for order in _chains(inputs):
+        chains = -(-inputs // order.chain)
+        counts = range(2, min(threads, chains - 1, _MOST_SHARES) + 1)
+        yield from (order, *(order._replace(share=-(-chains // count) * order.chain) for count in counts))

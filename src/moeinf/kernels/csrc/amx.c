@@ -82,8 +82,19 @@ static inline void fetch_ahead(const matrix *w, size_t row, size_t input) {
         _mm_prefetch(from + r * stride, _MM_HINT_T0);
 }
 
+/* Adds the sums of a chain, tiles 0 and 1, to those of the chains before it. */
+TARGET static inline void end_chains(float sums[2 * ROWS]) {
+    float chains[2 * ROWS];
+    _tile_stored(0, chains, WORD);
+    _tile_stored(1, chains + ROWS, WORD);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (size_t r = 0; r < 2 * ROWS; r++)
+        sums[r] += chains[r];
+}
+
 /* One x, which is followed by zeros. Tiles: 0 and 1 are the sums of 16 rows each, 2 and 3 the rows, 4 the x. */
-TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uint16_t *x, float *out) {
+TARGET static void dot_any(const matrix *w, size_t first, size_t rows, size_t chain, const uint16_t *x, float *out) {
     static const shapes SHAPES = {
         .palette = 1,
         .bytes = {WORD, WORD, LINE_BYTES, LINE_BYTES, WORD},
@@ -93,6 +104,8 @@ TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uin
     BEGIN(SHAPES);
     for (size_t r = 0; r < rows; r += 2 * ROWS) {
         size_t left = rows - r, some = left < ROWS ? left : ROWS, more = left - some < ROWS ? left - some : ROWS;
+        size_t of_chain = chain;
+        float sums[2 * ROWS] = {0};
         _tile_zero(0);
         _tile_zero(1);
         for (size_t start = 0; start < w->width; start += DEPTH) {
@@ -111,11 +124,13 @@ TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uin
                     _tile_loadd(3, b + i * sizeof *x, other);
                     _tile_dpbf16ps(1, 3, 4);
                 }
+                if ((of_chain -= STEP) == 0) {
+                    end_chains(sums);
+                    of_chain = chain;
+                }
             }
         }
-        float sums[2 * ROWS];
-        _tile_stored(0, sums, WORD);
-        _tile_stored(1, sums + ROWS, WORD);
+        end_chains(sums);
         memcpy(out + r, sums, (some + more) * sizeof *out);
     }
     END();
@@ -123,7 +138,7 @@ TARGET static void dot_any(const matrix *w, size_t first, size_t rows, const uin
 
 void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out) {
     matrix plain = {.kind = MOE_PLAIN, .numbers = w, .rows = rows, .width = width};
-    dot_any(&plain, 0, rows, packed, out);
+    dot_any(&plain, 0, rows, ONE_CHAIN, packed, out);
 }
 
 /* Words of 16 rows, which an x is multiplied with from the left. Tiles: 0 is the rows' sums, 1 a step of the x, 2 of the words. */
@@ -135,7 +150,21 @@ void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, f
     };                                                                                                                 \
     BEGIN(SHAPES)
 
-TARGET static inline void add_words(__m512i *words, size_t inputs, const uint16_t *x) {
+/* Sums of 16 rows: those of the chains that have ended, and the inputs that are left of the one in tile 0. */
+typedef struct {
+    __m512 ended;
+    size_t chain, left;
+} word_sums;
+
+TARGET static inline void end_word_chain(word_sums *sums) {
+    float chain[ROWS];
+    _tile_stored(0, chain, LINE_BYTES);
+    _tile_zero(0);
+    sums->ended = _mm512_add_ps(sums->ended, _mm512_loadu_ps(chain));
+    sums->left = sums->chain;
+}
+
+TARGET static inline void add_words(__m512i *words, size_t inputs, const uint16_t *x, word_sums *sums) {
     if (inputs % STEP != 0)
         memset(words + (inputs + 1) / 2, 0, (STEP - inputs % STEP) / 2 * sizeof *words);
     WRITTEN();
@@ -143,17 +172,20 @@ TARGET static inline void add_words(__m512i *words, size_t inputs, const uint16_
         _tile_loadd(1, x + i, LINE_BYTES);
         _tile_loadd(2, words + i / 2, LINE_BYTES);
         _tile_dpbf16ps(0, 1, 2);
+        if ((sums->left -= STEP) == 0)
+            end_word_chain(sums);
     }
 }
 
 /* Whole sixteens of rows of a weight that was released packed. */
-TARGET static void dot_released(const matrix *w, size_t first, size_t rows, const uint16_t *x, float *out) {
+TARGET static void dot_sixteens(const matrix *w, size_t first, size_t rows, size_t chain, const uint16_t *x, float *out) {
     const fp8_blocks blocks = {w->scales, w->group};
     size_t width = w->width;
     __m512i words[DEPTH / 2];
     BEGIN_WORDS();
     for (size_t r = 0; r < rows; r += ROWS) {
         size_t at = (first + r) * width;
+        word_sums sums = {_mm512_setzero_ps(), chain, chain};
         _tile_zero(0);
         for (size_t start = 0; start < width; start += DEPTH) {
             size_t inputs = width - start < DEPTH ? width - start : DEPTH;
@@ -162,26 +194,39 @@ TARGET static void dot_released(const matrix *w, size_t first, size_t rows, cons
                             inputs, words);
             else
                 write_fp8(w->numbers, &blocks, width, first + r, start, inputs, words);
-            add_words(words, inputs, x + start);
+            add_words(words, inputs, x + start, &sums);
         }
-        _tile_stored(0, out + r, LINE_BYTES);
+        end_word_chain(&sums);
+        _mm512_storeu_ps(out + r, sums.ended);
     }
     END();
 }
 
+static void dot_released(const matrix *w, size_t first, size_t rows, size_t chain, const uint16_t *x, float *out) {
+    size_t whole = rows / ROWS * ROWS;
+    dot_sixteens(w, first, whole, chain, x, out);
+    dot_any(w, first + whole, rows - whole, chain, x, out + whole);
+}
+
 void dot_mxfp4_amx(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
     matrix released = {.kind = MOE_MXFP4, .numbers = w, .scales = scales, .rows = rows, .width = width};
-    size_t whole = rows / ROWS * ROWS;
-    dot_released(&released, 0, whole, packed, out);
-    dot_any(&released, whole, rows - whole, packed, out + whole);
+    dot_released(&released, 0, rows, ONE_CHAIN, packed, out);
 }
 
 void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, const void *packed,
                  float *out) {
     matrix released = {.kind = MOE_FP8, .numbers = w, .scales = blocks->scales, .width = width, .group = blocks->rows};
-    size_t whole = rows / ROWS * ROWS;
-    dot_released(&released, first, whole, packed, out);
-    dot_any(&released, first + whole, rows - whole, packed, out + whole);
+    dot_released(&released, first, rows, ONE_CHAIN, packed, out);
+}
+
+void dot_chains_amx(const matrix *w, size_t first, size_t rows, size_t chain, const void *packed, float *out) {
+    if (w->kind == MOE_PLAIN) {
+        dot_any(w, first, rows, chain, packed, out);
+    } else if (w->kind == MOE_LOSSLESS) {
+        lossless panels = make_lossless(w->numbers, w->scales, w->rows, w->width);
+        dot_lossless_chains(&panels, w->width, first, rows, chain, packed, out);
+    } else
+        dot_released(w, first, rows, chain, packed, out);
 }
 
 /* Up to 32 rows of a weight, the second half being NULL where there are 16 or fewer, and the x of a tile. */

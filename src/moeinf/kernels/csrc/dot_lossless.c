@@ -49,22 +49,22 @@ TARGET static inline void expand_eight(const uint8_t *w, __m512i table, cursor *
     }
 }
 
-/* All outputs of a panel. */
-TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out) {
+/* All outputs of a panel, in chains of so many inputs. */
+TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out) {
     const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
     __m512i table = load_table(w);
     cursor at = exceptions_of(w, panel);
     __m512 total = _mm512_setzero_ps();
-    for (size_t start = 0; start < width; start += CHAIN) {
-        size_t end = width - start < CHAIN ? width : start + CHAIN;
-        __m512 chain = _mm512_setzero_ps();
+    for (size_t start = 0; start < width; start += chain) {
+        size_t end = width - start < chain ? width : start + chain;
+        __m512 sum = _mm512_setzero_ps();
         for (size_t i = start; i < end; i += PANEL_INPUTS, from += PANEL_BYTES) {
             __m512i pairs[4];
             expand_eight(from, table, &at, i, pairs);
             for (int k = 0; k < 4; k++)
-                chain = add_pair(pairs[k], x + i + 2 * k, chain);
+                sum = add_pair(pairs[k], x + i + 2 * k, sum);
         }
-        total = _mm512_add_ps(total, chain);
+        total = _mm512_add_ps(total, sum);
     }
     _mm512_storeu_ps(out, total);
 }
@@ -91,12 +91,13 @@ TARGET static inline void widen(const uint16_t *x, size_t count, float *wide) {
     }
 }
 
-TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, size_t panel, size_t width,
+TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, size_t panel, size_t width, size_t chain,
                                                             const uint16_t *x, float *out) {
     const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
     __m512i table = load_table(w);
     cursor at = exceptions_of(w, panel);
-    __m512 total = _mm512_setzero_ps();
+    size_t left = chain;
+    __m512 total = _mm512_setzero_ps(), sum = total;
     for (size_t start = 0; start < width; start += DEPTH) {
         size_t end = width - start < DEPTH ? width : start + DEPTH;
         float wide[DEPTH];
@@ -112,36 +113,46 @@ TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, si
                 for (int k = 0; k < 4; k++)
                     add_word(pairs[k], wide + i - start + 2 * k, &even, &odd);
             }
-            total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+            if ((left -= STEP) == 0) {
+                total = _mm512_add_ps(total, sum);
+                sum = _mm512_setzero_ps();
+                left = chain;
+            }
         }
     }
-    _mm512_storeu_ps(out, total);
+    _mm512_storeu_ps(out, _mm512_add_ps(total, sum));
 }
 #endif
 
-typedef void dot_panels(const lossless *w, size_t panel, size_t width, const uint16_t *x, float *out);
+typedef void dot_panels(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out);
 
-static void dot_all(dot_panels *dot, const lossless *w, size_t width, size_t first, size_t rows, const void *packed,
-                    float *out) {
+static void dot_all(dot_panels *dot, const lossless *w, size_t width, size_t first, size_t rows, size_t chain,
+                    const void *packed, float *out) {
     for (size_t r = first, end = first + rows; r < end;) {
         size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
         float panel[PANEL_ROWS];
-        dot(w, r / PANEL_ROWS, width, packed, panel);
+        dot(w, r / PANEL_ROWS, width, chain, packed, panel);
         memcpy(out + r - first, panel + inside, count * sizeof *out);
         r += count;
     }
 }
 
 void dot_lossless(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
-    dot_all(dot_panel, w, width, first, rows, packed, out);
+    dot_all(dot_panel, w, width, first, rows, CHAIN, packed, out);
 }
 
 #ifdef HAS_DOT_AMX
-void dot_lossless_amx(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+void dot_lossless_chains(const lossless *w, size_t width, size_t first, size_t rows, size_t chain, const void *packed,
+                         float *out) {
     unsigned before = _mm_getcsr();
     _mm_setcsr(before | SMALL_IS_0);
-    dot_all(dot_panel_amx, w, width, first, rows, packed, out);
+    dot_all(dot_panel_amx, w, width, first, rows, chain, packed, out);
     _mm_setcsr(before);
+}
+
+void dot_lossless_amx(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
+    dot_lossless_chains(w, width, first, rows, ONE_CHAIN, packed, out);
 }
 #endif
 

@@ -96,6 +96,7 @@ static const kernels avx512amx = {
     .columns_bf16 = columns_bf16_avx512,
     .columns_f32 = columns_f32_avx512,
     .tiles = {pack_tile, multiply_amx, order_amx},
+    .dot_chains = dot_chains_amx,
     .read = read_avx512,
 };
 #endif

@@ -169,6 +169,10 @@ typedef struct {
     size_t rows, width, group;
 } matrix;
 
+/* dot_bf16, dot_mxfp4, dot_fp8 or dot_lossless, whichever the matrix takes, with sums of `chain` inputs each that are then
+ * added up. */
+typedef void dot_matrix(const matrix *w, size_t first, size_t rows, size_t chain, const void *packed, float *out);
+
 /* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
  * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[(first + r) * width +
  * i] x[i] for r < outputs, i < width, and the x of all tiles, in that order; there are BLOCK_OUTPUTS and BLOCK_ROWS at most.
@@ -205,6 +209,7 @@ typedef struct {
     void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
     tiling tiles; /* of NULLs where there are no such loops */
+    dot_matrix *dot_chains; /* NULL where they have but one order */
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
 
@@ -253,6 +258,10 @@ void dot_amx(const uint16_t *w, size_t width, size_t rows, const void *packed, f
 dot_nibbles dot_mxfp4_amx;
 dot_blocks dot_fp8_amx;
 dot_packed dot_lossless_amx;
+dot_matrix dot_chains_amx;
+void dot_lossless_chains(const lossless *w, size_t width, size_t first, size_t rows, size_t chain, const void *packed,
+                         float *out);
+#define ONE_CHAIN SIZE_MAX
 void multiply_amx(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
                   size_t tile, size_t tiles, float *sums);
 moe_order order_amx(size_t x, size_t width);

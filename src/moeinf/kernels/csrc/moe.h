@@ -47,6 +47,7 @@ typedef struct {
     int64_t hidden, inner;  /* widths */
     int64_t up, up_scales, up_bias, down, down_scales, down_bias;
     int64_t up_block, down_block; /* rows that share a scale; of use to float8 alone */
+    int64_t up_chain, down_chain; /* of the order for one x (moe_order); 0 for the one that the set of instructions has */
     /* Of each of the 65,536 bfloat16, as bfloat16: the factor that the gate makes, of one x and of several, since torch may
      * compute those in another way. */
     const uint16_t *values, *values_of_several;
@@ -55,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 16 };
+enum { MOE_INTERFACE = 17 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -67,7 +68,7 @@ MOE_API void moe_close(moe_pool *pool);
 
 /* Computes `count` experts on one token. experts[i] is where an expert's tensors begin and places[i] its number among
  * the token's choices: its share is weights[places[i]], and rows + places[i] * layer->hidden receives its weighted row,
- * rounded to row_dtype. 0, or -1 when memory is lacking. */
+ * rounded to row_dtype. 0, -1 when memory is lacking, -2 where chains are asked for that the set of instructions has not. */
 MOE_API int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts,
                         const int32_t *places, const void *hidden, const float *weights, int row_dtype, float *rows);
 
@@ -115,16 +116,16 @@ MOE_API void moe_expand_int(moe_pool *pool, int kind, int64_t group, const void 
 MOE_API void moe_expand_lossless(moe_pool *pool, const void *panels, const void *uppers, int64_t rows, int64_t width,
                                  int64_t first, int64_t count, void *output);
 
-/* A linear layer in bfloat16: weight is [outputs, inputs], with `uppers` a lossless one, and bias [outputs] or NULL; an order
- * of its own is for several x alone. */
+/* A linear layer in bfloat16: weight is [outputs, inputs], with `uppers` a lossless one, and bias [outputs] or NULL. Of the
+ * order nothing but chains is of use to one x. */
 typedef struct {
     int64_t inputs, outputs;
     const void *weight, *bias, *uppers;
     moe_order order;
 } moe_linear_layer;
 
-/* The layer's outputs for `count` x. 0, -1 when memory is lacking, -2 where more
- * than one x is not compiled in. */
+/* The layer's outputs for `count` x. 0, -1 when memory is lacking, -2 where more than one x is not compiled in, or chains of
+ * one are not. */
 MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output);
 
 /* A root-mean-square norm of the dense part in bfloat16, weight being [size]: x / sqrt(mean(x²) + epsilon), rounded or
