@@ -20,7 +20,7 @@ from moeinf.misses import HostStep, MissChoice, Way
 from moeinf.pull import pull
 from moeinf.stats import Stats
 from moeinf.store import Store
-from moeinf.tiers import HostTier
+from moeinf.tiers import DevicePool, HostTier
 from readers import FailingReader, RecordingReader, use_reader
 from standin import PLACE, StandIn, use_device
 from test_exact import PROMPT, reference
@@ -84,6 +84,25 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pyt
     for name in ("tpu", "cuda:", "cuda:-1", "cpu:0", "auto:1"):
         with pytest.raises(UsageError, match=f"--device {name} is not known"):
             find_device(name)
+
+
+def test_a_gpu_that_torch_cannot_use_is_left_alone_unless_it_was_asked_for(
+    tiny: str, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(index: int) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nPlease check")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(moeinf.device, "CudaDevice", cannot)
+    with pytest.raises(UnsupportedError, match="--device cuda: CUDA error: no kernel image is available for execution"):
+        moeinf.load(tiny, device="cuda")
+    with moeinf.load(tiny, kernels="torch") as engine:
+        assert engine.device is None
+        assert engine.notes[0].startswith("the GPU is not used: --device auto: CUDA error: no kernel image")
+        assert run(engine) == tokens
 
 
 @pytest.mark.parametrize(
@@ -187,6 +206,40 @@ def test_memory_that_runs_out_in_the_middle_costs_slots_and_not_the_answer(
         assert run(engine) == tokens
 
 
+@pytest.mark.parametrize("message", ["no memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_libraries_run_out_of_memory_in_words_of_their_own(
+    message: str, tiny: str, device: StandIn, tokens: list[int]
+) -> None:
+    with moeinf.load(tiny, experts="12") as engine:
+        run_out(engine, 5, error=RuntimeError(message))
+        if message == "no memory":
+            with pytest.raises(RuntimeError, match=message):
+                run(engine)
+        else:
+            assert run(engine) == tokens
+            assert engine.plan.slots == 6
+
+
+def test_room_that_is_taken_at_once_costs_more_slots(tiny: str, device: StandIn, tokens: list[int]) -> None:
+    with moeinf.load(tiny, experts="12") as engine:
+        run_out(engine, 5)
+        device.room = 5 * (4096 * 2)
+        assert run(engine) == tokens
+        assert engine.plan.slots == 3
+        check_integrity(engine)
+
+
+def test_closing_gives_the_device_s_memory_back(tiny: str, device: StandIn) -> None:
+    with moeinf.load(tiny) as engine:
+        run(engine)
+        slots = engine.runtime._pool
+        assert isinstance(slots, DevicePool)
+        assert slots.weights
+    assert not slots.weights
+    assert not any(parameter.numel() for parameter in engine.model.parameters())
+    assert not device.is_pinned
+
+
 def test_memory_that_runs_out_for_good_ends_the_answer(tiny: str, device: StandIn, tokens: list[int]) -> None:
     with moeinf.load(tiny, experts="12") as engine:
         run_out(engine, *range(1000))
@@ -197,14 +250,14 @@ def test_memory_that_runs_out_for_good_ends_the_answer(tiny: str, device: StandI
         assert run(engine) == tokens
 
 
-def run_out(engine: Engine, *at: int) -> None:
+def run_out(engine: Engine, *at: int, error: RuntimeError | None = None) -> None:
     """Let the calls of these numbers for an expert of the first layer find no memory."""
     maths, numbers = engine.runtime._maths[0], iter(range(100_000))
     expert = maths.expert
 
     def short_of_memory(*args: Any) -> torch.Tensor:
         if next(numbers) in at:
-            raise torch.OutOfMemoryError("no memory")
+            raise error or torch.OutOfMemoryError("no memory")
         return expert(*args)
 
     maths.expert = short_of_memory  # type: ignore[method-assign,assignment]

@@ -27,6 +27,7 @@ from moeinf.qualityfile import QUALITY_FILE, Quality, read_quality, write_qualit
 from moeinf.quantized import dequantize, quantize
 from moeinf.quantizing import quantize_model
 from moeinf.store import TRACES_FOLDER, Store, StoredModel
+from standin import use_device
 
 TEXTS = ["Once upon a time there was a model.", "x", "It had eight experts in every layer, and asked two of them."]
 PROMPTS = [Prompt("", text) for text in TEXTS]
@@ -49,6 +50,16 @@ def logits_of(name: str, max_tokens: int) -> tuple[list[torch.Tensor], list[list
         ids = [engine.tokenizer(text)["input_ids"][:max_tokens] for text in TEXTS]
         ids = [tokens for tokens in ids if len(tokens) > 1]
         return [engine.model(torch.tensor([tokens])).logits[0].double() for tokens in ids], ids
+
+
+def test_a_device_is_no_hindrance(
+    models: tuple[StoredModel, StoredModel, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, whole, store = models
+    found = [compare(small, whole, PROMPTS, "three", load, store=store, max_tokens=20)]
+    with use_device(monkeypatch):
+        found.append(compare(small, whole, PROMPTS, "three", load, store=store, max_tokens=20))
+    assert found[0] == found[1]
 
 
 def test_the_figures_are_what_plain_sums_give(models: tuple[StoredModel, StoredModel, Store]) -> None:

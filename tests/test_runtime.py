@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import expert_path
 from moeinf.pull import pull
 from moeinf.store import Store
+from moeinf.transfer import SlotPool
 from readers import FailingReader, RecordingReader, SlowReader, StuckReader, use_reader
 
 GREEDY = moeinf.Sampling(max_tokens=12, temperature=0)
@@ -393,3 +395,16 @@ def test_an_engine_that_is_closed_says_so(wide: str) -> None:
         session.generate(PROMPT[:3], GREEDY)
     with pytest.raises(MoeinfError, match="closed"):
         session.generate(PROMPT[3:9], GREEDY)
+    with pytest.raises(MoeinfError, match="closed"):
+        engine.model(torch.tensor([PROMPT[:3]]))
+
+
+def test_closing_gives_memory_back(wide: str) -> None:
+    """Whoever still holds the engine."""
+    with moeinf.load(wide, experts="4") as engine:
+        run(engine, PROMPT[:3])
+        assert isinstance(slots := engine.runtime._pool, SlotPool)
+        assert slots.bytes.any()
+    assert not any(parameter.numel() for parameter in engine.model.parameters())
+    if sys.platform == "linux":  # elsewhere it is given back when the system wants it
+        assert not slots.bytes.any()

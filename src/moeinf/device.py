@@ -14,10 +14,12 @@ import torch
 
 from .errors import UnsupportedError, UsageError
 
-__all__ = ["Copy", "CudaDevice", "Device", "find_device"]
+__all__ = ["Copy", "CudaDevice", "Device", "find_device", "is_out_of_memory"]
 
 _cuda: Any = torch.cuda  # half of it is untyped
 _ELSEWHERE = "give --device cpu to compute on the processor"
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+"""What libraries say that take a GPU's memory past torch, when there is none."""
 
 
 class Copy(Protocol):
@@ -120,7 +122,8 @@ class CudaDevice:
         return not failed
 
     def unpin(self, memory: torch.Tensor) -> None:
-        _cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        if int(_cuda.cudart().cudaHostUnregister(memory.data_ptr())):
+            self._forget_error()
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         begin, end = (_cuda.Event(enable_timing=True) for _ in range(2))
@@ -140,9 +143,10 @@ class CudaDevice:
 
 
 def find_device(name: str) -> Device | None:
-    """The device that `--device NAME` means, None being the CPU; `auto` takes a GPU where torch can use one.
+    """The device that `--device NAME` means, None being the CPU; `auto` takes a GPU where torch finds one.
 
-    Raises UsageError for a name or a number that is not there, UnsupportedError where torch cannot use any GPU.
+    Raises UsageError for a name or a number that is not there, UnsupportedError where torch cannot use any GPU, or not
+    this one.
     """
     kind, _, number = name.partition(":")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -162,4 +166,20 @@ def find_device(name: str) -> Device | None:
     if index >= count:
         known = ", ".join(f"cuda:{each}" for each in range(count)) or "none"
         raise UsageError(f"--device {name} is not there", hint=f"the GPUs here: {known}; or {_ELSEWHERE}")
-    return CudaDevice(index)
+    try:
+        device = CudaDevice(index)
+        _compute_something(device.place)
+    except RuntimeError as error:  # torch's build has nothing for it, or somebody else has it for himself
+        raise UnsupportedError(f"--device {name}: {str(error).splitlines()[0]}", hint=_ELSEWHERE) from error
+    return device
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has no memory for what it was asked to do."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def _compute_something(place: torch.device) -> None:
+    """Have torch load what it computes with there, which takes memory of the device that torch does not count."""
+    matrix = torch.ones(16, 16, device=place)
+    (matrix @ matrix).sum().item()

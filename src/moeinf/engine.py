@@ -194,16 +194,21 @@ class Engine:
 
         Raises CapacityError where that would leave too few.
         """
-        slots = self.plan.slots // 2
-        if self.device is None or slots < max(layer.top_k for layer in self.manifest.layers):
-            raise CapacityError(
-                f"memory ran out, and half of {self.plan.slots} experts, which take {format_bytes(self.plan.experts)},"
-                " are fewer than one layer asks for",
-                hint="give it a shorter --context, or end what else uses the GPU",
-            )
-        self.runtime.shrink(slots)
-        self.plan = dataclasses.replace(self.plan, slots=slots)
-        self.notes += (f"{self.device.name} ran out of memory: from now on it holds {slots:,} experts",)
+        slots, fewest = self.plan.slots // 2, max(layer.top_k for layer in self.manifest.layers)
+        while self.device is not None and slots >= fewest:
+            try:
+                self.runtime.shrink(slots)
+            except torch.OutOfMemoryError:  # what was given up, somebody else has taken
+                slots //= 2
+                continue
+            self.plan = dataclasses.replace(self.plan, slots=slots)
+            self.notes += (f"{self.device.name} ran out of memory: from now on it holds {slots:,} experts",)
+            return
+        raise CapacityError(
+            f"memory ran out, and half of {self.plan.slots} experts, which take {format_bytes(self.plan.experts)},"
+            " are fewer than one layer asks for",
+            hint="give it a shorter --context, or end what else uses the GPU",
+        )
 
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
@@ -225,13 +230,15 @@ class Engine:
             counter.collection = self._collection_file.save(counter.collection)
 
     def close(self) -> None:
-        """Save what was learned and what answers took if that is possible, end the readers and give up the lock. The
-        engine is of no use afterwards; closing twice is harmless.
+        """Save what was learned and what answers took if that is possible, end the readers, give the memory of experts
+        and dense weights back, and give up the lock. The engine is of no use afterwards; closing twice is harmless.
         """
         with self._on_close:
             for save in (self.save_collection, self._run_log.save):
                 with suppress(MoeinfError):
                     save()
+            self.runtime.close()
+            hooks.give_back(self.model)
 
     def _prefetch_stats(self) -> PrefetchStats:
         counters, used = self.runtime.prefetch, self.runtime.decode.prefetch_used
@@ -296,8 +303,8 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         tokenizer = load_tokenizer(stored)
     if options.compiles:
         load_compiler()
-    libraries_bytes = memory.rss_bytes()
     placement = place(manifest, shape, options, is_wide=is_wide)
+    libraries_bytes = memory.rss_bytes()  # what a GPU's take included
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     is_as_stored = placement.manifest.packed_dense == manifest.packed_dense

@@ -16,6 +16,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .device import is_out_of_memory
 from .draw import QuickDraw, draws_as_torch_does
 from .errors import UsageError
 from .hooks import quiet
@@ -149,7 +150,9 @@ class Session:
         try:
             with torch.inference_mode(), quiet():
                 return made + self._generate([*ids, *made], sampling, max_tokens - len(made), clock)
-        except torch.OutOfMemoryError:  # until this is left, the step's tensors are held
+        except RuntimeError as error:  # until this is left, the step's tensors are held
+            if not is_out_of_memory(error):
+                raise
             self.clear()
             return None
 

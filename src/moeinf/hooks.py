@@ -126,6 +126,12 @@ def move(model: PreTrainedModel, place: torch.device) -> None:
     untyped.tie_weights()  # a device's tensors may be of a kind that leaves tied weights apart
 
 
+def give_back(model: PreTrainedModel) -> None:
+    """Free the memory of all weights, whoever still holds the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
 def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime, plan: MemoryPlan) -> None:
     """Let `runtime` compute the experts of `modules`, one per MoE layer in order, whenever `model` runs.
 
@@ -152,6 +158,7 @@ class _Loans:
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step begins."""
         _interrupt.hold()
+        self._runtime.require_open()
         given = kwargs.get("input_ids", args[0] if args else None)
         if given is not None:
             self._lend(given.numel(), self._count(kwargs.get("past_key_values"), given.numel()))

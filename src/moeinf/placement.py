@@ -47,9 +47,9 @@ class Placement:
 
 
 def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_wide: bool = False) -> Placement:
-    """Choose, as `options` say; if `is_wide`, the model computes in float32, by torch. With `auto`, a GPU that is too
-    small for the model is left alone, and that is said. Whether the native library adds up as torch does is tried here,
-    so libraries are told first how many programs of matrix products to keep.
+    """Choose, as `options` say; if `is_wide`, the model computes in float32, by torch. With `auto`, a GPU that torch
+    cannot use, or that is too small for the model, is left alone, and that is said. Whether the native library adds up
+    as torch does is tried here, so libraries are told first how many programs of matrix products to keep.
 
     Raises what `find_device` and the plans raise, and UsageError or UnsupportedError for options that do not go with
     the device.
@@ -57,8 +57,13 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     programs = _wanted_programs(manifest, shape, options, is_wide)
     if programs:
         keep_programs(programs)
-    device = find_device(options.device)
     notes: tuple[str, ...] = ()
+    try:
+        device = find_device(options.device)
+    except UnsupportedError as error:
+        if options.device != "auto" or options.device_memory is not None:
+            raise
+        device, notes = None, (f"the GPU is not used: {error}",)
     if device is not None:
         try:
             return _place_on(device, manifest, shape, options, is_wide)

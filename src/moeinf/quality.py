@@ -88,8 +88,8 @@ def _logits(engine: Engine, ids: Sequence[int]) -> torch.Tensor:
     """What the model makes of the text, [tokens - 1, vocabulary]: nothing comes after the last token."""
     engine.runtime.begin_request(0)
     with torch.inference_mode():
-        logits: torch.Tensor = engine.model(input_ids=torch.tensor([list(ids)])).logits
-    return logits[0, :-1].contiguous()
+        logits: torch.Tensor = engine.model(input_ids=torch.tensor([list(ids)], device=engine.model.device)).logits
+    return logits[0, :-1].cpu().contiguous()
 
 
 def _require_room(store: Store, engine: Engine, texts: Sequence[Sequence[int]]) -> None:

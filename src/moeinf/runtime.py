@@ -26,7 +26,7 @@ from .predictors import NoPredictor, Predictor
 from .prefetch import PrefetchCounters, Prefetcher, WarmUp
 from .recorder import Recorder
 from .steps import OBSERVED_TOKENS, Arrival, Step
-from .transfer import Fetcher, Pool, Urgency
+from .transfer import Fetcher, Pool, Urgency, is_closed
 
 __all__ = ["ExpertRuntime", "StepStopped"]
 
@@ -93,6 +93,7 @@ class ExpertRuntime:
         self.recorder: Recorder | None = None
         self.observer: Observer | None = None
         self.counter = counter
+        self._is_closed = False
         self._requests = 0
         self._lent: list[int] = []
         self._entered: deque[Arrival] = deque()
@@ -187,16 +188,17 @@ class ExpertRuntime:
 
     def shrink(self, num_slots: int) -> None:
         """Make do with so many slots from now on, no fewer than one layer asks for. What was in any is gone from there.
-        To be called between steps.
+        To be called between steps. Raises torch.OutOfMemoryError; then there are none, and it may be called again.
         """
         self.lend(0)
         self._settle(())
         self._warm_up.give_up()
         while self._prefetcher.unsettled or self._warm_up.give_up():
             self.wait()
-        slots = self.cache.lend(self.cache.num_slots)
+        self._lent = self.cache.lend(self.cache.num_slots)
         self._pool.shrink(num_slots)
-        self.cache.give_back([slot for slot in slots if slot < num_slots])
+        self.cache.give_back([slot for slot in self._lent if slot < num_slots])
+        self._lent = []
         self._fit(num_slots)
 
     def _fit(self, num_slots: int) -> None:
@@ -205,7 +207,15 @@ class ExpertRuntime:
         self._window = max(2, min(STREAM_BYTES // self._pool.slot_bytes, num_slots // 4))
 
     def close(self) -> None:
+        """End what brings experts, and give the memory of all slots back. There are no steps any more."""
+        self._is_closed = True
         self._fetcher.close()
+        self._pool.close()
+
+    def require_open(self) -> None:
+        """Raises MoeinfError after `close`."""
+        if self._is_closed:
+            raise is_closed()
 
     def token_enters(self) -> None:
         """One token enters the model's first decoder layer."""
@@ -220,6 +230,7 @@ class ExpertRuntime:
 
         Raises what an expert's fetch raised (the path is in the message), or StepStopped.
         """
+        self.require_open()
         if self.observer is not None:
             self.observer(layer, hidden, top_k_index, top_k_weights)
         if self.recorder is not None:

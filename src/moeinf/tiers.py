@@ -56,10 +56,12 @@ class DevicePool:
         ]
 
     def shrink(self, num_slots: int) -> None:
-        """Have only the first so many slots from now on, all of them empty."""
+        self.close()
+        self._allocate(num_slots)
+
+    def close(self) -> None:
         self.weights, self._bytes, self._tensors = {}, (), []
         self._device.free()
-        self._allocate(num_slots)
 
     def memory(self, slot: int) -> torch.Tensor:
         """The bytes of the slot's expert."""
@@ -93,7 +95,7 @@ class HostTier:
 
     Args:
         cache: the books of host memory, at least 2 slots; nobody else uses it.
-        pool: its slots; the device reaches them by itself, if it can, until `close`.
+        pool: its slots; the device reaches them by itself, if it can, until `close`, which closes them, too.
         disk: what fills them; closed with this.
         device: does the copying.
         slots: where experts are copied to.
@@ -181,6 +183,7 @@ class HostTier:
         if self.is_pinned:
             self._device.unpin(self.pool.bytes)
             self.is_pinned = False
+        self.pool.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError if what is under way and the books contradict each other. For tests."""

@@ -86,7 +86,12 @@ class Pool(Protocol):
         """
 
     def shrink(self, num_slots: int) -> None:
-        """Have only the first so many slots from now on, all of them empty."""
+        """Have only the first so many slots from now on, all of them empty. Raises torch.OutOfMemoryError, and has none
+        then.
+        """
+
+    def close(self) -> None:
+        """Give all memory back. Nothing may be read from it, or into it, any more."""
 
 
 class SlotPool:
@@ -114,6 +119,9 @@ class SlotPool:
         self._buffer.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
 
     def shrink(self, num_slots: int) -> None:
+        self.close()
+
+    def close(self) -> None:
         for slot in range(len(self.bytes)):
             self.release(slot)
 

@@ -274,7 +274,8 @@ class _TritonToken:
         self._rows.update(zip(places, rows, strict=True))
 
     def total(self, places: Sequence[int]) -> torch.Tensor:
-        weighted = torch.stack([self._rows[place] for place in places]) * self._weights[0, list(places), None]
+        shares = torch.stack([self._weights[0, place] for place in places])  # a list would be an index, to wait for
+        weighted = torch.stack([self._rows[place] for place in places]) * shares[:, None]
         return weighted.sum(0, keepdim=True, dtype=torch.float32).to(self._hidden.dtype)
 
 
