@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 __all__ = [
+    "EVERY_KIND",
     "FAMILIES",
     "UNSUPPORTED",
     "make_checkpoint",
@@ -493,6 +494,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "solar_open": _family("solar_open", _ROUTED, _ONE_GROUP, _SHARED, head_dim=8, moe_intermediate_size=24),
     "zaya": _family("zaya", _moe(8, 1), head_dim=8, moe_intermediate_size=24, router_hidden_size=16),
 }
+
+EVERY_KIND = (
+    "deepseek_v2", "gpt_oss", "granitemoe", "jamba", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen3_moe",
+)  # fmt: skip
+"""Shared experts, transposed and interleaved weights, biases, no gate, recurrent layers, and plain ones."""
 
 _NO_DECODER = "transformers has no causal language model class for it"
 _OTHER_EXPERTS = "its experts are not made by transformers' use_experts_implementation"

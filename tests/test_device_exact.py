@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import moeinf
-from families import make_checkpoint
+from families import EVERY_KIND, make_checkpoint
 from moeinf.forms import ExpertForm
 from moeinf.kernels import ExpertMaths, PromptMaths, Tensors
 from moeinf.misses import MissChoice
@@ -29,10 +29,6 @@ from standin import PLACE, StandIn, use_device
 from test_exact import PROMPT, reference
 
 NEW_TOKENS = 12
-FAMILIES = (
-    "deepseek_v2", "gpt_oss", "granitemoe", "jamba", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen3_moe",
-)  # fmt: skip
-"""Shared experts, transposed and interleaved weights, biases, no gate, recurrent layers, and plain ones."""
 
 
 @pytest.fixture
@@ -59,7 +55,7 @@ def check(name: str, expected: tuple[torch.Tensor, list[int]], **options: str) -
     return completion.stats
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 @pytest.mark.filterwarnings("ignore")  # what transformers and torch say about families of theirs
 def test_logits_and_tokens_are_those_of_transformers(
     family: str, home: Path, tmp_path: Path, device: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -118,7 +114,7 @@ def test_no_policy_and_no_guess_changes_the_output(
             check(tiny, expected, experts=experts, policy=policy, prefetch=prefetch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 @pytest.mark.filterwarnings("ignore")  # what transformers and torch say about families of theirs
 def test_nothing_depends_on_where_a_missing_expert_is_computed(
     family: str, home: Path, tmp_path: Path, device: StandIn, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """What can be known on a GPU alone: exact against transformers there, bytes in their places, memory kept to.
 
-Skipped without one. tests/test_device_exact.py and tests/test_tiers.py have the same on a stand-in.
+Skipped without one. tests/test_device_exact.py and tests/test_tiers.py have the same on a stand-in, which torch takes
+for the machine's accelerator from then on: nothing here may import it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moeinf
-from families import make_checkpoint
+from families import EVERY_KIND, make_checkpoint
 from moeinf.device import CudaDevice, find_device
 from moeinf.engine import Engine
 from moeinf.errors import CapacityError, UsageError
@@ -26,9 +27,8 @@ from moeinf.pull import pull
 from moeinf.store import Store
 from moeinf.transfer import Urgency
 from readers import SlowReader, use_reader
-from test_device_exact import FAMILIES
 from test_exact import NEW_TOKENS, PROMPT
-from test_tiers import Bench
+from twotiers import Bench
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
@@ -61,7 +61,7 @@ def check(engine: Engine, expected: tuple[torch.Tensor, list[int]]) -> None:
     engine.runtime.cache.check_integrity()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_logits_and_tokens_are_those_of_transformers(
     family: str, dtype: torch.dtype, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -89,7 +89,7 @@ def test_no_policy_and_no_guess_changes_the_output(
                 check(engine, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_KIND)
 @pytest.mark.parametrize(("kernels", "compile_"), [("triton", "off"), ("auto", "on"), ("triton", "on")])
 def test_what_rounds_otherwise_gives_nearly_the_same(
     kernels: str, compile_: str, family: str, home: Path, tmp_path: Path
