@@ -126,42 +126,57 @@ def test_experts_arrive_whole_whatever_the_order(bench: Bench) -> None:
         bench.tier.check_integrity()
 
 
+def is_pinned(memory: torch.Tensor) -> bool:
+    """What CUDA says, whatever else torch may take for the accelerator."""
+    return memory.is_pinned("cuda")
+
+
 def test_host_memory_is_pinned(bench: Bench) -> None:
     assert bench.tier.is_pinned
-    assert bench.tier.pool.bytes.is_pinned()
+    assert is_pinned(bench.tier.pool.bytes)
     bench.tier.close()
-    assert not bench.tier.pool.bytes.is_pinned()
+    assert not is_pinned(bench.tier.pool.bytes)
 
 
 def test_a_slot_is_not_overwritten_while_it_is_read(device: CudaDevice) -> None:
     """A long queue of maths reads the slot; a copy that is asked for behind it comes after all of it."""
-    slot = torch.ones(1 << 22, dtype=torch.float32, device=device.place)
-    source = torch.full((1 << 22,), 7.0).pin_memory()
+    slot = torch.empty(1 << 22, dtype=torch.float32, device=device.place)
+    source = torch.full((1 << 22,), 7.0, pin_memory=True)
+    assert is_pinned(source)
     work = torch.randn(4096, 4096, device=device.place)
-    for _ in range(20):
-        work = work @ work
-        work /= work.norm()
-    read = slot.clone()
-    event = device.copy(slot, source)
-    assert not event.query()
-    event.synchronize()
-    assert bool((read == 1).all())
-    assert bool((slot == 7).all())
+    for products in (1, 40):  # the first time kernels are loaded, which the host may wait for
+        slot.fill_(1)
+        torch.cuda.synchronize()
+        for _ in range(products):
+            work = work @ work
+            work /= work.norm()
+        read = slot.clone()
+        event = device.copy(slot, source)
+        was_under_way = not event.query()
+        event.synchronize()
+        assert bool((read == 1).all())
+        assert bool((slot == 7).all())
+    assert was_under_way
 
 
 def test_a_copy_goes_beside_the_maths(device: CudaDevice) -> None:
     """What is asked of the device after a copy does not wait for it, nor the copy for that."""
-    slot = torch.ones(1 << 28, dtype=torch.uint8, device=device.place)
-    source = torch.ones(1 << 28, dtype=torch.uint8).pin_memory()
-    torch.cuda.synchronize()
-    copied = device.copy(slot, source)
-    small = torch.zeros(1, device=device.place) + 1
-    computed = torch.cuda.current_stream().record_event()
-    computed.synchronize()
-    assert small.item() == 1
-    assert not copied.query()
-    copied.synchronize()
-    assert (1 << 28) / 1e12 < copied.seconds() < 10
+    nbytes = 1 << 30
+    slot = torch.empty(nbytes, dtype=torch.uint8, device=device.place)
+    source = torch.full((nbytes,), 7, dtype=torch.uint8, pin_memory=True)
+    assert is_pinned(source)
+    small = torch.zeros(1, device=device.place)
+    for _ in range(2):  # the first time kernels are loaded, which the host may wait for
+        torch.cuda.synchronize()
+        copied = device.copy(slot, source)
+        small += 1
+        torch.cuda.current_stream().record_event().synchronize()
+        was_under_way = not copied.query()
+        copied.synchronize()
+    assert was_under_way
+    assert small.item() == 2
+    assert bool((slot == 7).all())
+    assert nbytes / 1e12 < copied.seconds() < 10
 
 
 @pytest.mark.parametrize("miss", ["host", "auto"])
@@ -182,6 +197,7 @@ def test_a_token_of_the_processor_s_experts_is_nearly_that_of_the_gpu_s_own(miss
     assert (results[0] - results[1]).abs().max() <= 0.02 * results[0].abs().max()
 
 
+@pytest.mark.usefixtures("device")
 def test_the_budget_is_kept(tiny: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
