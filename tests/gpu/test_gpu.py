@@ -2,6 +2,9 @@
 
 Skipped without one. tests/test_device_exact.py and tests/test_tiers.py have the same on a stand-in, which torch takes
 for the machine's accelerator from then on: nothing here may import it.
+
+    python -m pytest -W ignore tests/gpu -m "not long"    # first: a minute or two
+    python -m pytest -W ignore tests/gpu -m long          # other dtypes, all policies, compiled layers: half an hour
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from moeinf.engine import Engine
 from moeinf.errors import CapacityError, UsageError
 from moeinf.policies import POLICIES
 from moeinf.pull import pull
+from moeinf.settings import DEFAULT_POLICY
 from moeinf.store import Store
 from moeinf.transfer import Urgency
 from readers import SlowReader, use_reader
@@ -34,6 +38,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
     pytest.mark.filterwarnings("ignore"),  # what transformers and torch say about families of theirs
 ]
+
+long = pytest.mark.long
 
 GREEDY = moeinf.Sampling(max_tokens=NEW_TOKENS, temperature=0)
 
@@ -61,8 +67,35 @@ def check(engine: Engine, expected: tuple[torch.Tensor, list[int]]) -> None:
     engine.runtime.cache.check_integrity()
 
 
+def launch() -> None:
+    """One kernel, for which Triton builds a launcher."""
+    from moeinf.kernels.triton_maths import add_up
+
+    rows = torch.ones(1, 8, device="cuda")
+    assert torch.equal(add_up(rows, torch.zeros(1, 2, dtype=torch.int64, device="cuda")), 2 * rows)
+
+
+def test_triton_builds_a_launcher() -> None:
+    """That takes a C compiler and Python.h."""
+    pytest.importorskip("triton")
+    launch()
+
+
+@pytest.fixture(scope="module")
+def triton() -> None:
+    """Leave a test out that needs Triton where the one above fails."""
+    pytest.importorskip("triton")
+    try:
+        launch()
+    except Exception as error:
+        pytest.skip(f"Triton launches nothing here: {error}")
+
+
+DTYPES = [torch.bfloat16, *(pytest.param(dtype, marks=long) for dtype in (torch.float16, torch.float32))]
+
+
 @pytest.mark.parametrize("family", EVERY_KIND)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_and_tokens_are_those_of_transformers(
     family: str, dtype: torch.dtype, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +110,7 @@ def test_logits_and_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("prefetch", ["off", "gate", "eam", "auto"])
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", [pytest.param(each, marks=[long] * (each != DEFAULT_POLICY)) for each in POLICIES])
 def test_no_policy_and_no_guess_changes_the_output(
     policy: str, prefetch: str, tiny: str, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,11 +123,14 @@ def test_no_policy_and_no_guess_changes_the_output(
 
 
 @pytest.mark.parametrize("family", EVERY_KIND)
-@pytest.mark.parametrize(("kernels", "compile_"), [("triton", "off"), ("auto", "on"), ("triton", "on")])
+@pytest.mark.parametrize(
+    ("kernels", "compile_"),
+    [("triton", "off"), pytest.param("auto", "on", marks=long), pytest.param("triton", "on", marks=long)],
+)
+@pytest.mark.usefixtures("triton")
 def test_what_rounds_otherwise_gives_nearly_the_same(
     kernels: str, compile_: str, family: str, home: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("triton")
     make_checkpoint(family, tmp_path, "float32")
     logits, _ = reference(tmp_path, torch.float32)
     pull(str(tmp_path), store=Store(home), name="model")
