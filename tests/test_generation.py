@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import moeinf
+from families import make_checkpoint
 from moeinf import Sampling
 from moeinf.engine import Engine
 from moeinf.errors import UsageError
+from moeinf.pull import pull
+from moeinf.store import Store
 
 GREEDY = Sampling(max_tokens=10, temperature=0)
 PROMPT = torch.randint(5, 100, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -192,3 +199,86 @@ def test_times_are_taken(engine: Engine) -> None:
     assert 0 < stats.tpot_s < 60
     assert stats.decode_tokens_per_s == pytest.approx(1 / stats.tpot_s)
     assert stats.prefill_tokens_per_s == pytest.approx(40 / stats.ttft_s)
+
+
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
+def test_recurrent_models_go_on_as_if_all_had_come_at_once(family: str, home: Path, tmp_path: Path) -> None:
+    """In a second turn, and behind the first piece of a long prompt."""
+    make_checkpoint(family, tmp_path, "float32")
+    pull(str(tmp_path), store=Store(home), name="model")
+    with moeinf.load("model", kernels="torch") as engine:
+        engine.generation_config.eos_token_id = None
+        assert engine.continues == (family != "jamba")
+        session, prompt = engine.session(), [token % 100 for token in PROMPT]
+        conversation = [*prompt, *session.generate(prompt, GREEDY).tokens, 7, 8, 9]
+        wanted = engine.session().generate(conversation, GREEDY).tokens
+        assert session.generate(conversation, GREEDY).tokens == wanted
+        engine.plan = dataclasses.replace(engine.plan, step_tokens=16, token_workspace=1 << 40)
+        computed = count_positions(engine)
+        assert engine.session().generate(conversation, GREEDY).tokens == wanted
+        assert computed[:2] == [16, 16 if engine.continues else 1]
+
+
+def test_a_state_that_cannot_be_cut_back_is_made_anew(home: Path, tmp_path: Path) -> None:
+    make_checkpoint("minimax", tmp_path, "bfloat16")
+    pull(str(tmp_path), store=Store(home), name="model")
+    with moeinf.load("model") as engine:
+        session, prompt = engine.session(), [token % 100 for token in PROMPT]
+        assert session.generate(prompt, GREEDY).tokens == session.generate(prompt, GREEDY).tokens
+
+
+def test_what_a_generation_config_asks_for_that_a_conversation_cannot_have(
+    tiny: str, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moeinf.load(tiny) as engine:
+        wanted = engine.session().generate(PROMPT, GREEDY).tokens
+    asked = {"use_cache": False, "cache_implementation": "static", "num_beams": 3}
+    load_part = moeinf.engine._load_part
+
+    def asking(auto: Any, folder: Path, what: str) -> Any:
+        loaded = load_part(auto, folder, what)
+        made: Any = GenerationConfig
+        return made(**asked) if what == "generation config" else loaded
+
+    monkeypatch.setattr(moeinf.engine, "_load_part", asking)
+    with moeinf.load(tiny) as engine:
+        assert engine.notes[0] == "the model's generation config asks for 3 beams, and answers are of one"
+        engine.generation_config.eos_token_id = None
+        assert engine.session().generate(PROMPT, GREEDY).tokens == wanted
+
+
+def test_a_temperature_may_be_a_whole_number(engine: Engine) -> None:
+    assert engine.session().generate(PROMPT, Sampling(max_tokens=2, temperature=2, seed=1)).tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_default_dtype_is_of_no_matter(tiny: str, dtype: torch.dtype) -> None:
+    sampling = Sampling(max_tokens=10, temperature=1.5, seed=3)
+    with moeinf.load(tiny) as engine:
+        wanted = engine.session().generate(PROMPT, sampling).tokens
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with moeinf.load(tiny) as engine:
+            assert engine.session().generate(PROMPT, sampling).tokens == wanted
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_models_that_are_called_with_gradients_leave_nothing_behind(tiny: str) -> None:
+    with moeinf.load(tiny, experts="50%", prefetch="gate") as engine:
+        for _ in range(3):
+            engine.model(torch.tensor([PROMPT]))
+        kept = [tensor for tensor in gc.get_objects() if type(tensor) is torch.Tensor and tensor.grad_fn is not None]
+        assert not kept
+
+
+def test_routers_that_are_asked_early_are_not_collected(tiny: str) -> None:
+    found = []
+    for prefetch in ("off", "gate"):
+        with moeinf.load(tiny, experts="50%", prefetch=prefetch) as engine, torch.inference_mode():
+            cache = engine.model(torch.tensor([PROMPT]), use_cache=True).past_key_values
+            for _ in range(2):
+                made = engine.model(torch.tensor([[5]]), past_key_values=cache, output_router_logits=True)
+            found.append(len(made.router_logits))
+    assert found[0] == found[1]

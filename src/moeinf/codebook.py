@@ -21,7 +21,7 @@ _LARGEST_FACTOR = 127
 _STEPS = 2
 """Cells of a table of what is nearest: no middle of two numbers lies within one."""
 _LEAST = -128
-_CELLS = torch.arange(_STEPS * 256) / _STEPS + _LEAST + 0.5 / _STEPS
+_CELLS = torch.arange(_STEPS * 256, dtype=torch.float32) / _STEPS + _LEAST + 0.5 / _STEPS
 _CODES = (_CELLS[:, None] - torch.tensor(BOOK)).abs().argmin(1).to(torch.uint8)
 _NEAREST = torch.tensor(BOOK).float()[_CODES.int()]
 

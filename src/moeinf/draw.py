@@ -36,7 +36,8 @@ def draw(chances: torch.Tensor, generator: torch.Generator | None = None) -> tor
         near = (most >= wanted[first] / -np.log1p(-numbers[first]) * _NEAR).nonzero()[0]
     if not len(near):
         return torch.multinomial(chances, 1)  # which says what is wrong with the chances
-    exponential = torch.tensor([-math.log1p(-number) for number in numbers[near].tolist()])
+    logarithms = [-math.log1p(-number) for number in numbers[near].tolist()]
+    exponential = torch.tensor(logarithms, dtype=torch.float32)
     tokens = torch.from_numpy(near)
     return tokens[(chances[0, tokens] / exponential).argmax()].view(1, 1)
 

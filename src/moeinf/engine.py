@@ -10,8 +10,9 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,7 @@ from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError
 from .gate import GatePredictor, first_decoder_layer
 from .generation import Session
 from .kernels import choose_device_maths, choose_maths, speed_up_dense
+from .kvcache import continues
 from .latents import keep_expanded
 from .ledger import MemoryPlan, can_cache_files
 from .manifest import Manifest, expert_path, uppers_name
@@ -137,6 +139,12 @@ class Engine:
     def learned_requests(self) -> int:
         """Requests in the collection by which the next start will foresee experts."""
         return len(self.runtime.counter.collection)
+
+    @cached_property
+    def continues(self) -> bool:
+        """Whether several tokens at once can go on from a KV cache; else they have to one by one."""
+        with hooks.without_experts(self.experts_modules.values()):
+            return continues(self.model, self.plan.context)
 
     def session(self) -> Session:
         """A new conversation, with a KV cache of its own."""
@@ -278,7 +286,7 @@ def load(
     options = EngineOptions(
         device, device_memory, host_memory, experts, context, policy, prefetch, miss, kernels, compile, threads
     )
-    with ExitStack() as stack:
+    with ExitStack() as stack, _default_dtype(torch.float32):
         store = Store()
         stored = resolve(str(model), store)
         stack.enter_context(store.hold(stored.name))
@@ -318,6 +326,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         hooks.move(model, placement.device.place)
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = _load_part(GenerationConfig, folder, "generation config")
+    generation_notes = _simplify(model.generation_config)
     identity = ModelIdentity.of(stored.name, manifest)
     traces = folder / TRACES_FOLDER
     collection_file = CollectionFile(traces / COLLECTION_FILE, identity)
@@ -370,11 +379,31 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
             traces, placement.manifest, placement.shape, plan, options, device=placement.device, reads_files=reads_files
         ),
         quality=quality,
-        notes=(*placement.notes, *notes, *more_notes),
+        notes=(*placement.notes, *generation_notes, *notes, *more_notes),
         libraries_bytes=libraries_bytes,
         load_s=time.perf_counter() - begin,
         on_close=stack,
     )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """While this is open, numbers that nobody gave a dtype have this one: trials count on that."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _simplify(config: GenerationConfig) -> tuple[str, ...]:
+    """Leave out what a conversation cannot have, and say what changes its answers."""
+    config.cache_implementation = None
+    if (config.num_beams or 1) == 1:
+        return ()
+    config.num_beams, beams = 1, config.num_beams
+    return (f"the model's generation config asks for {beams} beams, and answers are of one",)
 
 
 def load_tokenizer(model: StoredModel) -> Any:

@@ -17,6 +17,14 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # versions before 5.2 or so collect outputs in other ways
+    _active_collector: Any = None
+else:
+    _active_collector = getattr(output_capturing, "_active_collector", None)
+"""Where transformers collects what its routers gave, for who asks for that: not what they are only asked early."""
+
 __all__ = ["GatePredictor", "first_decoder_layer"]
 
 _RATE = 1 / 32
@@ -98,13 +106,17 @@ class GatePredictor:
         expected = self._changes[following].expect(self._state, added if entry.norm else None)
         computed_by = experts.moeinf
         experts.moeinf = (self, following)
+        collector = _active_collector.set(None) if _active_collector else None
         try:
-            entry.run(expected, more)
+            with torch.no_grad():
+                entry.run(expected, more)
         except _Choice as choice:
             self._named = choice.experts
             return self._named if right.is_enough else []
         finally:
             experts.moeinf = computed_by
+            if _active_collector:
+                _active_collector.reset(collector)
         return []
 
     def forward(
@@ -292,5 +304,5 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 
 def _last_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The last tokens' [tokens, H]; of a prompt apart from the rest, which need not be kept."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
     return rows if len(rows) == 1 else rows[-_PROMPT_ROWS:].float().clone()

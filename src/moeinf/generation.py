@@ -202,14 +202,17 @@ class Session:
         return len(self._tokens)
 
     def _prefill(self, ids: list[int], clock: _Clock) -> None:
-        """Put a long prompt through the model in pieces that the workspace has room for; `generate` does the last
-        piece.
+        """Put a long prompt through the model in pieces that the workspace has room for, which have a single token
+        where the model goes on with no more; `generate` does the last piece.
         """
-        step = self._engine.plan.prefill_tokens(self._engine.runtime.lendable_slots, len(ids))
-        while self._cache is not None and len(ids) - len(self._tokens) > step:
+        most = self._engine.plan.prefill_tokens(self._engine.runtime.lendable_slots, len(ids))
+        while self._cache is not None and (left := len(ids) - len(self._tokens)) > 1:
+            begin = len(self._tokens)
+            step = most if begin == 0 or self._engine.continues else 1
+            if left <= step:
+                break
             if clock.is_stopped():
                 raise StepStopped
-            begin = len(self._tokens)
             piece = torch.tensor([ids[begin : begin + step]], device=self._engine.model.device)
             self._engine.model(
                 input_ids=piece, past_key_values=self._cache, use_cache=True, **self._engine.last_logits_only
@@ -291,10 +294,10 @@ def _draw(config: GenerationConfig, place: torch.device) -> LogitsProcessorList:
 def make_generation_config(base: GenerationConfig, sampling: Sampling, max_tokens: int) -> GenerationConfig:
     """What transformers' `generate` is told: the model's own config, with `sampling` in place of what it says."""
     config = copy.deepcopy(base)
-    config.max_length, config.max_new_tokens = None, max_tokens
+    config.max_length, config.max_new_tokens, config.use_cache = None, max_tokens, True
     if sampling.temperature is not None:
         config.do_sample = sampling.temperature > 0
-        config.temperature = sampling.temperature or None
+        config.temperature = float(sampling.temperature) or None
     elif sampling.top_p is not None or sampling.top_k is not None:
         config.do_sample = True
     if config.do_sample:

@@ -146,6 +146,24 @@ def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRunt
     model.set_experts_implementation(_NAME)
 
 
+@contextlib.contextmanager
+def without_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While this is open, the experts of `modules` add nothing, and none is asked for."""
+    attached: list[tuple[Any, Any]] = [(module, module.moeinf) for module in modules]
+    for module, (_, layer) in attached:
+        module.moeinf = (_NoExperts(), layer)
+    try:
+        yield
+    finally:
+        for module, own in attached:
+            module.moeinf = own
+
+
+class _NoExperts:
+    def forward(self, _layer: int, hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden)
+
+
 class _Loans:
     """The slots that lend their memory to what a plan has no other room for."""
 

@@ -12,15 +12,27 @@ import math
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .ledger import SPARE_WINDOW
 from .transfer import allocate_buffer
 
-__all__ = ["GrowingLayer", "can_crop", "grows_in_place", "leave_out_of_compilation", "make_cache", "set_aside"]
+__all__ = [
+    "GrowingLayer",
+    "can_crop",
+    "continues",
+    "grows_in_place",
+    "leave_out_of_compilation",
+    "make_cache",
+    "set_aside",
+]
 
 States = tuple[torch.Tensor, torch.Tensor]
+
+_TRIED_TOKENS = 3
+_ALIKE = 0.1
+"""Logits that differ by less of their size differ by rounding; by half, where a state was forgotten."""
 
 
 class _GrowingCache(DynamicCache):
@@ -37,7 +49,25 @@ def make_cache(config: PreTrainedConfig, context: int) -> Cache:
 def can_crop(cache: Cache) -> bool:
     """Whether the state of every layer can be cut back: that of recurrent layers and of full sliding windows cannot."""
     layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in layers)
+    is_croppable = getattr(cache, "is_croppable", True)  # not where something lies beside the layers
+    return bool(layers) and is_croppable and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in layers)
+
+
+def continues(model: PreTrainedModel, context: int) -> bool:
+    """Whether `model` goes on behind a cache with several tokens at once as if they had come together with those
+    before, which is tried: transformers' jamba begins its recurrent state anew then.
+    """
+    untyped: Any = model
+    if not getattr(untyped, "_is_stateful", False):
+        return True
+    ids = torch.arange(2 * _TRIED_TOKENS, device=model.device)[None]
+    first, second = torch.split(ids, _TRIED_TOKENS, dim=1)
+    cache = make_cache(model.config.get_text_config(decoder=True), context)
+    with torch.inference_mode():
+        whole = untyped(ids, use_cache=False).logits[0, -1].float()
+        untyped(first, past_key_values=cache, use_cache=True)
+        parts = untyped(second, past_key_values=cache, use_cache=True).logits[0, -1].float()
+    return bool((parts - whole).norm() <= _ALIKE * whole.norm())
 
 
 def grows_in_place(cache: Any) -> bool:

@@ -57,6 +57,7 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
     programs = _wanted_programs(manifest, shape, options, is_wide)
     if programs:
         keep_programs(programs)
+        kept_programs(programs)  # before torch reads what somebody else has said
     notes: tuple[str, ...] = ()
     try:
         device = find_device(options.device)

@@ -21,7 +21,16 @@ from .steps import Arrival
 from .transfer import Fetcher, Urgency
 from .trials import Trials
 
-__all__ = ["PrefetchCounters", "Prefetcher", "WarmUp"]
+__all__ = ["PrefetchCounters", "Prefetcher", "WarmUp", "fetch"]
+
+
+def fetch(cache: ExpertCache, fetcher: Fetcher, expert: int, slot: int, urgency: Urgency) -> None:
+    """Have an expert brought into the slot that the cache gave it, which takes it back if nobody can."""
+    try:
+        fetcher.fetch(expert, slot, urgency)
+    except BaseException:
+        cache.failed(expert)
+        raise
 
 
 @dataclass(slots=True)
@@ -157,10 +166,10 @@ class Prefetcher:
                 slot = self._cache.foresee(expert)
                 if slot is None:
                     return
+                fetch(self._cache, self._fetcher, expert, slot, Urgency.GUESS)
                 self._on_their_way.add(expert)
                 self._unread.add(expert)
                 self._hold(expert)
-                self._fetcher.fetch(expert, slot, Urgency.GUESS)
 
     def _hold(self, expert: int) -> None:
         self._cache.hold(expert)
@@ -211,8 +220,8 @@ class WarmUp:
     def _preload(self, expert: int) -> None:
         slot = self._cache.preload(expert)
         if slot is not None:
+            fetch(self._cache, self._fetcher, expert, slot, Urgency.WARM_UP)
             self._unread[expert] = None
-            self._fetcher.fetch(expert, slot, Urgency.WARM_UP)
 
     def keep(self, expert: int) -> None:
         """Somebody waits for this expert now: it is given up no more."""

@@ -34,7 +34,7 @@ _LARGEST_INT8 = 127
 _EXTREMES = tuple(end * (1.09375 - step / 16) for end in (BOOK[0], BOOK[-1]) for step in range(8))
 """What the largest weight of a group is tried as: somewhat more or less than either end of the book."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
+_POWERS = torch.ldexp(torch.ones(256, dtype=torch.float32), torch.arange(256) - 127)
 _DRAWN_WEIGHTS = 1 << 20
 _DRAWN_EXPONENTS = (118, 126)
 _LARGEST_FLOAT8 = 448.0

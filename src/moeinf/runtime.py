@@ -23,7 +23,7 @@ from .manifest import Manifest
 from .memory import return_free_memory
 from .misses import HostMisses, HostStep
 from .predictors import NoPredictor, Predictor
-from .prefetch import PrefetchCounters, Prefetcher, WarmUp
+from .prefetch import PrefetchCounters, Prefetcher, WarmUp, fetch
 from .recorder import Recorder
 from .steps import OBSERVED_TOKENS, Arrival, Step
 from .transfer import Fetcher, Pool, Urgency, is_closed
@@ -345,7 +345,7 @@ class ExpertRuntime:
             return None
         slot, outcome = leased
         if outcome is Outcome.MISS:
-            self._fetcher.fetch(key, slot, Urgency.DEMAND)
+            fetch(self.cache, self._fetcher, key, slot, Urgency.DEMAND)
         elif outcome is Outcome.WAIT:
             self._warm_up.keep(key)
             self._fetcher.promote(key)

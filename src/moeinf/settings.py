@@ -41,7 +41,8 @@ in speed. Else few are: linear layers meet one number of rows per prompt (docs/e
 
 _CONFIG = "config.toml"
 _SPINS = "GOMP_SPINCOUNT"
-_PROGRAMS = {"LRU_CACHE_CAPACITY": 2, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 1}
+_TORCHS = "LRU_CACHE_CAPACITY"
+_PROGRAMS = {_TORCHS: 2, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 1}
 """Of what torch keeps half is enough: what it has dropped, oneDNN still has."""
 
 _CHOICES = {
@@ -76,8 +77,10 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), _flag(field.name))
+        for name in (field.name for field in dataclasses.fields(self)):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _convert(name, value, _flag(name)))
+                _check(name, getattr(self, name), _flag(name))
 
     @property
     def computes_on_host(self) -> bool:
@@ -114,9 +117,12 @@ def tune_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
 
 def kept_programs(wanted: int, environ: Mapping[str, str] = os.environ) -> int:
     """How many programs of matrix products libraries keep at most: as `environ` says, or as is `wanted`. Raises
-    UsageError for what is no number.
+    UsageError for what is no number, or none that torch can do with.
     """
-    return max(_number(environ.get(name, str(wanted // part)), name) for name, part in _PROGRAMS.items())
+    kept = {name: _number(environ.get(name, str(wanted // part)), name) for name, part in _PROGRAMS.items()}
+    if kept[_TORCHS] < 1:
+        raise UsageError(f"{_TORCHS} must be 1 or more, not {kept[_TORCHS]}")
+    return max(kept.values())
 
 
 def keep_programs(wanted: int, environ: MutableMapping[str, str] = os.environ) -> None:

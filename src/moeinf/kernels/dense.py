@@ -228,7 +228,7 @@ class _NativeWeight(nn.Parameter):
     ) -> Any:
         if function is F.linear and not kwargs and isinstance(args[1], cls):
             x, weight, bias = (*args, None)[:3]
-            if bias is weight._bias:
+            if bias is weight._bias and x.dtype == weight.dtype == torch.bfloat16:
                 return weight._linear(x)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))

@@ -229,7 +229,7 @@ def telling_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
     inputs = weight.shape[1]
     one, other = torch.randperm(inputs, generator=generator)[: inputs // 2 * 2].view(2, -1)
     sizes = 2.0 ** torch.randint(_SIZES, one.shape, generator=generator)
-    rows = torch.zeros(count, inputs)
+    rows = torch.zeros(count, inputs, dtype=torch.float32)
     rows[:, one], rows[:, other] = chosen[:, other] * sizes, -chosen[:, one] * sizes
     return rows.bfloat16()
 
