@@ -3,15 +3,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from moeinf.errors import UsageError
+from moeinf.errors import MoeinfError, UsageError
 from moeinf.settings import (
     FEW_PROGRAMS,
     MANY_PROGRAMS,
+    TRANSFORMERS,
     EngineOptions,
+    check_transformers,
     home_path,
     is_debug,
     keep_programs,
@@ -91,3 +95,18 @@ def test_libraries_are_told_before_torch_is_imported() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", told], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "1000"]
+
+
+def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in ("5.21.0", "5.21.0.dev0", "5.100", "6.0rc1"):
+        monkeypatch.setattr(metadata, "version", lambda _name, found=found: found)
+        check_transformers()
+    for found in ("5.20.2", "5.3.0", "4.57.1"):
+        monkeypatch.setattr(metadata, "version", lambda _name, found=found: found)
+        with pytest.raises(MoeinfError, match=f"transformers {found} is too old"):
+            check_transformers()
+
+
+def test_the_transformers_that_is_named_is_the_one_that_is_asked_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert TRANSFORMERS in project["project"]["dependencies"]

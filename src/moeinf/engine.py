@@ -51,7 +51,7 @@ from .pull import resolve
 from .qualityfile import QUALITY_FILE, Quality, read_quality
 from .runlog import RunLog
 from .runtime import ExpertRuntime
-from .settings import DEFAULT_POLICY, EngineOptions, tune_libraries
+from .settings import DEFAULT_POLICY, EngineOptions, check_transformers, tune_libraries
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
 from .tensorfile import TensorFile
@@ -298,6 +298,7 @@ def load(
 
 def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitStack) -> Engine:
     begin = time.perf_counter()
+    check_transformers()
     tune_libraries()
     manifest, folder = stored.manifest, stored.path
     is_wide = _is_wide(dtype, manifest)

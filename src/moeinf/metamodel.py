@@ -38,6 +38,7 @@ from .checkpoint import CONFIG_NAME
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .ledger import ModelShape
 from .manifest import Manifest, are_whole_panels
+from .settings import check_transformers
 
 __all__ = [
     "MATHS_DTYPES",
@@ -115,6 +116,7 @@ def load_config(folder: Path) -> LoadedConfig:
 
     Raises UnsupportedError for a model that is known not to run, IntegrityError for a configuration that cannot be.
     """
+    check_transformers()
     path = folder / CONFIG_NAME
     with _blaming(path, "cannot be read"):
         if path.stat().st_size > _MAX_CONFIG_BYTES:

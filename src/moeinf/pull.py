@@ -27,6 +27,7 @@ from .manifest import SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossl
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
 from .reference import MAX_NAME, Reference, read_reference
+from .settings import check_transformers
 from .store import Store, StoredModel, is_valid_name
 from .tensorfile import encode_expert_header
 from .units import MIB, format_bytes
@@ -330,6 +331,7 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
 
 
 def _plan(checkpoint: Checkpoint, dtype: str) -> Plan:
+    check_transformers()
     from .conversion import plan_conversion
 
     return plan_conversion(checkpoint, dtype)

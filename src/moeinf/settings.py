@@ -11,17 +11,20 @@ import re
 import tomllib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import MoeinfError, UsageError
 from .units import parse_size
 
 __all__ = [
     "DEFAULT_POLICY",
     "FEW_PROGRAMS",
     "MANY_PROGRAMS",
+    "TRANSFORMERS",
     "EngineOptions",
+    "check_transformers",
     "home_path",
     "is_debug",
     "keep_programs",
@@ -32,6 +35,11 @@ __all__ = [
 
 DEFAULT_POLICY = "neighbour-use"
 """What the evidence picks (docs/policies.md)."""
+
+TRANSFORMERS = "transformers>=5.21,<5.24"
+"""What pyproject.toml asks for. In 5.21 quantizers and conversions became what conversion.py runs; in 5.24 models call
+their KV cache by another name, by which native attention and kept latents do not find it.
+"""
 
 MANY_PROGRAMS, FEW_PROGRAMS = 128, 32
 """Programs of matrix products that libraries keep. torch (through ideep) and oneDNN keep one of 0.4 MiB for every shape
@@ -113,6 +121,14 @@ def tune_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
     from native threads and from other programs; so often they look is enough (docs/experiments.md).
     """
     environ.setdefault(_SPINS, "1000")
+
+
+def check_transformers() -> None:
+    """Refuse a version of transformers that is too old, before what it lacks is used. Raises MoeinfError."""
+    found = metadata.version("transformers")
+    version, oldest = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (found, TRANSFORMERS))
+    if version < oldest:
+        raise MoeinfError(f"transformers {found} is too old for moeinf", hint=f"pip install '{TRANSFORMERS}'")
 
 
 def kept_programs(wanted: int, environ: Mapping[str, str] = os.environ) -> int:
