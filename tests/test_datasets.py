@@ -69,6 +69,8 @@ def fake(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         ("a.json", '[{"instruction": "One"},\n {"question": "Two"}]', [("One", ""), ("Two", "")]),
         ("a.json", '{"text": "One"}\n{"text": "Two"}\n', [("One", ""), ("Two", "")]),
         ("a.csv", 'id,question,domain\n1,"One,\nstill",d\n2,Two,\n', [("One,\nstill", "d"), ("Two", "")]),
+        ("a.csv", f"text\n{'x' * 150_000}\n", [("x" * 150_000, "")]),
+        ("a.jsonl", '{"text": "half \\ud83d of one"}', [("half \ufffd of one", "")]),
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'

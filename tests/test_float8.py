@@ -140,7 +140,7 @@ def test_the_expanded_store_is_there_for_who_wants_it(family: str, tmp_path: Pat
     packed = pull(str(tmp_path / family), store=store)
     plain = pull(str(tmp_path / family), store=store, name="plain", experts="bf16")
     assert packed.manifest.precision == RELEASED
-    assert plain.manifest.precision == "float8 blocks expanded to bfloat16"
+    assert plain.manifest.precision == "float8 blocks expanded to bfloat16 on request"
     for layer, described in enumerate(plain.manifest.layers):
         for expert in range(described.num_experts):
             expand(packed, plain, layer, expert)
@@ -155,7 +155,10 @@ def test_plans_count_packed_bytes(checkpoint: Path, store: Store) -> None:
     count = sum(layer.num_experts for layer in there.layers)
     assert plans[None].store_bytes == count * model.manifest.layout.file_bytes + model.manifest.dense_bytes
     assert plans["bf16"].store_bytes > plans[None].store_bytes
-    assert (plans[None].precision, plans["bf16"].precision) == (RELEASED, "float8 blocks expanded to bfloat16")
+    assert (plans[None].precision, plans["bf16"].precision) == (
+        RELEASED,
+        "float8 blocks expanded to bfloat16 on request",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])

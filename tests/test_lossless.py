@@ -244,7 +244,11 @@ def test_a_pull_that_meets_what_cannot_be_packed_stores_experts_as_they_are(
     model = pull(str(tmp_path), store=store, name="packed", experts="lossless", notify=notes.append)
     assert model.manifest.files == plain.manifest.files
     assert model.manifest.layout == plain.manifest.layout
+    assert model.manifest.precision == "bfloat16, not packable without loss"
     assert store.verify("packed") == []
+    again: list[str] = []
+    assert pull(str(tmp_path), store=store, name="packed", experts="lossless", notify=again.append) == model
+    assert again == [f"packed is here already, from {tmp_path}"]
     told = [note for note in notes if note.startswith("experts are stored as they are: down_proj of expert 7 of ")]
     assert len(told) == (not is_interrupted)
     with pytest.raises(UnpackableError, match=r"down_proj of expert 7 of model\.layers\.2\.mlp\.experts has"):

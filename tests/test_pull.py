@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import moeinf.pull as pull_module
@@ -33,9 +35,12 @@ from moeinf.errors import (
     UnsupportedError,
     UsageError,
 )
+from moeinf.forms import pull_options
 from moeinf.manifest import Source, expert_path
+from moeinf.origins import FolderOrigin
 from moeinf.pull import plan_pull, pull
 from moeinf.store import Store
+from packing import edit, edit_config
 
 SHARDED, SINGLE = "org/Sharded-MoE", "org/single"
 
@@ -194,6 +199,54 @@ def test_another_dtype_is_converted(checkpoints: dict[str, Path], store: Store) 
     assert pull(str(checkpoints[SINGLE]), store=store, name="wide", dtype="float32") == model
     with pytest.raises(UsageError, match=r"wide is here already, and is .* in float32"):
         pull(str(checkpoints[SINGLE]), store=store, name="wide", dtype="bfloat16")
+
+
+def test_force_keeps_the_dtype_that_was_asked_for(checkpoints: dict[str, Path], store: Store) -> None:
+    model = pull(str(checkpoints[SINGLE]), store=store, name="wide", dtype="float32")
+    assert pull("wide", store=store, force=True) == model
+    assert pull_options(model.manifest) == ["--dtype", "float32"]
+
+
+def test_a_configuration_that_nobody_could_read_is_refused_before_weights(tmp_path: Path, store: Store) -> None:
+    folder = tmp_path / "mix"
+    make_checkpoint("mixtral", folder)
+    model = pull(str(folder), store=store)
+    edit_config(folder, num_experts_per_tok=9)
+    for ask in (plan_pull, pull):
+        with pytest.raises(IntegrityError, match=r"config.json of .*mix cannot be: .*top_k is 9"):
+            ask(str(folder), store=store, force=True)
+    assert store.open("mix") == model
+    assert store.verify("mix") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_numbers_without_a_scale_are_not_taken_for_weights(
+    family: str, dtype: torch.dtype, tmp_path: Path, store: Store
+) -> None:
+    make_checkpoint(family, tmp_path)
+    is_expert = re.compile("experts|block_sparse_moe.*linear")
+    edit(
+        tmp_path,
+        lambda tensors: {name: each.to(dtype) if is_expert.search(name) else each for name, each in tensors.items()},
+    )
+    with pytest.raises(UnsupportedError):
+        pull(str(tmp_path), store=store)
+    assert store.names() == []
+
+
+def test_an_index_that_changes_makes_another_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "mix"
+    make_checkpoint("mixtral", folder, max_shard_size="100KB")
+    before = FolderOrigin(Checkpoint.from_folder(folder)).identity
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text() + " ")
+    assert FolderOrigin(Checkpoint.from_folder(folder)).identity != before
+
+
+def test_an_empty_revision_is_none(fake: FakeHub, store: Store) -> None:
+    with pytest.raises(UsageError, match="the revision is empty"):
+        pull(SHARDED, store=store, revision="")
 
 
 # What is here already
@@ -631,6 +684,7 @@ from moeinf.conversion import plan_conversion
 from moeinf.files import FileSystem
 from moeinf.pull import pull
 from moeinf.store import Store
+from packing import edit, edit_config
 
 torch.set_num_threads(1)
 source, home, seed = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])

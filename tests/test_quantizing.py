@@ -4,6 +4,8 @@ transformers with the weights that the numbers stand for.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import os
 import shutil
@@ -25,7 +27,7 @@ from moeinf import pull as pull_module
 from moeinf.densefile import PACKED_NAME
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
-from moeinf.manifest import Quantization, expert_path
+from moeinf.manifest import MANIFEST_NAME, FileRecord, Quantization, expert_path
 from moeinf.metamodel import is_experts_module
 from moeinf.pull import plan_pull, pull
 from moeinf.quantized import dequantize, quantize
@@ -266,9 +268,40 @@ def test_weights_that_are_not_finite_are_named(plain: StoredModel, checkpoint: P
     data = bytearray(path.read_bytes())
     data[-2:] = b"\xc0\x7f"  # NaN in bfloat16
     path.write_bytes(data)
+    record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    files = {**plain.manifest.files, expert_path(1, 3): record}
+    (plain.path / MANIFEST_NAME).write_text(dataclasses.replace(plain.manifest, files=files).to_json())
+    plain = store.open(plain.name)
     with pytest.raises(IntegrityError, match=r"down_proj of expert 3 of model\.layers\.1\.mlp\.experts holds NaN"):
         quantize_model(plain, "small", INT4, store=store)
     assert store.names() == ["mix"]
+
+
+@pytest.mark.parametrize("path", [expert_path(1, 3), "dense.safetensors"])
+@pytest.mark.parametrize("form", [INT4, ExpertForm("lossless", 16)], ids=["int4", "lossless"])
+def test_damage_is_not_carried_over(path: str, form: ExpertForm, plain: StoredModel, store: Store) -> None:
+    damaged = bytearray((plain.path / path).read_bytes())
+    damaged[-1] ^= 1
+    (plain.path / path).write_bytes(damaged)
+    with pytest.raises(IntegrityError, match=f"mix: {path}: has other bytes than were written"):
+        quantize_model(plain, "small", form, store=store)
+    assert store.names() == ["mix"]
+
+
+def test_damage_is_not_copied_where_disks_have_no_links(
+    plain: StoredModel, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (plain.path / "tokenizer.json").open("ab") as stream:
+        stream.write(b" ")
+    monkeypatch.setattr(store.disk, "link", lambda *_: False)
+    with pytest.raises(IntegrityError, match=r"tokenizer.json has other bytes than were written"):
+        quantize_model(plain, "small", INT4, store=store)
+
+
+def test_a_model_that_is_replaced_meanwhile_is_not_mixed(plain: StoredModel, store: Store) -> None:
+    (plain.path / MANIFEST_NAME).write_text(dataclasses.replace(plain.manifest, precision="another").to_json())
+    with pytest.raises(MoeinfError, match="mix was replaced meanwhile"):
+        quantize_model(plain, "small", INT4, store=store)
 
 
 # Pull

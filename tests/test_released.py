@@ -96,7 +96,10 @@ def test_what_is_stored_is_what_was_released(checkpoint: Path, store: Store) -> 
 def test_the_expanded_store_is_there_for_who_wants_it(checkpoint: Path, store: Store) -> None:
     packed = pull(str(checkpoint), store=store)
     plain = pull(str(checkpoint), store=store, name="plain", experts="bf16")
-    assert (plain.manifest.precision, plain.manifest.layout.quantization) == ("mxfp4 expanded to bfloat16", None)
+    assert plain.manifest.precision == "mxfp4 expanded to bfloat16 on request"
+    assert plain.manifest.layout.quantization is None
+    assert pull(str(checkpoint), store=store).name != plain.name, "what was released is another model"
+    assert pull(plain.name, store=store, force=True).manifest == plain.manifest
     about = packed.manifest.layout.quantization
     assert about is not None
     for path in (expert_path(0, 0), expert_path(1, 7)):
@@ -132,7 +135,7 @@ def test_plans_count_packed_bytes(checkpoint: Path, store: Store) -> None:
     assert plans["bf16"].store_bytes > plans[None].store_bytes
     assert (plans[None].precision, plans["bf16"].precision) == (
         "mxfp4 experts (as released)",
-        "mxfp4 expanded to bfloat16",
+        "mxfp4 expanded to bfloat16 on request",
     )
 
 

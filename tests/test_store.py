@@ -291,6 +291,8 @@ def test_a_damaged_model_does_not_keep_others_from_being_found(tmp_path: Path) -
         store.resolve("bad")
     store.remove("bad")
     assert store.names() == ["good"]
+    (tmp_path / "models" / "bad" / "moeinf.json").mkdir(parents=True)
+    assert store.resolve("org/good").name == "good"
 
 
 def edit_manifest(home: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -763,6 +765,7 @@ def test_strays_of_an_earlier_try_do_not_get_into_the_model(tmp_path: Path, whol
 
 def test_what_the_trash_does_not_let_go_of_keeps_nobody_from_reading(tmp_path: Path) -> None:
     put(tmp_path)
+    put(tmp_path, "other")
     (tmp_path / "models" / ".trash" / "old").mkdir(parents=True)
 
     class Clinging(FileSystem):
@@ -771,7 +774,8 @@ def test_what_the_trash_does_not_let_go_of_keeps_nobody_from_reading(tmp_path: P
                 raise OSError(errno.ENOTEMPTY, "Directory not empty")
             return operation(*args, **kwargs)
 
-    assert Store(tmp_path, disk=Clinging()).names() == ["tiny"]
+    assert Store(tmp_path, disk=Clinging()).names() == ["other", "tiny"]
+    Store(tmp_path, disk=Clinging()).remove("other")
     assert (tmp_path / "models" / ".trash" / "old").exists()
     assert Store(tmp_path).names() == ["tiny"]
     assert not (tmp_path / "models" / ".trash" / "old").exists()

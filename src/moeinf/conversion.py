@@ -75,12 +75,15 @@ class Recipe:
     converter: WeightConverter | None = field(default=None, repr=False)
     band_rows: int | None = None
 
-    def lacks_scales(self, source: Source) -> bool:
-        """Whether a weight is one that transformers scales where it has scales, and has none."""
+    def needs_floats(self, source: Source) -> bool:
+        """Whether a source is taken for weights as it is: nothing that transformers does with it scales it."""
         match self.converter and self.converter.operations:
-            case [Fp8Dequantize(), *_] if not source.pattern.endswith(_NO_WEIGHTS):
-                return all(other.pattern != _scale_of(source.pattern) for other in self.sources)
-        return False
+            case [Fp8Dequantize(), *_]:
+                is_weight = not source.pattern.endswith(_NO_WEIGHTS)
+                return is_weight and all(other.pattern != _scale_of(source.pattern) for other in self.sources)
+            case [Mxfp4Dequantize(), *_]:
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

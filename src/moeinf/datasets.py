@@ -174,7 +174,7 @@ def _prompt_of(row: dict[Any, Any]) -> Prompt:
     text = next((row[name] for name in _TEXT_FIELDS if isinstance(row.get(name), str)), None)
     if text is None:
         text = next((_joined(row[name]) for name in _TURN_FIELDS if isinstance(row.get(name), list)), "")
-    return Prompt(str(row.get("domain") or ""), text)
+    return Prompt(str(row.get("domain") or ""), text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _joined(turns: Iterable[Any]) -> str:
@@ -208,6 +208,7 @@ def _read_json(data: bytes) -> list[dict[Any, Any]]:
 
 
 def _read_csv(data: bytes) -> list[dict[Any, Any]]:
+    csv.field_size_limit(max(len(data), csv.field_size_limit()))
     return list(csv.DictReader(io.StringIO(_decoded(data), newline=""), strict=True))
 
 

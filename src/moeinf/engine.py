@@ -540,7 +540,9 @@ def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, tor
                 for entry in file.entries.values():
                     dtype = TORCH_DTYPES[entry.dtype]
                     count = math.prod(entry.shape)
-                    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.begin)
+                    flat = torch.empty(0, dtype=dtype)
+                    if count:
+                        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.begin)
                     tensors[entry.name] = flat.view(entry.shape)
         return tensors
     finally:

@@ -9,15 +9,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .manifest import GROUPS, LOSSLESS, PANEL_ROWS, ExpertLayout, Quantization
+from .manifest import GROUPS, LOSSLESS, PANEL_ROWS, ExpertLayout, Manifest, Quantization
 
 if TYPE_CHECKING:
     from .quantized import Encoder
 
-__all__ = ["ExpertForm", "name_calibration", "name_precision"]
+__all__ = [
+    "ExpertForm",
+    "is_expanded_on_request",
+    "is_not_packable",
+    "name_calibration",
+    "name_plain",
+    "name_precision",
+    "pull_options",
+    "released_dtype",
+]
 
 _DEFAULT_GROUPS = {LOSSLESS: PANEL_ROWS} | {kind: groups[0] for kind, groups in GROUPS.items()}
 _CALIBRATED = ", calibrated on "
+_CONVERTED = " converted to "
+_ON_REQUEST = " on request"
+_NOT_PACKABLE = ", not packable without loss"
+"""How a manifest's precision says what a pull was asked for, and did or could not do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +88,43 @@ def name_precision(before: str, layout: ExpertLayout, calibration: str = "") -> 
     """
     if layout.quantization is None:
         return before
+    before = before.removesuffix(_NOT_PACKABLE).removesuffix(_ON_REQUEST)
     if layout.quantization.is_lossless:
         return f"{before}, packed without loss"
     if layout.is_exact:
         return layout.quantization.text
     return f"{layout.quantization.text}, from {before}" + (f"{_CALIBRATED}{calibration}" if calibration else "")
+
+
+def name_plain(precision: str, *, on_request: bool, not_packable: bool) -> str:
+    """The precision of plain weights, which would be packed as they were released if nobody had asked for that, or
+    packed without loss if they could be.
+    """
+    return precision + (_ON_REQUEST if on_request else "") + (_NOT_PACKABLE if not_packable else "")
+
+
+def is_expanded_on_request(manifest: Manifest) -> bool:
+    return manifest.precision.endswith(_ON_REQUEST)
+
+
+def is_not_packable(manifest: Manifest) -> bool:
+    """Whether its experts were to be packed without loss, and could not be."""
+    return manifest.precision.endswith(_NOT_PACKABLE)
+
+
+def released_dtype(manifest: Manifest) -> str:
+    """How `--dtype` asks for the dtype that it has."""
+    return manifest.dtype if _CONVERTED in manifest.precision else "auto"
+
+
+def pull_options(manifest: Manifest) -> list[str]:
+    """How a command line asks `pull` for the same once more."""
+    form = ExpertForm.of(manifest.layout.quantization)
+    options = form.options if form else ["--experts", LOSSLESS] if is_not_packable(manifest) else []
+    if is_expanded_on_request(manifest):
+        options = ["--experts", "bf16"]
+    dtype = released_dtype(manifest)
+    return options if dtype == "auto" else [*options, "--dtype", dtype]
 
 
 def name_calibration(precision: str) -> str:

@@ -158,6 +158,8 @@ class Incoming:
         else:
             with source.open("rb") as stream:
                 self.write(path, iter(lambda: stream.read(_COPY_BYTES), b""))
+            if self._state.files[path] != record:
+                raise IntegrityError(f"{source} has other bytes than were written", hint="check it with moeinf verify")
 
     def remove(self, path: str) -> None:
         """Take a file that is done away again, once all others that are done are durable."""

@@ -85,8 +85,8 @@ class FolderOrigin:
         self.source = source or Source(str(checkpoint.folder))
         self.identity = [
             [name, found.st_size, found.st_mtime_ns]
-            for name in (*checkpoint.weight_files, *checkpoint.other_files)
-            if (found := (checkpoint.folder / name).stat())
+            for name in (*checkpoint.weight_files, *checkpoint.other_files, INDEX_NAME)
+            if (checkpoint.folder / name).is_file() and (found := (checkpoint.folder / name).stat())
         ]
 
     def downloads(self, weight_files: Sequence[str] | None) -> tuple[Download, ...]:

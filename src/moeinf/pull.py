@@ -19,11 +19,26 @@ from typing import TYPE_CHECKING
 
 from . import catalog, demo
 from .checkpoint import CONFIG_NAME, Checkpoint
-from .errors import CapacityError, IntegrityError, ModelNotFoundError, UnpackableError, UnsupportedError, UsageError
+from .errors import (
+    CapacityError,
+    IntegrityError,
+    ModelNotFoundError,
+    MoeinfError,
+    UnpackableError,
+    UnsupportedError,
+    UsageError,
+)
 from .files import Bytes, explained
-from .forms import ExpertForm, name_precision
+from .forms import (
+    ExpertForm,
+    is_expanded_on_request,
+    is_not_packable,
+    name_plain,
+    name_precision,
+    released_dtype,
+)
 from .incoming import DenseWriter, Incoming
-from .manifest import SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossless_gain
+from .manifest import LOSSLESS, MANIFEST_NAME, SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossless_gain
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
 from .reference import MAX_NAME, Reference, read_reference
@@ -115,12 +130,12 @@ def pull(
     with store.incoming(request.name) as incoming:
         _begin(incoming, origin, request, notify)
         # the download and, at the least, as much again in the store, or half of it where four bytes become two
-        least_bytes = origin.blind_bytes * 2 if dtype == "auto" else origin.blind_bytes * 3 // 2
+        least_bytes = origin.blind_bytes * 2 if request.dtype == "auto" else origin.blind_bytes * 3 // 2
         if request.form is not None:
             least_bytes = origin.blind_bytes * (32 + request.form.bits) // 32
         require_room(least_bytes - _bytes_in(incoming.source))
         checkpoint = origin.read(incoming.source, progress)
-        plan = _plan(checkpoint, dtype)
+        plan = _plan(checkpoint, request.dtype)
         _check_dtype(plan, experts)
         stored = _Stored.of(plan, request)
         if stored.precision != plan.dtype:
@@ -128,6 +143,7 @@ def pull(
         _copy_companions(incoming, checkpoint, plan)
         if stored.is_unpacked_in(incoming):
             stored = _unpack(incoming, stored)
+        _require_readable(_manifest(origin.source, stored))
         try:
             _shard(incoming, origin, checkpoint, stored, require_room, progress)
         except UnpackableError as error:
@@ -160,10 +176,12 @@ def plan_pull(
     origin = find_origin(request.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
-        plan = None if checkpoint is None else _plan(checkpoint, dtype)
+        plan = None if checkpoint is None else _plan(checkpoint, request.dtype)
     if plan is not None:
         _check_dtype(plan, experts)
     stored = None if plan is None else _Stored.of(plan, request)
+    if stored is not None:
+        _require_readable(_manifest(origin.source, stored))
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
     guess = sum(sizes) if request.form is None else sum(sizes) * request.form.bits // 15
@@ -203,6 +221,7 @@ def preview(source: str, *, store: Store) -> Preview:
         plan = _plan(checkpoint, request.dtype)
     stored = _Stored.of(plan, request)
     manifest = _manifest(origin.source, stored)
+    _require_readable(manifest)
     if stored.packed_dense:
         manifest = as_packed(manifest, stored.packed_dense)
     return Preview(request.name, manifest, plan.config)
@@ -233,11 +252,14 @@ class _Request:
     form: ExpertForm | None
     is_plain: bool
 
-    def is_met_by(self, layout: ExpertLayout) -> bool:
-        """Whether experts that lie so are what is asked for."""
+    def is_met_by(self, there: Manifest) -> bool:
+        """Whether this has its experts as is asked for."""
+        quantization = there.layout.quantization
         if self.is_plain:
-            return layout.quantization is None
-        return ExpertForm.of(layout.quantization) == self.form
+            return quantization is None
+        if quantization is None and self.form is not None:
+            return self.form.kind == LOSSLESS and is_not_packable(there)
+        return ExpertForm.of(quantization) == self.form and not is_expanded_on_request(there)
 
 
 def _read_request(
@@ -257,15 +279,19 @@ def _read_request(
     if name is not None:
         store.path(name)
     reference, stored = _read_source(source, store)
+    is_plain = experts == "bf16"
     if stored is not None and experts is None:
         form = ExpertForm.of(stored.manifest.layout.quantization)
+        is_plain = is_expanded_on_request(stored.manifest)
+    if stored is not None and dtype == "auto":
+        dtype = released_dtype(stored.manifest)
     if revision is not None:
         reference = _at_revision(reference, revision)
-    request = _Request(reference, name or _default_name(reference, form), dtype, form, experts == "bf16")
+    request = _Request(reference, name or _default_name(reference, form), dtype, form, is_plain)
     if name is not None:
         return request
     found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
-    same = (model.name for model in ([stored] if stored else found) if request.is_met_by(model.manifest.layout))
+    same = (model.name for model in ([stored] if stored else found) if request.is_met_by(model.manifest))
     return dataclasses.replace(request, name=next(same, request.name))
 
 
@@ -281,7 +307,7 @@ def _read_source(source: str, store: Store) -> tuple[Reference, StoredModel | No
         try:
             stored = store.open(source)
             return Reference.of(stored.manifest.source), stored
-        except IntegrityError:
+        except MoeinfError:
             if reference is None:
                 raise
     if reference is None:
@@ -294,6 +320,8 @@ def _read_source(source: str, store: Store) -> tuple[Reference, StoredModel | No
 
 
 def _at_revision(reference: Reference, revision: str) -> Reference:
+    if not revision:
+        raise UsageError("the revision is empty", hint="leave --revision out, or name one")
     if reference.is_demo:
         raise UsageError("demo ships with the program, and has no revisions", hint="leave out --revision")
     if reference.is_folder:
@@ -315,7 +343,7 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
     if request.reference.is_demo and there.source.repo == demo.NAME and there.source.commit != demo.VERSION:
         return None  # of an older program: it is replaced
     if (
-        request.is_met_by(there.layout)
+        request.is_met_by(there)
         and request.reference.is_source_of(there.source)
         and request.dtype in ("auto", there.dtype)
     ):
@@ -355,17 +383,21 @@ def _plan_of_stored(model: StoredModel, free_bytes: int) -> PullPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What is stored of a plan: experts in its layout, or in that of the encoder."""
+    """What is stored of a plan: experts in its layout, or in that of the encoder. `is_on_request`: they were released
+    packed, and are not to be; `is_not_packable`: they were to be packed without loss.
+    """
 
     plan: Plan
     encoder: Encoder | None
+    is_on_request: bool = False
+    is_not_packable: bool = False
 
     @classmethod
     def of(cls, plan: Plan, request: _Request) -> _Stored:
         if request.form is not None:
             return cls(plan, request.form.encoder(plan.layout, is_transposed=plan.is_transposed))
         if plan.packing is None or request.is_plain:
-            return cls(plan, None)
+            return cls(plan, None, is_on_request=plan.packing is not None)
         from .quantized import Packer
 
         return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing, plan.pieces))
@@ -388,7 +420,9 @@ class _Stored:
 
     @property
     def precision(self) -> str:
-        return name_precision(self.plan.precision, self.layout)
+        before = self.plan.precision
+        plain = name_plain(before, on_request=self.is_on_request, not_packable=self.is_not_packable)
+        return name_precision(plain, self.layout)
 
     @property
     def packed_dense(self) -> dict[str, tuple[int, int]]:
@@ -423,6 +457,15 @@ class _Stored:
         else:
             dense_bytes = sum(tensor.nbytes for tensor in plan.dense if incoming.has_tensor(DENSE_NAME, tensor.name))
         return experts * self.layout.file_bytes + dense_bytes
+
+
+def _require_readable(manifest: Manifest) -> None:
+    """Raise IntegrityError for a configuration of which nobody could read what would be stored."""
+    try:
+        Manifest.from_json(manifest.to_json())
+    except IntegrityError as error:
+        what = str(error).removeprefix(f"{MANIFEST_NAME} is damaged: ")
+        raise IntegrityError(f"config.json of {manifest.source.repo} cannot be: {what}", hint="check it") from error
 
 
 def _check_dtype(plan: Plan, experts: str | None) -> None:
@@ -496,6 +539,7 @@ def _shard(
     progress: Progress,
 ) -> None:
     """Fetch what is still needed, file by file, and write what becomes of it."""
+    from .densefile import PACKED_NAME
     from .sharding import Sharder
 
     total_bytes, done_bytes = stored.sharded_bytes, stored.done_bytes(incoming)
@@ -508,7 +552,9 @@ def _shard(
         names = [file for file in checkpoint.weight_files if file not in finished]
         in_flight_bytes = _in_flight_bytes(file.size for file in origin.downloads(names))
         left_bytes = max(0, in_flight_bytes - _bytes_in(incoming.source))
-        require_room(stored.height_bytes(left_bytes) - done_bytes)
+        is_packed = not names and incoming.is_done(PACKED_NAME)
+        height_bytes = stored.sharded_bytes if is_packed else stored.height_bytes(left_bytes)
+        require_room(height_bytes - done_bytes)
         with closing(origin.fetch(names, incoming.source, progress)) as paths:
             for path in paths:
                 sharder.add_file(path)
@@ -529,7 +575,7 @@ def _unpack(incoming: Incoming, stored: _Stored) -> _Stored:
             tensors = read_expert(incoming.model / path, layout)
             chunks: list[Bytes] = [encode_expert_header(plain), *(bytes_of(tensors[spec.name]) for spec in plain)]
             incoming.write(path, chunks)
-    return _Stored(stored.plan, None)
+    return _Stored(stored.plan, None, is_not_packable=True)
 
 
 def _pack_dense(incoming: Incoming, manifest: Manifest, stored: _Stored, progress: Progress) -> Manifest:

@@ -72,7 +72,7 @@ def read_quality(path: Path, manifest: Manifest) -> Quality | None:
             return None
         raw.setdefault("dtype", manifest.dtype)  # files had none while no other was to be had
         return _checked(Quality(**raw))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", hint="remove the file, or measure again") from error
 
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import CapacityError, ModelNotFoundError, UnsupportedError, UsageError
+from .errors import CapacityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
 from .files import Bytes
 from .forms import ExpertForm, name_calibration, name_precision
 from .incoming import Incoming
@@ -95,6 +95,8 @@ def quantize_model(
         notify(f"{name} is here already, made of {model.manifest.source.repo}")
         return existing
     with model.use(), store.incoming(name, "quantizing") as incoming:
+        if store.open(model.name).manifest != model.manifest:
+            raise MoeinfError(f"{model.name} was replaced meanwhile", hint="run the same command again")
         key = {"schema": DENSE_SCHEMA, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
         if calibration is not None:
             key["calibration"] = calibration.digest
@@ -218,6 +220,8 @@ def _write_dense(
     from .densefile import pack_dense
 
     if not manifest.packed_dense:
+        for path in manifest.dense_files:
+            model.require_whole(path)
         manifest = pack_dense(incoming, model.path, manifest, meta.packable, progress)
     _take_over_files(model, incoming, set(manifest.dense_files) & model.manifest.files.keys())
     return manifest
@@ -246,8 +250,9 @@ def _expert_chunks(
     from .lossless import read_expert
     from .quantized import Quantizer
 
-    what = f"expert {expert} of {model.manifest.layers[layer].module}"
-    weights = read_expert(model.path / expert_path(layer, expert), model.manifest.layout)
+    what, path = f"expert {expert} of {model.manifest.layers[layer].module}", expert_path(layer, expert)
+    model.require_whole(path)
+    weights = read_expert(model.path / path, model.manifest.layout)
     yield encode_expert_header(encoder.layout.tensors)
     if moments_of is None:
         yield from encoder.encode(weights, what)

@@ -327,7 +327,7 @@ class Sharder:
     def _sources(self, recipe: Recipe, dtype: str, rows: tuple[int, int] | None) -> Iterator[torch.Tensor]:
         for source in recipe.sources:
             entry = self._entry(source.name)
-            if recipe.converter is None or recipe.lacks_scales(source):
+            if recipe.needs_floats(source):
                 _check_kind(entry, dtype)
             yield self._read(entry, rows)
 

@@ -17,19 +17,19 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import catalog
-from .errors import IntegrityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
+from .errors import IntegrityError, ModelNotFoundError, MoeinfError, UsageError
 from .files import DENIED, FileSystem, explained
 from .incoming import Incoming, is_safe_path
 from .locks import exclusive_lock, shared_lock
 from .manifest import EXPERT_ALIGNMENT, MANIFEST_NAME, FileRecord, Manifest, expert_path
-from .progress import NO_PROGRESS, Progress, Task
+from .progress import NO_PROGRESS, Progress
 from .reference import Reference, read_reference
 from .settings import home_path
 from .units import MIB, format_bytes
@@ -62,6 +62,12 @@ class StoredModel:
     def use(self) -> AbstractContextManager[None]:
         """While this is open, no process can replace or remove the model. Raises MoeinfError if one is at it."""
         return shared_lock(_lock_path(self.path.parents[1], self.name), "using")
+
+    def require_whole(self, path: str) -> None:
+        """Raises IntegrityError if a file has not the bytes that were written."""
+        problem = _check_file(self.path, path, self.manifest.files[path], lambda _: None)
+        if problem is not None:
+            raise IntegrityError(f"{self.name}: {problem}", hint=f"check the model with `moeinf verify {self.name}`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +174,7 @@ class Store:
         """The stored models that came from there. Without a revision, any will do if the default one is not here."""
         models = []
         for name in self.names():
-            with suppress(IntegrityError, UnsupportedError):
+            with suppress(MoeinfError):
                 models.append(self.open(name))
         exact = [model for model in models if reference.is_source_of(model.manifest.source)]
         if exact or reference.revision is not None:
@@ -185,7 +191,9 @@ class Store:
             progress.task(f"verify {name}", model.manifest.stored_bytes, "bytes") as task,
             ThreadPoolExecutor(_HASH_THREADS, thread_name_prefix="moeinf-verify") as pool,
         ):
-            checks = [pool.submit(_check_file, model.path, path, record, task) for path, record in files.items()]
+            checks = [
+                pool.submit(_check_file, model.path, path, record, task.advance) for path, record in files.items()
+            ]
             try:
                 problems = [problem for check in checks if (problem := check.result())]
             finally:
@@ -232,8 +240,7 @@ class Store:
                 if _is_settled(self._incoming / name):
                     with suppress(MoeinfError), exclusive_lock(_lock_path(self.home, name), "recovering"):
                         self._install(name)
-            with suppress(OSError):
-                self._empty_trash()
+            self._empty_trash()
         except OSError as error:
             if error.errno not in DENIED:
                 raise
@@ -268,9 +275,11 @@ class Store:
         self.disk.sync_folder(path.parent)
 
     def _empty_trash(self) -> None:
-        if self._trash.is_dir():
+        """As far as that can be had."""
+        with suppress(OSError):
             for path in sorted(self._trash.iterdir()):
-                self.disk.remove_tree(path)
+                with suppress(OSError):
+                    self.disk.remove_tree(path)
 
     def _has_manifest(self, name: str) -> bool:
         return (self.path(name) / MANIFEST_NAME).exists()
@@ -334,7 +343,7 @@ def _damaged(name: str, why: str) -> IntegrityError:
     return IntegrityError(f"the manifest of {name} is damaged: {why}", hint=f"moeinf rm {name}, then pull it again")
 
 
-def _check_file(folder: Path, path: str, record: FileRecord, task: Task) -> Problem | None:
+def _check_file(folder: Path, path: str, record: FileRecord, advance: Callable[[int], None]) -> Problem | None:
     try:
         with (folder / path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -343,7 +352,7 @@ def _check_file(folder: Path, path: str, record: FileRecord, task: Task) -> Prob
             digest = hashlib.sha256()
             while chunk := stream.read(_READ_BYTES):
                 digest.update(chunk)
-                task.advance(len(chunk))
+                advance(len(chunk))
     except FileNotFoundError:
         return Problem(path, "is missing")
     except OSError as error:

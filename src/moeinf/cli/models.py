@@ -11,7 +11,7 @@ import typer
 
 from moeinf import demo
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError
-from moeinf.forms import ExpertForm
+from moeinf.forms import pull_options
 from moeinf.manifest import MANIFEST_NAME, Manifest
 from moeinf.pull import PullPlan, plan_pull, resolve
 from moeinf.pull import pull as pull_model
@@ -196,9 +196,7 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
     )
     if problems:
         files = "1 file is" if len(problems) == 1 else f"{len(problems)} files are"
-        form = ExpertForm.of(manifest.layout.quantization)
-        options = form.options if form else []
-        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, *options, "--force"])
+        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, *pull_options(manifest), "--force"])
         raise IntegrityError(f"{name}: {files} not as written", hint=hint)
 
 
