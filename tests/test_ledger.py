@@ -90,12 +90,14 @@ def test_more_memory_never_means_fewer_slots() -> None:
     assert slots[-1] == 1024
 
 
-def test_the_budget_that_is_named_would_do() -> None:
+@pytest.mark.parametrize("options", [{"context": 4096}, {}, {"experts": "100"}], ids=str)
+@pytest.mark.parametrize("budget", ["0", "300MiB"])
+def test_the_budget_that_is_named_would_do(budget: str, options: dict[str, int | str]) -> None:
     with pytest.raises(CapacityError, match="the model needs") as caught:
-        plan(4000 * MIB, host_memory="300MiB", context=4096)
+        plan(4000 * MIB, host_memory=budget, **options)  # type: ignore[arg-type]
     assert caught.value.hint is not None
     named = caught.value.hint.split()[3]
-    assert plan(4000 * MIB, host_memory=named, context=4096).slots >= 8
+    assert plan(4000 * MIB, host_memory=named, **options).slots >= 8  # type: ignore[arg-type]
 
 
 def test_a_long_step_borrows_from_slots_what_the_budget_cannot_spare() -> None:

@@ -92,6 +92,13 @@ def damages() -> dict[str, Any]:
         "endless": change(lambda values: values["gpus"][0].update(pinned_to_device=float("inf"))),
         "time that runs backwards": change(lambda values: values.update(layer_s=-1)),
         "no date": change(lambda values: values.update(measured_at="yesterday")),
+        "no time zone": change(lambda values: values.update(measured_at="2026-01-01T00:00:00")),
+        "load of text": change(lambda values: values.update(load="x")),
+        "load of nothing": change(lambda values: values.update(load=float("nan"))),
+        "a disk without rates": change(lambda values: values["disk"].update(rates=[])),
+        "reads by nobody": change(lambda values: values["disk"]["rates"][0].update(depth=0)),
+        "no maths": change(lambda values: values.update(maths=[])),
+        "maths of no token": change(lambda values: values["maths"][0].update(tokens=0)),
     }
 
 

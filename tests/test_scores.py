@@ -73,7 +73,7 @@ def test_medians_of_repetitions() -> None:
     assert found["tpot_s"] == pytest.approx({"median": 0.2, "min": 0.1, "max": 0.4})
     assert found["decode_tokens_per_s"] == pytest.approx({"median": 5, "min": 2.5, "max": 10})
     assert found["prefill_tokens_per_s"]["median"] == 16
-    assert found["token_s"] == {"p50": 0.2, "p95": 0.6}
+    assert found["token_s"] == {"p50": 0.1, "p95": 0.6}
     assert found["bound"] == {"tpot_s": 0.1, "by": "disk"}
     assert found["eta"] == pytest.approx(0.5)
     assert found["hit_rate"] == 0.75

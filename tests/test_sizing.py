@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,20 @@ def test_a_short_trace_is_kept_and_a_long_one_thinned_out() -> None:
 def test_of_a_long_request_only_the_beginning_is_replayed(lengths: list[int], kept: list[int]) -> None:
     part = shorten(skewed_trace(lengths), 200)
     assert [request.num_tokens for request in part.sequences()] == kept
+
+
+def test_what_was_decoded_is_kept_and_what_routers_foresaw() -> None:
+    """Of a prompt that has no room, its last tokens."""
+    long = skewed_trace([400])
+    is_prefill = np.arange(400) < 380
+    foreseen = np.where(is_prefill[:, None, None], -1, long.experts).astype(np.int16)
+    long = dataclasses.replace(long, is_prefill=is_prefill, foreseen=foreseen)
+    part = shorten(long, 200)
+    assert part.num_tokens == 50
+    assert (part.position[0], int((~part.is_prefill).sum())) == (350, 20)
+    assert np.array_equal(part.experts, long.experts[350:])
+    assert part.foreseen is not None
+    assert np.array_equal(part.foreseen, foreseen[350:])
 
 
 def test_policies_are_ranked_by_what_they_find() -> None:

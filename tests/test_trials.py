@@ -55,6 +55,15 @@ def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
     assert run(trials, 3, costs) == ["off", "gate", "off"]  # from the beginning
 
 
+def test_a_disturbed_token_excludes_nobody() -> None:
+    """It may make each miss seem to cost so much that what is left of a token is less than nothing."""
+    trials = Trials(["off", "gate", "eam"])
+    for token_s, missed in [(0.030, 12), (0.020, 9), (0.030, 12), (0.020, 9), (0.030, 12), (0.200, 10)]:
+        trials.record(0.0002, 0.001)
+        trials.token_ended(token_s, missed)
+    assert not trials.is_settled
+
+
 def test_what_wins_again_stays_longer() -> None:
     trials = Trials(["off", "gate"])
     costs = {"off": (0.0, 1.0), "gate": (0.1, 0.6)}

@@ -382,6 +382,9 @@ def _written(
     if len(requests) < wishes.prompts:
         notify(f"there are {len(requests)} prompts, not {wishes.prompts}")
     measured, others = requests[: wishes.prompts], requests[wishes.prompts :]
+    if "warm" in wishes.starts and len(others) < len(measured):
+        who = "" if others else ": the same ones do that"
+        notify(f"the data set has {len(others)} other prompts to warm up with{who}")
     return measured, others or measured
 
 

@@ -29,6 +29,8 @@ def memory_limit(limit_bytes: int, root: Path = _ROOT) -> Iterator[Path]:
     folder = (root / "memory" if is_v1 else root) / f"moeinf-bench-{os.getpid()}"
     files = ("memory.limit_in_bytes", "memory.swappiness") if is_v1 else ("memory.max", "memory.swap.max")
     try:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # of a process that had this one's number, and was killed
         folder.mkdir()
     except OSError as error:
         raise _refused(folder, error) from error

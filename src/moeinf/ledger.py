@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -262,27 +264,30 @@ def make_plan(
     options.
     """
     budget = _budget(host_memory, available_bytes)
-    tokens = _context(manifest, shape, context, budget)
-    token_workspace = _token_workspace(manifest, shape, tokens)
     kv_token = widening * manifest.kv_token_bytes + shape.kept_bytes
-    empty = MemoryPlan(
-        budget=budget,
-        dense=widening * manifest.dense_bytes,
-        kv_cache=widening * manifest.kv_fixed_bytes + tokens * kv_token,
-        expanded=tokens * shape.kept_bytes,
-        kv_token=kv_token if shape.grows_in_place and experts is None else 0,
-        workspace=_library_bytes(manifest, shape, libraries)
-        + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.kept_layers else _COPIES_ANEW)
-        + _STEP_TOKENS * token_workspace,
-        token_workspace=token_workspace,
-        slots=0,
-        slot_bytes=slot_bytes(manifest.layout),
-        all_experts=manifest.num_experts,
-        token_experts=manifest.token_experts,
-        context=tokens,
-        libraries=libraries,
-    )
-    return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
+
+    def plan(tokens: int) -> MemoryPlan:
+        token_workspace = _token_workspace(manifest, shape, tokens)
+        empty = MemoryPlan(
+            budget=budget,
+            dense=widening * manifest.dense_bytes,
+            kv_cache=widening * manifest.kv_fixed_bytes + tokens * kv_token,
+            expanded=tokens * shape.kept_bytes,
+            kv_token=kv_token if shape.grows_in_place and experts is None else 0,
+            workspace=_library_bytes(manifest, shape, libraries)
+            + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.kept_layers else _COPIES_ANEW)
+            + _STEP_TOKENS * token_workspace,
+            token_workspace=token_workspace,
+            slots=0,
+            slot_bytes=slot_bytes(manifest.layout),
+            all_experts=manifest.num_experts,
+            token_experts=manifest.token_experts,
+            context=tokens,
+            libraries=libraries,
+        )
+        return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
+
+    return _with_context(plan, manifest, shape, context, budget)
 
 
 def make_device_plan(
@@ -306,29 +311,33 @@ def make_device_plan(
     """
     budget = _budget(device_memory, device_bytes)
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
-    tokens = _context(manifest, shape, context, budget)
-    token_workspace = _token_workspace(manifest, shape, tokens)
-    base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening, _COPIES_ON_DEVICE)
-    room = budget // _WORKSPACE_SHARE - base
-    step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
-    empty = MemoryPlan(
-        budget=budget,
-        dense=widening * manifest.dense_bytes,
-        kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
-        workspace=base + step_tokens * token_workspace,
-        token_workspace=token_workspace,
-        slots=0,
-        slot_bytes=slot_bytes(manifest.layout),
-        all_experts=manifest.num_experts,
-        token_experts=manifest.token_experts,
-        context=tokens,
-        step_tokens=step_tokens,
-    )
-    slots = _slots(manifest, empty, experts, "--device-memory")
-    most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
-    expanded = manifest.layout.expanded_bytes + _wide_bytes(manifest, widening)
-    workspace = _LIBRARY_BYTES + (expanded if computes_on_host else 0)
-    return dataclasses.replace(empty, slots=slots, host=_plan_host(manifest, host_memory, host_bytes, most, workspace))
+
+    def plan(tokens: int) -> MemoryPlan:
+        token_workspace = _token_workspace(manifest, shape, tokens)
+        base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening, _COPIES_ON_DEVICE)
+        room = budget // _WORKSPACE_SHARE - base
+        step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
+        empty = MemoryPlan(
+            budget=budget,
+            dense=widening * manifest.dense_bytes,
+            kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
+            workspace=base + step_tokens * token_workspace,
+            token_workspace=token_workspace,
+            slots=0,
+            slot_bytes=slot_bytes(manifest.layout),
+            all_experts=manifest.num_experts,
+            token_experts=manifest.token_experts,
+            context=tokens,
+            step_tokens=step_tokens,
+        )
+        slots = _slots(manifest, empty, experts, "--device-memory")
+        most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
+        expanded = manifest.layout.expanded_bytes + _wide_bytes(manifest, widening)
+        workspace = _LIBRARY_BYTES + (expanded if computes_on_host else 0)
+        host = _plan_host(manifest, host_memory, host_bytes, most, workspace)
+        return dataclasses.replace(empty, slots=slots, host=host)
+
+    return _with_context(plan, manifest, shape, context, budget)
 
 
 def _plan_host(
@@ -437,6 +446,20 @@ def _context(manifest: Manifest, shape: ModelShape, asked: int | None, budget: i
     if token_bytes := manifest.kv_token_bytes + shape.kept_bytes:
         tokens = min(tokens, max(256, budget // 8 // token_bytes))
     return min(tokens, manifest.max_context)
+
+
+def _with_context(
+    plan: Callable[[int], MemoryPlan], manifest: Manifest, shape: ModelShape, asked: int | None, budget: int
+) -> MemoryPlan:
+    """The plan for the asked context, or for one that is chosen: half as long while the budget is too small, so that
+    what would do for the shortest does.
+    """
+    tokens, least = _context(manifest, shape, asked, budget), _context(manifest, shape, asked, 0)
+    while tokens > least:
+        with suppress(CapacityError):
+            return plan(tokens)
+        tokens = max(least, tokens // 2)
+    return plan(tokens)
 
 
 def _token_workspace(manifest: Manifest, shape: ModelShape, context: int) -> int:

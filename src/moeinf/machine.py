@@ -221,9 +221,14 @@ class Machine:
             values = json.loads(text)
             if values.pop("schema") != SCHEMA:
                 raise ValueError("it is of another version")
-            datetime.fromisoformat(values["measured_at"])
+            if datetime.fromisoformat(values["measured_at"]).tzinfo is None:
+                raise ValueError("the time has no zone")
+            if not math.isfinite(values.get("load", 0.0)):
+                raise ValueError("the load is no number")
             disk = values.pop("disk")
             rates = tuple(ReadRate(**rate) for rate in disk.pop("rates"))
+            if not rates or any(rate.size < 1 or rate.depth < 1 for rate in rates):
+                raise ValueError("the disk was not measured")
             processor = values.pop("processor")
             features = tuple(processor.pop("features"))
             return cls(
@@ -246,7 +251,10 @@ def _check_rates(*rates: float) -> None:
 
 
 def _maths(rates: Sequence[dict[str, Any]]) -> tuple[MathsRate, ...]:
-    return tuple(MathsRate(**rate) for rate in rates)
+    found = tuple(MathsRate(**rate) for rate in rates)
+    if not found or any(rate.tokens < 1 for rate in found):
+        raise ValueError("the maths of no token was measured")
+    return found
 
 
 def _between(points: Sequence[tuple[int, float]], at: float) -> float:

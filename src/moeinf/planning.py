@@ -78,9 +78,10 @@ def find_curve(subject: Subject, policy: str, progress: Progress = NO_PROGRESS) 
     if (kept := evidence.read_curve(subject.traces, policy, found)) is not None:
         return kept
     traces = _read(paths, ModelIdentity.of(subject.name, subject.manifest))
-    if sum(int(np.count_nonzero(~trace.is_prefill)) for trace in traces) < _LEAST_DECODED:
+    part = shorten(concatenate(traces), _REPLAYED_USES) if traces else None
+    if part is None or int(np.count_nonzero(~part.is_prefill)) < _LEAST_DECODED:
         return PUBLISHED
-    curve = _replayed(traces, policy, progress)
+    curve = _replayed(part, policy, progress)
     with suppress(MoeinfError):
         evidence.write_curve(subject.traces, policy, found, curve)
     return curve
@@ -101,8 +102,7 @@ def _read(paths: Sequence[Path], identity: ModelIdentity) -> list[Trace]:
     return traces
 
 
-def _replayed(traces: Sequence[Trace], policy: str, progress: Progress) -> HitCurve:
-    part = shorten(concatenate(traces), _REPLAYED_USES)
+def _replayed(part: Trace, policy: str, progress: Progress) -> HitCurve:
     history, sizes = list(events(part)), part.layer_sizes
     points = []
     with progress.task("replay traces", len(_SHARES), "replays") as task:

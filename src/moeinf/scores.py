@@ -6,6 +6,7 @@ Pure arithmetic on what `worker` and `rates` measured. Times in seconds, sizes i
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -101,7 +102,7 @@ class Score:
     def token_s(self, share: float) -> float | None:
         """The time within which this share of all tokens came."""
         times = sorted(time for one in self.runs for time in one.run.token_s)
-        return times[min(len(times) - 1, int(share * len(times)))] if times else None
+        return times[max(0, math.ceil(share * len(times)) - 1)] if times else None
 
     def per_token(self, name: str) -> float | None:
         """One of `systems.Counts` per decoded token: the median of the repetitions."""

@@ -105,7 +105,7 @@ def ranked(replays: Sequence[Replay]) -> list[str]:
 
 def shorten(trace: Trace, most_uses: int) -> Trace:
     """`trace`, or if it asks for more than `most_uses` experts, evenly spaced whole requests that together ask for
-    about as many at most; the last one may be cut.
+    about as many at most; the last one may be cut, its prompt first.
     """
     uses = int(np.count_nonzero(trace.experts != NO_EXPERT))
     if uses <= most_uses:
@@ -113,17 +113,22 @@ def shorten(trace: Trace, most_uses: int) -> Trace:
     room = max(1, trace.num_tokens * most_uses // uses)
     kept: list[Trace] = []
     for request in list(trace.sequences())[:: -(-uses // most_uses)]:
-        kept.append(_first_tokens(request, room))
+        kept.append(_last_tokens(request, room))
         room -= kept[-1].num_tokens
         if not room:
             break
     return concatenate(kept)
 
 
-def _first_tokens(request: Trace, tokens: int) -> Trace:
-    weights = None if request.weights is None else request.weights[:tokens]
-    rows = (request.sequence_id[:tokens], request.position[:tokens], request.is_prefill[:tokens])
-    return Trace(request.identity, request.experts[:tokens], weights, *rows)
+def _last_tokens(request: Trace, tokens: int) -> Trace:
+    """The answer, or so much of it, behind as much of the prompt as there is room for."""
+    prompt = int(np.count_nonzero(request.is_prefill))
+    begin = max(0, prompt - max(0, tokens - (request.num_tokens - prompt)))
+    part = slice(begin, begin + tokens)
+    weights = None if request.weights is None else request.weights[part]
+    foreseen = None if request.foreseen is None else request.foreseen[part]
+    rows = (request.sequence_id[part], request.position[part], request.is_prefill[part])
+    return Trace(request.identity, request.experts[part], weights, *rows, foreseen)
 
 
 def _advise(part: Trace, replays: Sequence[Replay], expert_bytes: int, tokens: int) -> Advice:

@@ -142,7 +142,8 @@ class Trials:
         if all(len(tokens) >= _FIRST_LOOK_TOKENS for tokens in tried.values()):
             seconds = _as_if_alike(tried)
             slowest = min(max(its) for its in seconds.values())
-            self._candidates = [way for way in self._candidates if min(seconds[way]) <= _HOPELESS * slowest]
+            most = max(slowest, _HOPELESS * slowest)  # either may be below 0
+            self._candidates = [way for way in self._candidates if min(seconds[way]) <= most]
 
 
 def _as_if_alike(tried: Mapping[str, Sequence[tuple[float, int]]]) -> dict[str, list[float]]:

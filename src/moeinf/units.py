@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import UsageError
@@ -28,6 +29,8 @@ def parse_size(text: str, *, whole_bytes: int | None = None) -> int:
     Raises UsageError for anything else, for a negative size, and for a share where nothing is there to take it of.
     """
     match = _SIZE.fullmatch(text.strip())
+    if match and not math.isfinite(float(match["number"]) * max(_FACTORS.values())):
+        raise UsageError(f"{text[:20]}… is more than there is", hint="write it like 900MiB or 12GB")
     unit = match["unit"].upper() if match else ""
     if match and unit == "%" and whole_bytes is not None:
         if float(match["number"]) > 100:

@@ -79,10 +79,9 @@ def trace(
                 should_stop=should_stop,
             )
     learned = engine.learned_requests
-    if not path.exists():
-        output.note(
-            f"stopped after {len(set(found.sequence_id.tolist()))} of {len(prompts)} prompts; the same command goes on"
-        )
+    done = len(set(found.sequence_id.tolist()))
+    if done < len(prompts):
+        output.note(f"stopped after {done} of {len(prompts)} prompts; the same command goes on")
         return INTERRUPTED
     domains = [prompts[number].domain for number in dict.fromkeys(found.sequence_id.tolist())]
     report = make_report(
