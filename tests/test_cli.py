@@ -399,6 +399,19 @@ def test_rm(stored: CommandLine) -> None:
     assert Store(stored.home).names() == []
 
 
+def test_rm_says_what_is_gone_when_it_cannot_go_on(stored: CommandLine) -> None:
+    store_model(stored.home, "other")
+    with Store(stored.home).hold("other"):
+        stored.check("""
+            $ moeinf rm tiny other -y
+            ! removed tiny, and nothing else
+            ! error: other is busy: this process is using it
+            ! hint: try again when it is done, or end it
+            = 1
+        """)
+    assert Store(stored.home).names() == ["other"]
+
+
 def test_rm_as_json(stored: CommandLine) -> None:
     stored.check("""
         $ moeinf rm -y --json org/tiny

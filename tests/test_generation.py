@@ -247,6 +247,15 @@ def test_what_a_generation_config_asks_for_that_a_conversation_cannot_have(
         assert engine.session().generate(PROMPT, GREEDY).tokens == wanted
 
 
+def test_a_prompt_of_one_token_is_a_prompt(engine: Engine) -> None:
+    """Also if it is the last of a longer one, and the only one that is new."""
+    session = engine.session()
+    for prompt in ([7], PROMPT, PROMPT):
+        experts = session.generate(prompt, Sampling(max_tokens=4, temperature=0)).stats.experts
+        assert experts.decode_requests == 3 * engine.manifest.token_experts
+        assert experts.requests > experts.decode_requests
+
+
 def test_a_temperature_may_be_a_whole_number(engine: Engine) -> None:
     assert engine.session().generate(PROMPT, Sampling(max_tokens=2, temperature=2, seed=1)).tokens
 

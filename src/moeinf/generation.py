@@ -163,7 +163,7 @@ class Session:
         config = make_generation_config(self._engine.generation_config, sampling, max_tokens)
         clock.begin()
         clock.reused = self._reuse(ids)
-        self._engine.runtime.begin_request(clock.reused)
+        self._engine.runtime.begin_request(clock.reused, len(ids) - clock.reused)
         self._prefill(ids, clock)
         prompt = torch.tensor([ids], device=model.device)
         output: Any = model.generate(

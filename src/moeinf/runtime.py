@@ -95,6 +95,7 @@ class ExpertRuntime:
         self.counter = counter
         self._is_closed = False
         self._requests = 0
+        self._prompt_left, self._is_prompt = 0, False
         self._lent: list[int] = []
         self._entered: deque[Arrival] = deque()
         """Arrivals that were entered in the cache before the step that may wait for them was told."""
@@ -123,8 +124,11 @@ class ExpertRuntime:
         spare = self._window + max(layer.top_k for layer in self._layers)
         self._warm_up = WarmUp(experts, self.cache, self._fetcher, spare)
 
-    def begin_request(self, position: int) -> None:
-        """A person asks for something, and the first token that is new has this position in the conversation."""
+    def begin_request(self, position: int, tokens: int = 0) -> None:
+        """A person asks for something: the first token that is new has this position in the conversation, and so many
+        are the prompt's, however few of them come at a time.
+        """
+        self._prompt_left = tokens
         self.cache.begin_request()
         self.counter.begin_request()
         if self.recorder is not None:
@@ -231,10 +235,13 @@ class ExpertRuntime:
         Raises what an expert's fetch raised (the path is in the message), or StepStopped.
         """
         self.require_open()
+        if layer == 0:
+            self._is_prompt = len(hidden) > 1 or self._prompt_left > 0
+            self._prompt_left -= len(hidden)
         if self.observer is not None:
             self.observer(layer, hidden, top_k_index, top_k_weights)
         if self.recorder is not None:
-            self.recorder.record(layer, top_k_index, top_k_weights, is_prefill=len(hidden) > 1)
+            self.recorder.record(layer, top_k_index, top_k_weights, is_prefill=self._is_prompt)
         if hidden.shape[0] == 1:
             experts = top_k_index[0].tolist()
             if len(set(experts)) == len(experts) and max(experts) < self._sizes[layer]:
@@ -248,7 +255,7 @@ class ExpertRuntime:
     ) -> torch.Tensor:
         """One token: all its experts are leased at once; those that are here are computed while the others arrive."""
         first, cache = self._first[layer], self.cache
-        cache.counters = self.decode
+        cache.counters = self.prefill if self._is_prompt else self.decode
         if layer == 0:
             self._prefetcher.begin_token()
         stalled_s = self.traffic.stall_s
@@ -257,7 +264,7 @@ class ExpertRuntime:
         self._settle(place)
         cache.observe(layer, [list(place)])
         self._prefetcher.observe(layer, [experts])
-        self.counter.count(layer, experts, 1, is_prefill=False)
+        self.counter.count(layer, experts, 1, is_prefill=self._is_prompt)
         step = Step(self)
         try:
             with self._on_host(layer, hidden, place) if self._misses else _ALL_FETCHED as on_host:

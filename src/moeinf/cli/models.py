@@ -170,8 +170,15 @@ def remove(
     if not (yes or output.confirm(f"remove {', '.join(names)}?", hint=shlex.join(["moeinf", "rm", "-y", *models]))):
         output.note("nothing was removed")
         return 1
-    for name in names:
-        store.remove(name)
+    removed: list[str] = []
+    try:
+        for name in names:
+            store.remove(name)
+            removed.append(name)
+    except MoeinfError:
+        if removed:
+            output.note(f"removed {', '.join(removed)}, and nothing else")
+        raise
     output.result({"removed": names}, lines=[f"removed {name}" for name in names], names=names)
     return 0
 
