@@ -1,7 +1,11 @@
-"""Checkpoints in the forms that experts are released in, packed, made of the tiny families' weights."""
+"""Checkpoints in the forms that experts are released in, packed, made of the tiny families' weights; and stored models
+with other bytes, as if these had been pulled.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-__all__ = ["FLOAT8_CONFIG", "edit", "edit_config", "pack_float8", "pack_mxfp4"]
+from moeinf.manifest import MANIFEST_NAME, FileRecord
+from moeinf.store import StoredModel
+
+__all__ = ["FLOAT8_CONFIG", "edit", "edit_config", "pack_float8", "pack_mxfp4", "rewrite"]
 
 BLOCK = 128
 FLOAT8_CONFIG = {
@@ -76,3 +83,12 @@ def pack_float8(folder: Path, scales_dtype: torch.dtype = torch.float32) -> dict
 
     edit_config(folder, quantization_config=FLOAT8_CONFIG)
     return edit(folder, pack)
+
+
+def rewrite(model: StoredModel, path: str, data: bytes) -> StoredModel:
+    """The model with other bytes in one of its files, which are what its manifest says."""
+    (model.path / path).write_bytes(data)
+    files = {**model.manifest.files, path: FileRecord(len(data), hashlib.sha256(data).hexdigest())}
+    manifest = dataclasses.replace(model.manifest, files=files)
+    (model.path / MANIFEST_NAME).write_text(manifest.to_json())
+    return dataclasses.replace(model, manifest=manifest)

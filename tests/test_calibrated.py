@@ -30,6 +30,7 @@ from moeinf.pull import pull
 from moeinf.quality import compare
 from moeinf.quantizing import quantize_model
 from moeinf.store import Store, StoredModel
+from packing import rewrite
 
 INT4 = ExpertForm("int4", 16)
 TEXTS = [Prompt("", "".join(chr(33 + (7 * n * n + 3 * n + k) % 90) for k in range(60 + n))) for n in range(12)]
@@ -212,10 +213,8 @@ def test_what_is_refused(plain: StoredModel, store: Store, monkeypatch: pytest.M
 
 
 def test_weights_that_are_not_finite_are_named(plain: StoredModel, store: Store) -> None:
-    path = plain.path / expert_path(1, 3)
-    data = bytearray(path.read_bytes())
-    data[-2:] = b"\xc0\x7f"  # NaN in bfloat16
-    path.write_bytes(data)
+    data = (plain.path / expert_path(1, 3)).read_bytes()
+    plain = rewrite(plain, expert_path(1, 3), data[:-2] + b"\xc0\x7f")  # NaN in bfloat16
     with pytest.raises(IntegrityError, match=r"down_proj of expert 3 of .* holds NaN"):
         quantize_model(plain, "small", INT4, store=store, calibration=calibrate(plain))
 

@@ -320,8 +320,9 @@ def _work(asked: dict[str, Any], limit: int | None) -> Any:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         if done.returncode in (-9, 137):
-            within = f"of {format_bytes(limit)} " if limit is not None else ""
-            raise _EndedError(f"killed: it needs more memory than the limit {within}allows")
+            if limit is None:
+                raise _EndedError("killed, as the system does when memory runs out")
+            raise _EndedError(f"killed: it needs more memory than the limit of {format_bytes(limit)} allows")
         raise _EndedError(f"ended with {done.returncode}: {last}")
     answer = json.loads(done.stdout)
     if "error" in answer:

@@ -190,6 +190,8 @@ def _budget(score: Score) -> str:
 
 def _verdict(report: Report) -> str:
     same = "all produced the same tokens" if report.same_tokens else "NOT all produced the same tokens"
+    if not any(score.runs for score in report.scores):
+        same = "nothing was measured"
     limit = "the limit was enforced" if not report.unenforced else "the limit was NOT enforced"
     known = f"; {report.known_prompts} of the prompts were KNOWN from a trace" if report.known_prompts else ""
     return f"{same}; {limit}{known}"
