@@ -50,6 +50,7 @@ USED = [
     ("transformers.quantizers.auto", "AutoHfQuantizer.from_config", {"quantization_config"}),
     ("transformers.quantizers.base", "HfQuantizer.get_new_dtype", {"converter", "param", "dtype"}),
     ("transformers.quantizers.base", "HfQuantizer.update_weight_conversions", {"weight_conversions", "model"}),
+    ("transformers.utils.output_capturing", "_active_collector.set", None),
     (
         "transformers.utils.quantization_config",
         "FineGrainedFP8Config",

@@ -17,13 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-try:
-    from transformers.utils import output_capturing
-except ImportError:  # versions before 5.2 or so collect outputs in other ways
-    _active_collector: Any = None
-else:
-    _active_collector = getattr(output_capturing, "_active_collector", None)
-"""Where transformers collects what its routers gave, for who asks for that: not what they are only asked early."""
+from .metamodel import output_collector
 
 __all__ = ["GatePredictor", "first_decoder_layer"]
 
@@ -106,7 +100,7 @@ class GatePredictor:
         expected = self._changes[following].expect(self._state, added if entry.norm else None)
         computed_by = experts.moeinf
         experts.moeinf = (self, following)
-        collector = _active_collector.set(None) if _active_collector else None
+        collector = output_collector.set(None)  # what routers gave is collected for who asks, and this is no answer
         try:
             with torch.no_grad():
                 entry.run(expected, more)
@@ -115,8 +109,7 @@ class GatePredictor:
             return self._named if right.is_enough else []
         finally:
             experts.moeinf = computed_by
-            if _active_collector:
-                _active_collector.reset(collector)
+            output_collector.reset(collector)
         return []
 
     def forward(

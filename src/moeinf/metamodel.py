@@ -33,6 +33,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.output_capturing import _active_collector
 
 from .checkpoint import CONFIG_NAME
 from .errors import IntegrityError, MoeinfError, UnsupportedError, UsageError
@@ -50,10 +51,14 @@ __all__ = [
     "is_experts_module",
     "load_config",
     "model_shape",
+    "output_collector",
 ]
 
 MATHS_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """What the model's maths can be done in, by the names that people give."""
+
+output_collector: Any = _active_collector
+"""Where a running model collects what its routers gave, and more, for who asked for that; None while nobody did."""
 
 _EXPANDABLE = {"fp8": "float8 blocks", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}
 """Quantisations that transformers can undo while it loads, by the names that config.json has for them."""
