@@ -34,7 +34,7 @@ from moeinf.checkpoint import Checkpoint
 from moeinf.conversion import Plan, _keeps_experts_apart, _lay_out_experts, plan_conversion
 from moeinf.errors import IntegrityError, UnsupportedError, UsageError
 from moeinf.manifest import MoeLayer
-from moeinf.metamodel import MetaModel, choose_dtype, load_config
+from moeinf.metamodel import CACHE, MetaModel, choose_dtype, load_config
 
 
 def write_config(folder: Path, config: PreTrainedConfig | None = None, **fields: Any) -> Path:
@@ -161,7 +161,7 @@ def test_the_kv_cache_is_as_large_as_the_real_one(family: str, tokens: int, tmp_
     probe = meta_model(family, tmp_path).probe()
     model = make_model(family)
     with torch.no_grad():
-        cache = model(torch.full((1, tokens), 5), use_cache=True).past_key_values
+        cache = getattr(model(torch.full((1, tokens), 5), use_cache=True), CACHE)
     assert probe.origin == "measured"
     assert probe.fixed_bytes + tokens * probe.token_bytes == _bytes_in(cache)
 

@@ -17,6 +17,7 @@ from families import make_checkpoint
 from moeinf import Sampling
 from moeinf.engine import Engine
 from moeinf.errors import UsageError
+from moeinf.metamodel import CACHE
 from moeinf.pull import pull
 from moeinf.store import Store
 
@@ -286,8 +287,8 @@ def test_routers_that_are_asked_early_are_not_collected(tiny: str) -> None:
     found = []
     for prefetch in ("off", "gate"):
         with moeinf.load(tiny, experts="50%", prefetch=prefetch) as engine, torch.inference_mode():
-            cache = engine.model(torch.tensor([PROMPT]), use_cache=True).past_key_values
+            cache = getattr(engine.model(torch.tensor([PROMPT]), use_cache=True), CACHE)
             for _ in range(2):
-                made = engine.model(torch.tensor([[5]]), past_key_values=cache, output_router_logits=True)
+                made = engine.model(torch.tensor([[5]]), output_router_logits=True, **{CACHE: cache})
             found.append(len(made.router_logits))
     assert found[0] == found[1]

@@ -41,7 +41,7 @@ USED = [
     (
         "transformers.integrations.sdpa_attention",
         "sdpa_attention_forward",
-        {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias", "cache"},
+        {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "position_bias"},
     ),
     ("transformers.modeling_utils", "PreTrainedModel._get_dtype_plan", {"dtype"}),
     ("transformers.models.auto.auto_factory", "_get_model_class", {"config", "model_mapping"}),

@@ -22,6 +22,7 @@ from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativePool
 from moeinf.kvcache import make_cache
 from moeinf.latents import _Expanded, keep_expanded
+from moeinf.metamodel import CACHE
 from moeinf.pull import pull
 from moeinf.store import Store
 from test_native import LIBRARY, TORCH_S
@@ -74,7 +75,7 @@ class Pair:
         ids = torch.randint(4, 100, (1, tokens), generator=self.generator)
         with mode():
             theirs, ours = (
-                each(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                each(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
                 for each, cache in zip((self.model, self.twin), caches, strict=True)
             )
         assert torch.isfinite(theirs).all()

@@ -21,6 +21,7 @@ from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativePool
 from moeinf.kernels.self_attention import NativeSelfAttention
 from moeinf.kvcache import make_cache
+from moeinf.metamodel import CACHE
 from test_native import LIBRARY, TORCH_S
 
 pytestmark = [
@@ -84,7 +85,7 @@ def hold_the_same(model: Any, native: Any, pieces: list[int], context: int = 256
         for tokens in pieces:
             ids = torch.randint(4, 100, (1, tokens), generator=generator)
             theirs, ours = (
-                each(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                each(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
                 for each, cache in zip((model, native), caches, strict=True)
             )
             assert torch.isfinite(theirs).all()
@@ -131,7 +132,7 @@ def test_heads_may_be_turned_in_part(pool: NativePool, asked: list[int]) -> None
 def attend(module: Any, x: torch.Tensor, cache: Any = None, **more: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     angles = tuple(torch.randn(1, x.shape[1], 64, generator=generator).bfloat16() for _ in range(2))
-    named = {"hidden_states": x, "position_embeddings": angles, "attention_mask": None, "past_key_values": cache}
+    named = {"hidden_states": x, "position_embeddings": angles, "attention_mask": None, CACHE: cache}
     output: torch.Tensor = module(**{**named, **more})[0]
     return output
 

@@ -21,6 +21,7 @@ from .draw import QuickDraw, draws_as_torch_does
 from .errors import UsageError
 from .hooks import quiet
 from .kvcache import can_crop, make_cache
+from .metamodel import CACHE
 from .runtime import StepStopped
 from .stats import Stats
 
@@ -170,13 +171,13 @@ class Session:
             prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=config,
-            past_key_values=self._cache,
             logits_processor=_draw(config, model.device),
             streamer=clock,
             stopping_criteria=StoppingCriteriaList([clock.criterion()]),
             return_dict_in_generate=True,
+            **{CACHE: self._cache},
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, CACHE)
         sequence: list[int] = output.sequences[0].tolist()
         self._tokens = sequence[:-1]  # the last token was made, and not yet read
         return sequence[len(ids) :]
@@ -214,9 +215,7 @@ class Session:
             if clock.is_stopped():
                 raise StepStopped
             piece = torch.tensor([ids[begin : begin + step]], device=self._engine.model.device)
-            self._engine.model(
-                input_ids=piece, past_key_values=self._cache, use_cache=True, **self._engine.last_logits_only
-            )
+            self._engine.model(input_ids=piece, use_cache=True, **{CACHE: self._cache}, **self._engine.last_logits_only)
             self._tokens = ids[: begin + step]
 
     def _finish_reason(self, new: list[int], max_tokens: int, clock: _Clock) -> FinishReason:

@@ -34,7 +34,7 @@ from .interrupts import KeptInterrupt
 from .kernels import LosslessLinear, NativeAttention, SelfAttentions
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
-from .metamodel import causal_lm_class, is_experts_module
+from .metamodel import CACHE, causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
 
 __all__ = ["announce_tokens", "attach", "attend", "load_dense_model", "move", "quiet"]
@@ -179,7 +179,7 @@ class _Loans:
         self._runtime.require_open()
         given = kwargs.get("input_ids", args[0] if args else None)
         if given is not None:
-            self._lend(given.numel(), self._count(kwargs.get("past_key_values"), given.numel()))
+            self._lend(given.numel(), self._count(kwargs.get(CACHE, kwargs.get("past_key_values")), given.numel()))
 
     def end(self, *_: Any) -> None:
         """It has ended; after a KeyboardInterrupt torch does not say so."""

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .ledger import SPARE_WINDOW
+from .metamodel import CACHE
 from .transfer import allocate_buffer
 
 __all__ = [
@@ -65,8 +66,8 @@ def continues(model: PreTrainedModel, context: int) -> bool:
     cache = make_cache(model.config.get_text_config(decoder=True), context)
     with torch.inference_mode():
         whole = untyped(ids, use_cache=False).logits[0, -1].float()
-        untyped(first, past_key_values=cache, use_cache=True)
-        parts = untyped(second, past_key_values=cache, use_cache=True).logits[0, -1].float()
+        untyped(first, use_cache=True, **{CACHE: cache})
+        parts = untyped(second, use_cache=True, **{CACHE: cache}).logits[0, -1].float()
     return bool((parts - whole).norm() <= _ALIKE * whole.norm())
 
 

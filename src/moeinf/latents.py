@@ -17,6 +17,7 @@ from torch import nn
 
 from .kernels import NativeLinear
 from .kvcache import GrowingLayer, States, set_aside
+from .metamodel import CACHE
 
 __all__ = ["keep_expanded"]
 
@@ -90,7 +91,7 @@ class _Expanded:
             self._memory = self._layer = None
 
     def _see_cache(self, _module: nn.Module, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._cache = named.get("past_key_values")
+        self._cache = named.get(CACHE)
 
     def _forget_cache(self, *_: Any) -> None:
         self._cache = None

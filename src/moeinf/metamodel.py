@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     initialization,
@@ -42,6 +44,7 @@ from .manifest import Manifest, are_whole_panels
 from .settings import check_transformers
 
 __all__ = [
+    "CACHE",
     "MATHS_DTYPES",
     "LoadedConfig",
     "MetaModel",
@@ -56,6 +59,9 @@ __all__ = [
 
 MATHS_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """What the model's maths can be done in, by the names that people give."""
+
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+"""What models and what they return call the KV cache; since transformers 5.24 it is the first."""
 
 output_collector: Any = _active_collector
 """Where a running model collects what its routers gave, and more, for who asked for that; None while nobody did."""
@@ -337,7 +343,8 @@ class MetaModel:
 
     def _cache_after(self, tokens: int) -> Any:
         with torch.no_grad(), torch.device("meta"):
-            return self.model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=True).past_key_values
+            made = self.model(input_ids=torch.zeros((1, tokens), dtype=torch.long), use_cache=True)
+            return getattr(made, CACHE)
 
     def _guess_probe(self) -> Probe:
         token_bytes = 0

@@ -36,9 +36,9 @@ __all__ = [
 DEFAULT_POLICY = "neighbour-use"
 """What the evidence picks (docs/policies.md)."""
 
-TRANSFORMERS = "transformers>=5.21,<5.24"
-"""What pyproject.toml asks for. In 5.21 quantizers and conversions became what conversion.py runs; in 5.24 models call
-their KV cache by another name, by which native attention and kept latents do not find it.
+TRANSFORMERS = "transformers>=5.21,<5.25"
+"""What pyproject.toml asks for. In 5.21 quantizers and conversions became what conversion.py runs; later versions than
+5.24 were not tried, and 5.24 alone renamed what all models are called with.
 """
 
 MANY_PROGRAMS, FEW_PROGRAMS = 128, 32

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeinf.metamodel import CACHE
+
 from .attention import AttentionCall, NativeAttention
 from .dense import NativeLinear, NativeNorm
 
@@ -26,7 +28,7 @@ __all__ = ["SelfAttentions"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
-_ASKED = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
+_ASKED = {"hidden_states", "position_embeddings", "attention_mask", CACHE}
 """What a module's forward may ask for by name. Whatever else it takes it hands on."""
 _MEANT_FOR_OTHERS = {"cache_position", "position_ids", "use_cache"}
 """What decoder layers hand on, and attention that has its angles and its cache does not look at."""
@@ -100,10 +102,10 @@ class NativeSelfAttention:
         hidden_states: torch.Tensor | None = None,
         position_embeddings: States | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **others: Any,
     ) -> torch.Tensor | None:
         """The output [1, 1, H] for one token [1, 1, H]; None if it is anything else, and then nothing has changed."""
+        cache = others.pop(CACHE, None)
         if hidden_states is None or hidden_states.numel() != self._hidden or attention_mask is not None:
             return None
         if position_embeddings is None or self._pool.handle is None or not all(map(_is_of_no_matter, others.items())):
@@ -111,7 +113,7 @@ class NativeSelfAttention:
         cos, sin = position_embeddings
         if not hidden_states.dtype == cos.dtype == sin.dtype == torch.bfloat16 or not self._turns(cos, sin):
             return None
-        layers = getattr(past_key_values, "layers", ())
+        layers = getattr(cache, "layers", ())
         layer = layers[self._place] if self._place < len(layers) else None
         grow: Callable[[], States | None] | None = getattr(layer, "grow", None)
         states = grow() if grow is not None else None
@@ -173,7 +175,7 @@ class NativeSelfAttention:
                         hidden_states=hidden,
                         position_embeddings=(cos, sin),
                         attention_mask=None,
-                        past_key_values=cache,
+                        **{CACHE: cache},
                     )
                 except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
                     return False  # it wants more than this

@@ -24,7 +24,7 @@ from moeinf.kernels import choose_maths, speed_up_dense
 from moeinf.kvcache import make_cache
 from moeinf.ledger import MemoryPlan
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
-from moeinf.metamodel import causal_lm_class, is_experts_module
+from moeinf.metamodel import CACHE, causal_lm_class, is_experts_module
 from moeinf.native_reader import open_reader
 from moeinf.policies import make_policy
 from moeinf.predictors import Predictor
@@ -134,7 +134,7 @@ class _Decoder:
         if len(self.times) % _CONTEXT == 0:
             self._cache = make_cache(self._model.config, _CONTEXT)
         begin = time.perf_counter()
-        logits = self._model(self._token, past_key_values=self._cache, use_cache=True).logits
+        logits = self._model(self._token, use_cache=True, **{CACHE: self._cache}).logits
         self.times.append(time.perf_counter() - begin)
         self._token = torch.multinomial(logits[0, -1].float().softmax(-1), 1)[None]
 
