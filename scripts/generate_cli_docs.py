@@ -41,7 +41,7 @@ An engine option (`--device` to `--threads` above) that is not on the command li
 | `--device-memory` | what is free, less a twentieth | of the GPU |
 | `--host-memory` | what is available, less 1 GiB | everything but Python and the libraries; behind a GPU, its experts alone ([planning.md](planning.md#the-plan)) |
 | `--experts` | as many as fit | slots, a number or a share of all experts |
-| `--context` | 4096 | less where the model was made for less, or the KV cache would take more than an eighth of the memory |
+| `--context` | 4096 | less where the model was made for less, the KV cache would take more than an eighth of the memory, or the rest would not fit |
 | `--policy` | `neighbour-use` | [policies.md](policies.md) |
 | `--prefetch` | `auto` | `gate`: the next layer's router, asked early; `eam`: what past tokens and requests chose; `auto`: what pays, found by trying; `off` ([architecture.md](architecture.md#the-life-of-one-token)) |
 | `--miss` | `fetch` | [gpu.md](gpu.md#computed-where-it-is) |
