@@ -4,6 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import moeinf
+from moeinf import memory
+from moeinf.errors import CapacityError
 from moeinf.memory import (
     available_bytes,
     cgroup_headrooms,
@@ -79,3 +84,15 @@ def test_numbers_of_this_machine_make_sense() -> None:
     limit, (swap, free_swap) = limit_bytes(), swap_bytes()
     assert limit is None or 0 < limit < total_bytes()
     assert 0 <= free_swap <= swap
+
+
+@pytest.mark.parametrize(("limit", "there_is"), [(None, "there are 20.0 MiB"), (19 * MIB, "allows 19.0 MiB")])
+def test_a_plan_of_more_than_there_can_be_is_refused(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, limit: int | None, there_is: str
+) -> None:
+    monkeypatch.setattr(memory, "total_bytes", lambda: 20 * MIB)
+    monkeypatch.setattr(memory, "limit_bytes", lambda: limit)
+    with pytest.raises(CapacityError, match=there_is) as error:
+        moeinf.load(tiny, host_memory="1GiB")
+    assert error.value.hint is not None
+    assert "MiB or less" in error.value.hint

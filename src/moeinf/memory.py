@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 
+from .errors import CapacityError
 from .ledger import Libraries, MemoryPlan, ModelShape, make_device_plan, make_plan
 from .manifest import Manifest
 from .settings import EngineOptions
-from .units import KIB
+from .units import KIB, MIB, format_bytes
 
 __all__ = [
     "available_bytes",
@@ -70,17 +71,28 @@ def plan_memory(
     widening: int = 1,
     libraries: Libraries = Libraries(),
 ) -> MemoryPlan:
-    """The plan for this machine as it is now; the engine keeps to it, and `profile` shows it. Raises as `make_plan`."""
-    return make_plan(
+    """The plan for this machine as it is now; the engine keeps to it, and `profile` shows it. Raises as `make_plan`,
+    and CapacityError for a plan of more than there can be.
+    """
+    free, limit = available_bytes(), limit_bytes()
+    plan = make_plan(
         manifest,
         shape,
-        available_bytes=available_bytes(),
+        available_bytes=free,
         host_memory=options.host_memory,
         experts=options.experts,
         context=options.context,
         widening=widening,
         libraries=libraries,
     )
+    if plan.total > (limit or total_bytes()):
+        there_is = f"its cgroup allows {format_bytes(limit)}" if limit else f"there are {format_bytes(total_bytes())}"
+        raise CapacityError(
+            f"with --host-memory {options.host_memory} the model would hold {format_bytes(plan.total)} of memory, and"
+            f" {there_is}",
+            hint=f"give it --host-memory {free // MIB}MiB or less, as much as is free now",
+        )
+    return plan
 
 
 def plan_device_memory(
