@@ -100,6 +100,19 @@ def test_every_setting_is_measured_and_rivals_once_per_budget(processes: Process
     assert [job.engine.get("experts") for job, _ in processes.jobs] == ["4", "4", None, "8", "8", None]
 
 
+def test_a_budget_that_is_asked_for_is_what_all_get(processes: Processes) -> None:
+    """Without one, a number of experts has the memory that just these take."""
+    asked = measure(replace(OURS, host_memory="400MiB"), rivals=["mmap"], repeat=1)
+    assert [score.budget for score in asked.scores] == [400 << 20] * 2
+    assert processes.jobs[0][0].engine["host_memory"] == str(400 << 20)
+    assert measure(OURS, repeat=1).scores[0].budget < 400 << 20
+
+
+def test_a_layer_is_whole_from_its_last_expert_on(tiny: str) -> None:
+    stored = Store().open(tiny)  # 2 layers of 8
+    assert [bench_module._whole_layers(stored, slots) for slots in (7, 8, 15, 16, 99)] == [0, 1, 1, 2, 2]
+
+
 def test_cold_and_warm(processes: Processes) -> None:
     report = measure(starts=("cold", "warm"), repeat=1)
     cold, warm = (job for job, _ in processes.jobs)

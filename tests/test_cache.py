@@ -82,6 +82,15 @@ def test_what_passes_through_leaves_the_others_where_they_are() -> None:
     assert [cache.is_resident(expert) for expert in range(4)] == [False, True, True, True]
 
 
+def test_what_passes_through_is_no_use_of_what_is_here() -> None:
+    cache = make_cache(2)
+    fill(cache, 0, 1)
+    assert cache.acquire(0, keep=False) == (0, Outcome.HIT)
+    cache.release(0)
+    fill(cache, 2)
+    assert cache.slot(0) is None  # the oldest, as before
+
+
 def test_lent_slots_are_out_of_use_until_given_back() -> None:
     cache = make_cache(4)
     fill(cache, 0, 1, 2)

@@ -17,7 +17,7 @@ import moeinf
 from families import make_checkpoint
 from moeinf import compiling, engine
 from moeinf.errors import UnsupportedError
-from moeinf.evidence import read_runs
+from moeinf.evidence import owner, read_runs
 from moeinf.pull import pull
 from moeinf.store import TRACES_FOLDER, Store
 
@@ -88,7 +88,8 @@ def test_such_answers_are_no_evidence(home: Path, tmp_path: Path) -> None:
         with moeinf.load("model", kernels="torch", compile=compile_) as loaded:
             loaded.generation_config.eos_token_id = None
             loaded.session().generate(PROMPT, moeinf.Sampling(max_tokens=20))
-        noted.append(len(read_runs(Store(home).path("model") / TRACES_FOLDER)))
+        stored = Store(home).open("model")
+        noted.append(len(read_runs(stored.path / TRACES_FOLDER, owner(stored.manifest))))
     assert noted == [0, 1]
 
 

@@ -289,6 +289,15 @@ def test_what_requests_used_is_kept_for_the_next_start(tiny: str, tiny_home: Pat
             assert matrices[-1].sum(axis=2).tolist() == [[6, 6], [16, 16]]  # 3 tokens read, 8 made and read, k = 2
 
 
+def test_a_prompt_of_one_token_is_learned_as_a_prompt(tiny: str) -> None:
+    with moeinf.load(tiny) as engine:
+        engine.generation_config.eos_token_id = None
+        engine.session().generate([5], moeinf.Sampling(max_tokens=9, temperature=0))
+        engine.save_collection()
+        matrix = engine.runtime.counter.collection.matrices[-1]
+        assert matrix.sum(axis=2).tolist() == [[2, 2], [16, 16]]  # a token read, 8 made and read, k = 2
+
+
 def test_what_two_at_a_time_learned_is_kept_together(tiny: str) -> None:
     sampling = moeinf.Sampling(max_tokens=9, temperature=0)
     with moeinf.load(tiny) as one, moeinf.load(tiny) as other:

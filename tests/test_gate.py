@@ -9,7 +9,7 @@ import torch
 
 import moeinf
 from families import make_checkpoint
-from moeinf.gate import GatePredictor, _Change, _Share
+from moeinf.gate import _RETRY_TOKENS, GatePredictor, _Change, _Share
 from moeinf.pull import pull
 from moeinf.store import Store
 
@@ -92,7 +92,8 @@ def test_nothing_is_named_of_a_layer_that_never_ran_and_for_many_tokens(tiny: st
     with moeinf.load(tiny, experts="50%", prefetch="gate") as engine, torch.inference_mode():
         gate = GatePredictor(engine.model, engine.experts_modules)
         answers: list[list[int]] = []
-        for layer, module in enumerate(engine.experts_modules.values()):
+        modules = list(engine.experts_modules.values())
+        for layer, module in enumerate(modules):
             module.register_forward_hook(lambda _, args, output, layer=layer: answers.append(gate.predict(layer)))
         engine.model(torch.tensor([[7]]))
         engine.model(torch.tensor([[7, 8]]))
@@ -100,3 +101,9 @@ def test_nothing_is_named_of_a_layer_that_never_ran_and_for_many_tokens(tiny: st
         engine.model(torch.tensor([[7]]))
         assert answers[-2] != []
         assert all(module.moeinf[0] is engine.runtime for module in gate._experts)
+        gate._right[1]._share, gate._right[1]._refused = 0.0, _RETRY_TOKENS - 1
+        engine.model(torch.tensor([[7]]))
+        assert (answers[-2], gate._named != []) == ([], True)  # asked, to see whether it comes true again
+        modules[0].register_forward_pre_hook(lambda *_: gate.forget())
+        engine.model(torch.tensor([[7]]))
+        assert (answers[-2], gate._right[1].is_enough) == ([], True)

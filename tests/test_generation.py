@@ -16,7 +16,8 @@ import moeinf
 from families import make_checkpoint
 from moeinf import Sampling
 from moeinf.engine import Engine
-from moeinf.errors import UsageError
+from moeinf.errors import MoeinfError, UsageError
+from moeinf.generation import make_generation_config
 from moeinf.metamodel import CACHE
 from moeinf.pull import pull
 from moeinf.store import Store
@@ -81,13 +82,14 @@ def test_clearing_forgets(engine: Engine) -> None:
     assert computed[0] == 40
 
 
-def test_a_prompt_in_pieces_gives_the_same_tokens(tiny: str, engine: Engine) -> None:
+@pytest.mark.parametrize(("most", "pieces"), [(16, [16, 16, 8]), (20, [20, 20])])
+def test_a_prompt_in_pieces_gives_the_same_tokens(tiny: str, engine: Engine, most: int, pieces: list[int]) -> None:
     whole = engine.session().generate(PROMPT, GREEDY)
-    engine.plan = dataclasses.replace(engine.plan, step_tokens=16, token_workspace=1 << 40)
+    engine.plan = dataclasses.replace(engine.plan, step_tokens=most, token_workspace=1 << 40)
     computed = count_positions(engine)
     session = engine.session()
     assert session.generate(PROMPT, GREEDY).tokens == whole.tokens
-    assert computed[:3] == [16, 16, 8]
+    assert computed == pieces + [1] * 9
     assert session.cached_tokens == 49
 
 
@@ -139,7 +141,26 @@ def test_stopping_in_a_prompt_ends_at_the_next_layer(engine: Engine) -> None:
     assert completion.tokens == ()
     assert completion.finish_reason == "interrupted"
     assert session.cached_tokens == 0
+    engine.model(torch.tensor([PROMPT]))  # who asked to stop asks no more
     assert session.generate(PROMPT, GREEDY).tokens == engine.session().generate(PROMPT, GREEDY).tokens
+
+
+def test_what_an_error_left_half_written_is_forgotten(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = engine.session()
+    first = session.generate(PROMPT, GREEDY)
+    forward = engine.runtime.forward
+
+    def fail(layer: int, *step: torch.Tensor) -> torch.Tensor:
+        if layer == 1:
+            raise MoeinfError("the disk failed")
+        return forward(layer, *step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runtime, "forward", fail)
+        with pytest.raises(MoeinfError, match="the disk failed"):
+            session.generate([*PROMPT, *first.tokens, 7, 8], GREEDY)
+    assert session.cached_tokens == 0
+    assert session.generate(PROMPT, GREEDY).tokens == first.tokens
 
 
 def test_stopping_while_a_prompt_is_computed_anew_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +185,9 @@ def test_stopping_while_a_prompt_is_computed_anew_is_told(engine: Engine, monkey
 
 
 def test_the_context_is_kept(engine: Engine) -> None:
-    full = engine.session().generate(PROMPT, Sampling(temperature=0))
-    assert (len(full.tokens), full.finish_reason) == (128 - 40, "length")
+    for asked in (None, 1000):
+        full = engine.session().generate(PROMPT, Sampling(max_tokens=asked, temperature=0))
+        assert (len(full.tokens), full.finish_reason) == (128 - 40, "length")
     with pytest.raises(UsageError, match="has 128 tokens and the context holds 128"):
         engine.session().generate(PROMPT * 3 + PROMPT[:8], GREEDY)
 
@@ -255,6 +277,21 @@ def test_a_prompt_of_one_token_is_a_prompt(engine: Engine) -> None:
         experts = session.generate(prompt, Sampling(max_tokens=4, temperature=0)).stats.experts
         assert experts.decode_requests == 3 * engine.manifest.token_experts
         assert experts.requests > experts.decode_requests
+
+
+def test_what_a_person_leaves_open_is_as_the_model_has_it() -> None:
+    untyped: Any = GenerationConfig
+    base = untyped(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
+    for sampling, wanted in (
+        (Sampling(), (True, 0.7, 0.8, 20)),
+        (Sampling(temperature=1.5), (True, 1.5, 0.8, 20)),
+        (Sampling(top_p=0.5), (True, 0.7, 0.5, 20)),
+        (Sampling(top_k=0), (True, 0.7, 0.8, 0)),
+        (Sampling(temperature=0), (False, None, None, None)),
+    ):
+        made = make_generation_config(base, sampling, 5)
+        assert (made.do_sample, made.temperature, made.top_p, made.top_k) == wanted
+    assert make_generation_config(untyped(), Sampling(top_p=0.5), 5).do_sample
 
 
 def test_a_temperature_may_be_a_whole_number(engine: Engine) -> None:

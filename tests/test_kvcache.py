@@ -18,6 +18,7 @@ CONTEXT = 512
 WINDOW = 40
 FULL = Qwen3MoeConfig(num_hidden_layers=1)
 SLIDING = Qwen3MoeConfig(num_hidden_layers=1, sliding_window=WINDOW, use_sliding_window=True)
+WIDE = Qwen3MoeConfig(num_hidden_layers=1, sliding_window=2 * CONTEXT, use_sliding_window=True)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,9 @@ def test_a_window_moves_once_in_a_sixteenth_of_it() -> None:
     assert moves == (CONTEXT - 170) // 11 + 1
 
 
-@pytest.mark.parametrize(("config", "most_tokens"), [(FULL, CONTEXT), (SLIDING, WINDOW + WINDOW // 16)])
+@pytest.mark.parametrize(
+    ("config", "most_tokens"), [(FULL, CONTEXT), (SLIDING, WINDOW + WINDOW // 16), (WIDE, CONTEXT)]
+)
 def test_no_more_memory_is_taken_than_is_counted(config: PreTrainedConfig, most_tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     cache: Any = make_cache(config, CONTEXT)

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from moeinf.errors import CapacityError, UsageError
-from moeinf.ledger import Libraries, MemoryPlan, ModelShape, make_device_plan, make_plan, slot_bytes
+from moeinf.ledger import (
+    Libraries,
+    MemoryPlan,
+    ModelShape,
+    can_cache_files,
+    make_device_plan,
+    make_plan,
+    slot_bytes,
+)
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 
 MIB = 1 << 20
@@ -121,7 +129,8 @@ def test_experts_have_the_room_of_tokens_that_are_yet_to_come() -> None:
     assert made.slots_at(0) == made.most_slots
     assert made.slots_at(made.context) == made.slots
     for held in range(0, made.context, 100):
-        touched = made.dense + made.workspace + held * made.kv_token
+        rows = min(held + 128, made.context)  # those of one head lie together, and count by the page
+        touched = made.dense + made.workspace + rows * made.kv_token
         assert touched + made.slots_at(held) * made.slot_bytes <= made.budget
         assert made.slots <= made.slots_at(held + 1) <= made.slots_at(held)
         longer = made.lent_slots(2048, held) * made.slot_bytes
@@ -171,6 +180,27 @@ def test_a_shorter_context_is_proposed_where_it_helps() -> None:
     with pytest.raises(CapacityError) as caught:
         plan(1)
     assert "context" not in str(caught.value.hint)
+
+
+def test_a_context_that_is_chosen_is_halved_until_it_fits() -> None:
+    for tokens in (4096, 2048, 512):
+        budget = str(plan(8000 * MIB, experts="1000", context=tokens).total)
+        assert plan(8000 * MIB, experts="1000", host_memory=budget).context == tokens
+
+
+def test_a_window_has_room_for_a_sixteenth_more() -> None:
+    plain = make_manifest()
+    sliding = dataclasses.replace(plain, kv_fixed_bytes=64 * MIB)
+    more = plan(4000 * MIB, sliding, context=512).workspace - plan(4000 * MIB, plain, context=512).workspace
+    assert more == 4 * MIB
+
+
+def test_files_are_cached_where_all_of_them_have_room_beside_the_slots() -> None:
+    manifest = make_manifest()
+    made = plan(3000 * MIB, manifest)
+    needed = made.total + manifest.experts_bytes
+    assert can_cache_files(made, manifest, needed)
+    assert not can_cache_files(made, manifest, needed - 1)
 
 
 def test_below_one_layers_need_is_refused_with_the_number_that_would_do() -> None:
@@ -240,6 +270,10 @@ def test_regimes_of_two_tiers() -> None:
     resident = device_plan(8 * GIB, 8 * GIB)
     assert resident.host is not None
     assert resident.host.slots == 32  # experts pass through, and are needed there no more
+    assert resident.with_slots(1024).host == resident.host
+    fewer = resident.with_slots(1023).host
+    assert fewer is not None
+    assert fewer.slots == 1024
 
 
 @pytest.mark.parametrize("option", ["device_memory", "host_memory"])

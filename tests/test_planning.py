@@ -21,7 +21,7 @@ from moeinf import demo, hub, memory, planning
 from moeinf.cli.output import Mode, Output
 from moeinf.cli.planning import show_plan
 from moeinf.errors import CapacityError, ModelNotFoundError, MoeinfError, UnsupportedError
-from moeinf.evidence import CURVE_FILE, add_runs
+from moeinf.evidence import CURVE_FILE, add_runs, owner
 from moeinf.forecast import PUBLISHED
 from moeinf.machine import Machine
 from moeinf.manifest import Manifest
@@ -271,9 +271,12 @@ def test_a_no_as_json() -> None:
 def test_past_runs_are_said_to_correct(tiny: str) -> None:
     traces = Store().path(tiny) / TRACES_FOLDER
     before = json.loads(show(tiny, Mode.JSON, experts="8")[0])
-    slow = run(8, 2 * before["expected"]["tpot_s"], hit_rate=before["expected"]["hit_rate"], reads_files=True)
+    expected, me = before["expected"], owner(Store().open(tiny).manifest)
+    slow = run(8, 2 * expected["tpot_s"], hit_rate=expected["hit_rate"], reads_files=True, model=me)
     traces.mkdir()
     try:
+        add_runs(traces, [dataclasses.replace(slow, model="another")] * 2)
+        assert "Corrected" not in show(tiny, experts="8")[0]
         add_runs(traces, [slow, slow])
         text, _ = show(tiny, experts="8")
         assert "Corrected by 2 past runs: times 2.00." in text.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from moeinf.cache import ExpertCache, Outcome
@@ -12,6 +13,7 @@ from moeinf.policies.plain import LruPolicy
 from moeinf.prefetch import PrefetchCounters, Prefetcher, WarmUp
 from moeinf.steps import Arrival
 from moeinf.transfer import Urgency
+from moeinf.trials import Trials
 
 PER_LAYER = 8
 """Experts 0 to 7 are those of layer 0, 8 to 15 those of layer 1."""
@@ -142,6 +144,16 @@ def test_what_is_named_later_takes_the_place_of_what_was_named_before() -> None:
     assert (bench.prefetcher.counters.named, bench.prefetcher.counters.right) == (2, 1)
 
 
+def test_what_is_named_twice_is_held_once() -> None:
+    """The first layer's experts are named after the last layer, and again when the next token enters the model."""
+    bench = Bench(3, Script(1))
+    bench.bring(9)
+    bench.prefetcher.look_ahead(0)
+    bench.prefetcher.look_ahead(0)
+    bench.prefetcher.settle({9})
+    assert sum(bench.cache._leases) == 0
+
+
 def test_a_guess_that_has_come_stays_until_its_layer_has_chosen() -> None:
     bench = Bench(2, Script(5))
     bench.bring(0)
@@ -196,7 +208,7 @@ def test_what_does_not_pay_is_not_asked() -> None:
 
 
 def test_a_way_that_is_left_out_is_asked_no_more() -> None:
-    scripts = {name: Script() for name in ("off", "eam", "gate")}
+    scripts = {name: Script() for name in ("off", "gate", "eam")}
     bench = Bench(4, Script())
     bench.prefetcher = Prefetcher(scripts, bench.cache, bench.reader, [0, PER_LAYER], 99)
     bench.prefetcher.leave_out("gate")
@@ -207,6 +219,23 @@ def test_a_way_that_is_left_out_is_asked_no_more() -> None:
             bench.prefetcher.has_run(layer, 1.0)
     assert scripts["gate"].asked == 0
     assert scripts["eam"].asked > 0
+
+
+def test_a_token_is_judged_by_what_it_missed_foreseen_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, after its last layer."""
+    told: list[int] = []
+    monkeypatch.setattr(Trials, "token_ended", lambda _, __, missed: told.append(missed))
+    bench = Bench(8, Script(3))
+    for _ in range(2):
+        bench.prefetcher.begin_token()
+        bench.cache.acquire(0)
+        bench.prefetcher.look_ahead(0)
+        bench.prefetcher.has_run(0, 0.0)
+        bench.prefetcher.settle({11})
+        bench.cache.acquire(11)
+        bench.cache.release(11)
+        bench.prefetcher.has_run(1, 0.0)
+    assert told == [2, 0]
 
 
 def test_a_layer_without_a_choice_teaches_nothing() -> None:

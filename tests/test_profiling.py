@@ -345,12 +345,21 @@ def test_a_gpu_that_came_or_went_is_noticed(home: Path) -> None:
     assert load(home, measure, accelerator=FakeGpus(1))[1] == [
         "machine.json is of another machine (GPUs): measuring again"
     ]
-    measure.machine = dataclasses.replace(measure.machine, gpus=(dataclasses.replace(make_gpu(), name="A GPU 0"),))
+    measured = dataclasses.replace(make_gpu(), name="A GPU 0")
+    measure.machine = dataclasses.replace(measure.machine, gpus=(measured,), seen_gpus=("A GPU 0",))
     load(home, measure, refresh=True)
     kept, said = load(home, measure, accelerator=FakeGpus(1))
     assert said == []
     assert kept.gpus[0].free == 64 * MIB
     assert load(home, measure)[1] != []
+
+
+def test_a_gpu_that_cannot_be_measured_is_tried_once(home: Path) -> None:
+    machine = dataclasses.replace(Measure(home).machine, seen_gpus=("A GPU 0",), left_out=("A GPU 0: full",))
+    (home / MACHINE_FILE).write_text(json.dumps(machine.to_dict()))
+    measure = Measure(home)
+    assert load(home, measure, accelerator=FakeGpus(1))[1] == []
+    assert measure.count == 0
 
 
 def test_a_result_that_cannot_be_kept_says_so(home: Path) -> None:

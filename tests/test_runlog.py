@@ -11,11 +11,15 @@ import pytest
 import moeinf
 from machine_fakes import make_gpu
 from machines import make_machine
-from moeinf.evidence import MACHINE_FILE, RUNS_FILE, read_runs
+from moeinf.evidence import MACHINE_FILE, RUNS_FILE, owner, read_runs
 from moeinf.planning import find_subject
 from moeinf.settings import home_path
 from moeinf.store import TRACES_FOLDER, Store
 from standin import StandIn, use_device
+
+
+def me() -> str:
+    return owner(Store().open("tiny").manifest)
 
 
 def answer(name: str, tokens: int, **options: object) -> Path:
@@ -27,28 +31,45 @@ def answer(name: str, tokens: int, **options: object) -> Path:
 
 
 def test_a_long_answer_is_noted(tiny: str) -> None:
-    [run] = read_runs(answer(tiny, 20, experts="4", prefetch="off", threads=1))
+    [run] = read_runs(answer(tiny, 20, experts="4", prefetch="off", threads=1), me())
     assert (run.slots, run.tokens, run.threads, run.prefetch) == (4, 19, 1, "off")
     assert run.predicted_s is None
     assert run.tpot_s > 0
     assert 0 <= run.hit_rate < 1
 
 
+@pytest.mark.parametrize("reads_files", [False, True])
+def test_where_experts_came_from_is_noted(tiny: str, reads_files: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeinf.engine.can_cache_files", lambda *_: reads_files)
+    [run] = read_runs(answer(tiny, 20), me())
+    assert run.reads_files == reads_files
+
+
 def test_an_answer_to_which_the_processor_helped_a_gpu_is_not(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with use_device(monkeypatch):
-        assert read_runs(answer(tiny, 20, experts="2", prefetch="off", miss="host")) == []
-        assert len(read_runs(answer(tiny, 20, experts="2", prefetch="off"))) == 1
+        assert read_runs(answer(tiny, 20, experts="2", prefetch="off", miss="host"), me()) == []
+        assert len(read_runs(answer(tiny, 20, experts="2", prefetch="off"), me())) == 1
 
 
 def test_a_short_answer_is_not(tiny: str) -> None:
-    assert read_runs(answer(tiny, 16)) == []
+    assert read_runs(answer(tiny, 16), me()) == []
+
+
+def test_what_is_nothing_to_learn_from_is_not(tiny: str) -> None:
+    """What is told not to learn, and another dtype than the model's own."""
+    with moeinf.load(tiny) as engine:
+        engine.learns = False
+        engine.generation_config.eos_token_id = None
+        engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=20))
+    assert not (Store().path(tiny) / TRACES_FOLDER).exists()
+    assert not answer(tiny, 20, dtype="float32").exists()
 
 
 def test_what_was_expected_stands_beside_it(tiny: str) -> None:
     (home_path() / MACHINE_FILE).write_text(json.dumps(make_machine().to_dict()))
     try:
         answer(tiny, 20)
-        [run] = read_runs(answer(tiny, 3))
+        [run] = read_runs(answer(tiny, 3), me())
         assert run.predicted_s is not None
         assert run.predicted_s > 0
     finally:
@@ -57,7 +78,7 @@ def test_what_was_expected_stands_beside_it(tiny: str) -> None:
 
 def test_the_hit_rate_leaves_out_what_was_foreseen(tiny: str) -> None:
     """With `gate` nearly everything is a hit or a wait; what was read was no find of the cache."""
-    [run] = read_runs(answer(tiny, 40, experts="4", prefetch="gate"))
+    [run] = read_runs(answer(tiny, 40, experts="4", prefetch="gate"), me())
     assert run.hit_rate < 0.9
 
 
@@ -65,12 +86,12 @@ def test_an_answer_on_a_gpu_says_so(tiny: str, monkeypatch: pytest.MonkeyPatch) 
     gpu = dataclasses.replace(make_gpu(), name=StandIn.name)
     with use_device(monkeypatch) as device:
         device.host_slots = 5
-        [unknown] = read_runs(answer(tiny, 20, experts="4"))
+        [unknown] = read_runs(answer(tiny, 20, experts="4"), me())
         assert (unknown.device, unknown.slots, unknown.host_slots, unknown.predicted_s) == (device.name, 4, 5, None)
         machine = dataclasses.replace(make_machine(), gpus=(gpu,))
         (home_path() / MACHINE_FILE).write_text(json.dumps(machine.to_dict()))
         try:
-            known = read_runs(answer(tiny, 20, experts="4"))[-1]
+            known = read_runs(answer(tiny, 20, experts="4"), me())[-1]
             assert known.predicted_s is not None
             assert known.predicted_s > 0
         finally:
@@ -83,7 +104,7 @@ def test_an_answer_in_which_memory_ran_out_is_not(tiny: str, monkeypatch: pytest
         engine.make_room()
         for _ in range(2):
             engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=20))
-    [run] = read_runs(Store().path(tiny) / TRACES_FOLDER)
+    [run] = read_runs(Store().path(tiny) / TRACES_FOLDER, me())
     assert run.slots == 4
 
 

@@ -21,7 +21,9 @@ from moeinf import hooks
 from moeinf.engine import Engine
 from moeinf.errors import IntegrityError, MoeinfError
 from moeinf.manifest import expert_path
+from moeinf.prefetch import Prefetcher, WarmUp
 from moeinf.pull import pull
+from moeinf.steps import Step
 from moeinf.store import Store
 from moeinf.transfer import SlotPool
 from readers import FailingReader, RecordingReader, SlowReader, StuckReader, use_reader
@@ -286,6 +288,25 @@ def test_counters_tell_what_happened(wide: str) -> None:
     assert again.stall_s == 0
 
 
+def test_evictions_by_a_prompt_count(wide: str) -> None:
+    with moeinf.load(wide, experts="8", prefetch="off") as engine:
+        experts = engine.session().generate(PROMPT, moeinf.Sampling(max_tokens=1)).stats.experts
+        assert experts.decode_requests == 0
+        assert experts.evictions >= experts.misses - 8 > 50
+
+
+def test_each_wait_is_told_once(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ways to foresee are judged by."""
+    told: list[float] = []
+    monkeypatch.setattr(Prefetcher, "has_run", lambda _, __, stalled_s: told.append(stalled_s))
+    use_reader(monkeypatch, SlowReader)
+    with moeinf.load(wide, experts="8", prefetch="off") as engine:
+        run(engine, PROMPT[:1])
+        assert len(told) == 12 * 3
+        assert sum(told) == pytest.approx(engine.stats().stall_s)
+        assert sum(told) > 0
+
+
 @pytest.mark.parametrize("experts", ["10", "50%", "100%"])
 def test_a_cache_is_warmed_by_what_earlier_requests_used(
     wide: str, experts: str, monkeypatch: pytest.MonkeyPatch
@@ -338,6 +359,41 @@ def test_what_was_given_up_for_others_is_fetched_before_it_is_computed(
             engine.runtime.cache.check_integrity()
 
 
+def test_an_expert_that_made_room_and_is_then_asked_for_is_waited_for(
+    wide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the fetch that was given up says nothing of the one that was begun anew."""
+    use_reader(monkeypatch, StuckReader)
+    with moeinf.load(wide, experts="4", prefetch="off") as engine:
+        runtime = engine.runtime
+        runtime._warm_up = WarmUp([7, 6, 5, 9], runtime.cache, runtime._fetcher, 0)
+        step = Step(runtime)
+        assert step.lease([1, 9]) == []
+        assert runtime.cache.slot(5) is None  # 9 gave its slot to 1, and took that of 5
+        for key in step.arriving():
+            assert runtime.cache.is_resident(key)
+        step.end()
+
+
+def test_a_warm_up_that_somebody_waits_for_makes_no_room(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_reader(monkeypatch, StuckReader)
+    with moeinf.load(wide, experts="4", prefetch="off") as engine:
+        runtime = engine.runtime
+        runtime._warm_up = WarmUp([7, 6, 5, 9], runtime.cache, runtime._fetcher, 0)
+        cancelled: list[int] = []
+        cancel = runtime._fetcher.cancel
+
+        def spy(key: int) -> None:
+            cancelled.append(key)
+            cancel(key)
+
+        monkeypatch.setattr(runtime._fetcher, "cancel", spy)
+        step = Step(runtime)
+        step.lease([9, 1])
+        step.end()
+        assert cancelled == [5]
+
+
 def test_a_warm_up_makes_room_for_what_is_lent(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with moeinf.load(wide, experts="60") as engine:
         expected = run(engine)
@@ -349,6 +405,7 @@ def test_a_warm_up_makes_room_for_what_is_lent(wide: str, monkeypatch: pytest.Mo
         assert runtime.cache.num_usable == 60 - len(runtime._lent) == 60 - 17 - 43 // 4
         runtime.lend(50)
         assert runtime.cache.num_usable == 10
+        assert runtime._prefetcher.most_guesses == 10 - 2
         runtime.cache.check_integrity()
         runtime.lend(0)
         assert run(engine) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -67,7 +68,8 @@ def test_a_disturbed_token_excludes_nobody() -> None:
 def test_what_wins_again_stays_longer() -> None:
     trials = Trials(["off", "gate"])
     costs = {"off": (0.0, 1.0), "gate": (0.1, 0.6)}
-    for expected in (_SETTLED_TOKENS, 2 * _SETTLED_TOKENS, 4 * _SETTLED_TOKENS):
+    for times in (1, 2, 4, 8, 16, 16):
+        expected = times * _SETTLED_TOKENS
         run(trials, 2 * _TRIAL_TOKENS, costs)
         assert run(trials, expected, costs) == ["gate"] * expected
     run(trials, 2 * _TRIAL_TOKENS, {"off": (0.0, 1.0), "gate": (0.1, 1.2)})
@@ -122,6 +124,19 @@ def test_close_ways_are_tried_for_longer_and_no_longer() -> None:
     run(trials, 2 * (_MOST_TRIAL_TOKENS - _TRIAL_TOKENS), costs, other_s=lambda: chance.uniform(0, 20))
     assert trials.is_settled
     assert trials.way == "off"
+
+
+@pytest.mark.parametrize(("stalled_s", "best"), [(0.9, "gate"), (1.85, "off")])
+def test_a_lead_that_may_be_chance_takes_more_tokens_to_see(stalled_s: float, best: str) -> None:
+    """Where those do not show it either, nothing is foreseen."""
+    trials = Trials(["off", "gate"])
+    times = itertools.cycle([5.0, 5.0, 7.0, 7.0, 9.0, 9.0])  # alike for both ways
+    costs = {"off": (0.0, 2.0), "gate": (0.1, stalled_s)}
+    run(trials, 2 * _TRIAL_TOKENS, costs, other_s=lambda: next(times))
+    assert not trials.is_settled
+    run(trials, 2 * (_MOST_TRIAL_TOKENS - _TRIAL_TOKENS), costs, other_s=lambda: next(times))
+    assert trials.is_settled
+    assert trials.way == best
 
 
 def test_what_cannot_win_is_out_at_once() -> None:

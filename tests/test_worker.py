@@ -15,6 +15,7 @@ import pytest
 from moeinf import worker
 from moeinf.fused import write_fused
 from moeinf.recorder import Recorder
+from moeinf.runtime import ExpertRuntime
 from moeinf.scores import belady_hit_rate
 from moeinf.store import Store
 from moeinf.systems import Job, Request, Run
@@ -83,9 +84,12 @@ def test_moeinf_leaves_its_routing(tiny: str, tmp_path: Path) -> None:
     assert run.tokens == worker.run(make_job("moeinf", tmp_path / "fused")).tokens
 
 
-def test_a_replay_has_the_recorded_hits(tiny: str, tmp_path: Path) -> None:
+def test_a_replay_has_the_recorded_hits(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import moeinf
     from moeinf.generation import Sampling
+
+    left_out: list[str] = []
+    monkeypatch.setattr(ExpertRuntime, "leave_out", lambda _, predictor: left_out.append(predictor))
 
     with moeinf.load(tiny, experts="100%", context=64) as engine:
         engine.learns = False
@@ -101,6 +105,7 @@ def test_a_replay_has_the_recorded_hits(tiny: str, tmp_path: Path) -> None:
     assert found.counts is not None
     assert itself is not None
     assert found.counts.hits == itself.hits
+    assert left_out == ["gate"]  # what routers foresee was not recorded
     theirs = worker.run(make_job("mmap", tmp_path / "fused", **fields))
     assert found.tokens == theirs.tokens
     assert found.tokens != worker.run(make_job("mmap", tmp_path / "fused", requests=replayed)).tokens

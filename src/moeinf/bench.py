@@ -92,7 +92,7 @@ class Wishes:
 @dataclass(frozen=True, slots=True)
 class Report:
     """All that was measured. `unenforced` says why no limit was set, `replay` what was replayed; empty if neither.
-    `known_prompts`: of those measured, how many the model's collection was traced with.
+    `prompts`: measured; `known_prompts`: of those, how many the model's collection was traced with.
     """
 
     model: str
@@ -102,6 +102,7 @@ class Report:
     quantization: str
     quality: dict[str, Any] | None
     replay: dict[str, Any]
+    prompts: int
     known_prompts: int
     unenforced: str
     drops_caches: bool
@@ -117,7 +118,8 @@ class Report:
             "random_weights": self.random or None,
             "quantization": self.quantization or None,
             "quality": self.quality,
-            **{name: getattr(wishes, name) for name in ("prompts", "prompt_tokens", "tokens", "temperature")},
+            "prompts": self.prompts,
+            **{name: getattr(wishes, name) for name in ("prompt_tokens", "tokens", "temperature")},
             "known_prompts": self.known_prompts,
             "replay": self.replay or None,
             "limit": {"enforced": not self.unenforced, "why_not": self.unenforced or None},
@@ -159,6 +161,7 @@ def bench(
         quantization=groups[0].survey.quantization,
         quality=groups[0].survey.quality,
         replay=_describe(trace, stored, wishes) if trace else {},
+        prompts=groups[0].prompts,
         known_prompts=known,
         unenforced=unenforced,
         drops_caches=drops_caches,
@@ -195,6 +198,11 @@ class _Group:
             notify(f"{self.survey.slots} experts fit and one token asks for {self.survey.token_experts}")
         make = _recorded if trace else _written
         self._requests = make(wishes, self.survey, trace, notify)
+
+    @property
+    def prompts(self) -> int:
+        """How many are measured."""
+        return len(self._requests[0])
 
     def scores(self) -> list[tuple[Score, EngineOptions | None]]:
         """What is to be measured, in the order of a round."""

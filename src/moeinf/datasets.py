@@ -78,7 +78,7 @@ def short_name(dataset: str, prompts: Sequence[Prompt]) -> str:
         return dataset
     path = Path(dataset)
     text = path.stem if os.path.exists(path) or path.suffix in _READERS else dataset
-    name = re.sub(r"[^\w.-]+", "--", text).strip(".-")[:_LONGEST_NAME] or "dataset"
+    name = re.sub(r"[^\w.-]+", "--", text).strip(".-").encode()[:_LONGEST_NAME].decode(errors="ignore") or "dataset"
     digest = text_digest("".join(text_digest(prompt.text) for prompt in prompts))
     return f"{name}-{digest[:8]}"
 

@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 
 from .errors import CapacityError, MoeinfError, UsageError
 
-__all__ = ["DENIED", "Bytes", "FileSystem", "explained", "is_alive", "publish"]
+__all__ = ["DENIED", "FULL", "Bytes", "FileSystem", "explained", "is_alive", "publish"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +27,8 @@ Bytes = bytes | bytearray | memoryview
 DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 """What the system says of a file or a whole disk that this process may not write."""
 _NO_FOLDER = frozenset({errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG})
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What it says where no room is left."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
@@ -116,7 +117,7 @@ def explained(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         path = error.filename if isinstance(error.filename, (str, Path)) else place
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise CapacityError(
                 f"no room left to write {path}: {error.strerror}",
                 hint="free some space and run the same command again: a pull continues where it stopped",

@@ -212,7 +212,8 @@ class Forecast:
 class PastRun:
     """An answer of a model that is long enough to be measured. `hit_rate` leaves out what was foreseen.
     `predicted_s` is what was expected, None where the machine had not been measured. `device` is the name of the GPU
-    that computed, with `host_slots` behind it, and "" where the processor did.
+    that computed, with `host_slots` behind it, and "" where the processor did. `model` says whose it is
+    (`evidence.owner`).
     """
 
     date: str
@@ -229,6 +230,7 @@ class PastRun:
     predicted_s: float | None = None
     device: str = ""
     host_slots: int = 0
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ __all__ = [
     "name_plain",
     "name_precision",
     "pull_options",
+    "quantize_again",
     "released_dtype",
 ]
 
@@ -130,3 +131,10 @@ def pull_options(manifest: Manifest) -> list[str]:
 def name_calibration(precision: str) -> str:
     """The calibration of weights whose precision has this name, or ""."""
     return precision.partition(_CALIBRATED)[2]
+
+
+def quantize_again(name: str, manifest: Manifest) -> list[str]:
+    """The command that makes a calibrated model of this name once more, of the one that it was made of."""
+    form = ExpertForm.of(manifest.layout.quantization)
+    options = form.options if form else []
+    return ["moeinf", "quantize", manifest.source.repo, *options, "--name", name, "--calibrate", "DATASET", "--force"]

@@ -212,7 +212,7 @@ def _ask(address: _Address) -> tuple[str, list[RemoteFile]]:
         files = [_remote_file(sibling) for sibling in info.siblings or ()]
     except HfHubHTTPError:  # some of them are ValueErrors too
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _BadAnswerError(f"its answer describes no {address.noun}: {error}") from error
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
         raise _BadAnswerError("its answer names no commit")
@@ -228,6 +228,7 @@ def _check_token() -> None:
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
+    sibling.rfilename.encode()  # a name is text that can be written: anything else raises what `_ask` explains
     if sibling.lfs is None:
         return RemoteFile(sibling.rfilename, sibling.size, None, sibling.blob_id)
     return RemoteFile(sibling.rfilename, sibling.lfs.size, sibling.lfs.sha256)
@@ -444,6 +445,8 @@ def _check_extent(response: Any, file: RemoteFile, start: int) -> None:
         if match is None or int(match[1]) != start:
             raise _RangeRefusedError(f"it gives other bytes of {file.path} than those from {start} on")
         total = match[2]
+    elif response.headers.get("Content-Type", "").startswith("text/html"):
+        raise _BadAnswerError(f"it is a web page, not {file.path}")
     else:
         total = "*" if "Content-Encoding" in response.headers else response.headers.get("Content-Length", "*")
     if total not in ("*", str(file.size)):

@@ -92,6 +92,13 @@ class Incoming:
         self._dense: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="moeinf-sync")
 
+    @property
+    def begun_key(self) -> Mapping[str, Any] | None:
+        """The key of what was begun and is not finished; None if nothing was, or nothing of it is here."""
+        state, _ = _read_journal(self._journal_path)
+        is_any_here = state.files or state.dense or (self.source.is_dir() and any(self.source.iterdir()))
+        return state.key if is_any_here else None
+
     def begin(self, key: Mapping[str, Any]) -> bool:
         """Continue what was begun under the same `key`, or start afresh. Returns whether something is continued.
 

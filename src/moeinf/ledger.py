@@ -312,15 +312,21 @@ def make_device_plan(
     budget = _budget(device_memory, device_bytes)
     _check_free(budget, device_bytes, "--device-memory", "of the GPU's memory")
 
+    fewest = max(layer.top_k for layer in manifest.layers)
+
     def plan(tokens: int) -> MemoryPlan:
         token_workspace = _token_workspace(manifest, shape, tokens)
+        dense = widening * manifest.dense_bytes
+        kv_cache = widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes)
+        wanted = parse_slots(experts, manifest.num_experts, fewest) or fewest
+        left = budget - dense - kv_cache - wanted * slot_bytes(manifest.layout)
         base = _LIBRARY_BYTES + _base_workspace(manifest, shape, tokens, widening, _COPIES_ON_DEVICE)
-        room = budget // _WORKSPACE_SHARE - base
+        room = min(budget // _WORKSPACE_SHARE, left) - base
         step_tokens = next((most for most in _PREFILL_TOKENS if most * token_workspace <= room), _STEP_TOKENS)
         empty = MemoryPlan(
             budget=budget,
-            dense=widening * manifest.dense_bytes,
-            kv_cache=widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes),
+            dense=dense,
+            kv_cache=kv_cache,
             workspace=base + step_tokens * token_workspace,
             token_workspace=token_workspace,
             slots=0,

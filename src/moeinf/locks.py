@@ -47,8 +47,11 @@ def shared_lock(path: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DENIED:
             raise
-        yield
-        return
+        try:
+            descriptor = os.open(path, os.O_RDONLY)  # who may not write the file may still hold it
+        except OSError:
+            yield
+            return
     with _held(descriptor, path, fcntl.LOCK_SH, doing):
         yield
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
@@ -166,14 +167,19 @@ def unpack(panels: torch.Tensor, uppers: torch.Tensor) -> torch.Tensor:
 def expand(panels: torch.Tensor, uppers: torch.Tensor) -> torch.Tensor:
     """The same in host memory, by the library where it is at hand."""
     library = _library()
-    pool = _open_pool(library) if library else None
-    if library is None or pool is None:
-        return unpack(panels, uppers)
-    rows, width = len(panels) * PANEL_ROWS, panels.shape[1] * PANEL_INPUTS
-    weight = torch.empty(rows, width, dtype=torch.bfloat16)
-    packed = panels.data_ptr(), uppers.data_ptr(), rows, width
-    library.moe_expand_lossless(pool, *packed, 0, rows, weight.data_ptr())
-    return weight
+    with _one_at_a_time:
+        pool = _open_pool(library) if library else None
+        if library is not None and pool is not None:
+            rows, width = len(panels) * PANEL_ROWS, panels.shape[1] * PANEL_INPUTS
+            weight = torch.empty(rows, width, dtype=torch.bfloat16)
+            packed = panels.data_ptr(), uppers.data_ptr(), rows, width
+            library.moe_expand_lossless(pool, *packed, 0, rows, weight.data_ptr())
+            return weight
+    return unpack(panels, uppers)
+
+
+_one_at_a_time = threading.Lock()
+"""A pool serves one thread at a time."""
 
 
 @cache

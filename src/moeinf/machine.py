@@ -171,7 +171,8 @@ class Machine:
     room made, the file handed to the readers, its arrival noticed; `foresee_s`: asking the next layer's router early.
     `program_s`: what torch takes to make the program of a product of bfloat16, which it does for each number of rows
     that it has not met, or not lately. `measured_at`: ISO 8601, UTC. `left_out`: what was not measured, and why, in
-    sentences. `load`: cores that other programs took meanwhile, on average.
+    sentences. `load`: cores that other programs took meanwhile, on average. `seen_gpus`: the names of all GPUs that
+    were there, also of those that could not be measured.
     """
 
     measured_at: str
@@ -187,6 +188,7 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     left_out: tuple[str, ...] = ()
     load: float = 0.0
+    seen_gpus: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_rates(self.dense_bytes_per_s)
@@ -227,7 +229,7 @@ class Machine:
                 raise ValueError("the load is no number")
             disk = values.pop("disk")
             rates = tuple(ReadRate(**rate) for rate in disk.pop("rates"))
-            if not rates or any(rate.size < 1 or rate.depth < 1 for rate in rates):
+            if not rates or not all(rate.size >= 1 and rate.depth >= 1 for rate in rates):
                 raise ValueError("the disk was not measured")
             processor = values.pop("processor")
             features = tuple(processor.pop("features"))
@@ -238,9 +240,10 @@ class Machine:
                 maths=_maths(values.pop("maths")),
                 gpus=tuple(Gpu(**{**gpu, "maths": _maths(gpu["maths"])}) for gpu in values.pop("gpus")),
                 left_out=tuple(values.pop("left_out")),
+                seen_gpus=tuple(values.pop("seen_gpus", ())),
                 **values,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise IntegrityError(f"these are no measurements of a machine: {error}") from error
 
 
@@ -252,7 +255,7 @@ def _check_rates(*rates: float) -> None:
 
 def _maths(rates: Sequence[dict[str, Any]]) -> tuple[MathsRate, ...]:
     found = tuple(MathsRate(**rate) for rate in rates)
-    if not found or any(rate.tokens < 1 for rate in found):
+    if not found or not all(rate.tokens >= 1 for rate in found):
         raise ValueError("the maths of no token was measured")
     return found
 

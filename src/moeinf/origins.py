@@ -61,6 +61,9 @@ class Origin(Protocol):
     def fetch(self, names: Sequence[str], folder: Path, progress: Progress) -> Generator[Path, None, None]:
         """Weight files in this order, each as soon as it is whole. To be closed when that is enough."""
 
+    def require_unchanged(self) -> None:
+        """Raise IntegrityError unless all that was read is as it was when this origin was found."""
+
     def forget(self, names: Iterable[str], folder: Path) -> None:
         """Remove the copies of these weight files, where they are copies and can be spared."""
 
@@ -83,10 +86,14 @@ class FolderOrigin:
     def __init__(self, checkpoint: Checkpoint, source: Source | None = None) -> None:
         self._checkpoint = checkpoint
         self.source = source or Source(str(checkpoint.folder))
-        self.identity = [
+        self.identity = self._identify()
+
+    def _identify(self) -> object:
+        folder, there = self._checkpoint.folder, self._checkpoint
+        return [
             [name, found.st_size, found.st_mtime_ns]
-            for name in (*checkpoint.weight_files, *checkpoint.other_files, INDEX_NAME)
-            if (checkpoint.folder / name).is_file() and (found := (checkpoint.folder / name).stat())
+            for name in (*there.weight_files, *there.other_files, INDEX_NAME)
+            if (folder / name).is_file() and (found := (folder / name).stat())
         ]
 
     def downloads(self, weight_files: Sequence[str] | None) -> tuple[Download, ...]:
@@ -100,6 +107,12 @@ class FolderOrigin:
 
     def fetch(self, names: Sequence[str], folder: Path, progress: Progress) -> Generator[Path, None, None]:
         yield from (self._checkpoint.folder / name for name in names)
+
+    def require_unchanged(self) -> None:
+        if self._identify() != self.identity:
+            raise IntegrityError(
+                f"{self._checkpoint.folder} was changed while it was read", hint="run the same command again"
+            )
 
     def forget(self, names: Iterable[str], folder: Path) -> None:
         """A folder is somebody's own: nothing in it is a copy."""
@@ -158,6 +171,9 @@ class HubOrigin:
                 yield running.wait()
             finally:
                 running.stop()
+
+    def require_unchanged(self) -> None:
+        """A commit stays what it is, and each file's hash was checked."""
 
     def forget(self, names: Iterable[str], folder: Path) -> None:
         """Without an index, the only weight file stays to the end: it says which tensors there are."""

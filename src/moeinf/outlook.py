@@ -165,7 +165,8 @@ def _reason(situation: Situation, plan: MemoryPlan, forecast: Forecast) -> str:
     if situation.reads_files:
         return f"{speed}: {fitting}, and the system's page cache has room for the files of the others"
     if plan.thrashes:
-        return f"{speed}: {fitting}, fewer than the {plan.token_experts:,} that one token asks for"
+        later = f" until the context is full, and then {plan.slots:,}" if slots > plan.slots else ""
+        return f"{speed}: {fitting}{later}, fewer than the {plan.token_experts:,} that one token asks for"
     if plan.host is not None:
         others = "and the others come from host memory"
         if plan.regime == "streaming":

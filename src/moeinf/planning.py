@@ -75,7 +75,8 @@ def find_curve(subject: Subject, policy: str, progress: Progress = NO_PROGRESS) 
         return PUBLISHED
     paths = sorted(path for path in subject.traces.glob("*.safetensors") if _may_be_trace(path))
     found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    if (kept := evidence.read_curve(subject.traces, policy, found)) is not None:
+    model = evidence.owner(subject.manifest)
+    if (kept := evidence.read_curve(subject.traces, model, policy, found)) is not None:
         return kept
     traces = _read(paths, ModelIdentity.of(subject.name, subject.manifest))
     part = shorten(concatenate(traces), _REPLAYED_USES) if traces else None
@@ -83,7 +84,7 @@ def find_curve(subject: Subject, policy: str, progress: Progress = NO_PROGRESS) 
         return PUBLISHED
     curve = _replayed(part, policy, progress)
     with suppress(MoeinfError):
-        evidence.write_curve(subject.traces, policy, found, curve)
+        evidence.write_curve(subject.traces, model, policy, found, curve)
     return curve
 
 

@@ -8,6 +8,7 @@ inside functions: they take seconds, and many calls end before they are needed.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -33,8 +34,10 @@ from .forms import (
     ExpertForm,
     is_expanded_on_request,
     is_not_packable,
+    name_calibration,
     name_plain,
     name_precision,
+    quantize_again,
     released_dtype,
 )
 from .incoming import DenseWriter, Incoming
@@ -126,9 +129,11 @@ def pull(
         notify(f"{model.name} is here already, from {model.manifest.source.repo}")
         return model
     origin = find_origin(request.reference, store.disk)
-    require_room = partial(_require_room, request.name, store.home)
+    require_room = partial(_require_room, request.name, store.models)
     with store.incoming(request.name) as incoming:
-        _begin(incoming, origin, request, notify)
+        if not force and (model := _existing(request, store)):
+            return model  # another process pulled it meanwhile
+        _begin(incoming, origin, request, force, notify)
         # the download and, at the least, as much again in the store, or half of it where four bytes become two
         least_bytes = origin.blind_bytes * 2 if request.dtype == "auto" else origin.blind_bytes * 3 // 2
         if request.form is not None:
@@ -150,6 +155,7 @@ def pull(
             notify(f"experts are stored as they are: {error}")
             stored = _unpack(incoming, stored)
             _shard(incoming, origin, checkpoint, stored, require_room, progress)
+        origin.require_unchanged()
         incoming.publish(_pack_dense(incoming, _manifest(origin.source, stored), stored, progress))
     return store.open(request.name)
 
@@ -172,7 +178,7 @@ def plan_pull(
     """
     request = _read_request(source, store, name, revision, dtype, experts, group)
     if not force and (model := _existing(request, store)):
-        return _plan_of_stored(model, _free_bytes(store.home))
+        return _plan_of_stored(model, _free_bytes(store.models))
     origin = find_origin(request.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
@@ -193,7 +199,7 @@ def plan_pull(
         files=files,
         store_bytes=stored.nbytes if stored else guess,
         needed_bytes=stored.height_bytes(in_flight_bytes) if stored else guess + in_flight_bytes,
-        free_bytes=_free_bytes(store.home),
+        free_bytes=_free_bytes(store.models),
         is_estimate=stored is None,
         architecture=stored.plan.architecture if stored else None,
         dtype=stored.plan.dtype if stored else None,
@@ -281,6 +287,11 @@ def _read_request(
     reference, stored = _read_source(source, store)
     is_plain = experts == "bf16"
     if stored is not None and experts is None:
+        if calibration := name_calibration(stored.manifest.precision):
+            raise UsageError(
+                f"{stored.name} is calibrated on {calibration}, and a pull cannot do that",
+                hint=shlex.join(quantize_again(stored.name, stored.manifest)),
+            )
         form = ExpertForm.of(stored.manifest.layout.quantization)
         is_plain = is_expanded_on_request(stored.manifest)
     if stored is not None and dtype == "auto":
@@ -488,11 +499,11 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _require_room(name: str, home: Path, needed_bytes: int) -> None:
-    free_bytes = _free_bytes(home)
+def _require_room(name: str, folder: Path, needed_bytes: int) -> None:
+    free_bytes = _free_bytes(folder)
     if needed_bytes > free_bytes:
         raise CapacityError(
-            f"{name} needs {format_bytes(needed_bytes)} more disk, and {format_bytes(free_bytes)} are free at {home}",
+            f"{name} needs {format_bytes(needed_bytes)} more disk, and {format_bytes(free_bytes)} are free at {folder}",
             hint=f"free {format_bytes(needed_bytes - free_bytes)}, or set MOEINF_HOME to a folder on a larger disk",
         )
 
@@ -500,19 +511,25 @@ def _require_room(name: str, home: Path, needed_bytes: int) -> None:
 # The work
 
 
-def _begin(incoming: Incoming, origin: Origin, request: _Request, notify: Callable[[str], None]) -> None:
-    had_something = incoming.folder.exists()
+def _begin(incoming: Incoming, origin: Origin, request: _Request, force: bool, notify: Callable[[str], None]) -> None:
+    had_something, begun_key = incoming.folder.exists(), incoming.begun_key
     key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
     if request.form is not None:
         key["experts"] = dataclasses.asdict(request.form)
     elif not request.is_plain:
         key["experts"] = "as released"
+    if not force and begun_key is not None and begun_key.get("source") != key["source"]:
+        made_of = begun_key.get("source", "another model that is here")
+        raise UsageError(
+            f"{request.name} is an unfinished pull of {made_of}",
+            hint=f"choose another --name, remove it with `moeinf rm {request.name}`, or add --force to replace it",
+        )
     if incoming.begin(key):
         notify(
             f"going on with an unfinished pull of {request.name}: {format_bytes(incoming.written_bytes)} are written"
         )
     elif had_something:
-        notify(f"an unfinished pull of {request.name} was of another source, version or precision, and starts afresh")
+        notify(f"an unfinished pull of {request.name} was of another version or precision, and starts afresh")
 
 
 def _copy_companions(incoming: Incoming, checkpoint: Checkpoint, plan: Plan) -> None:

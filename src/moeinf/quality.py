@@ -7,6 +7,7 @@ either came about.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .engine import Engine
-from .errors import CapacityError, UsageError
+from .errors import CapacityError, IntegrityError, UsageError
 from .files import explained
 from .hooks import quiet
 from .progress import NO_PROGRESS, Progress, Task
@@ -140,6 +141,11 @@ class _Sums:
             self._worst_kl = max(self._worst_kl, float(kl.max()))
 
     def quality(self, against: str, dataset: str, prompts: int, dtype: str) -> Quality:
+        if not all(map(math.isfinite, (self._loss, self._against_loss, self._kl))):
+            raise IntegrityError(
+                f"logits of the model, or of {against}, are no numbers: there is nothing to compare",
+                hint="check both with `moeinf verify`",
+            )
         loss, against_loss = (torch.tensor(total / self._tokens).double() for total in (self._loss, self._against_loss))
         return Quality(
             against=against,

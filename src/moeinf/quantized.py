@@ -342,7 +342,11 @@ def _find_factors(
     """
     largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
     if bits == 8:
-        return round_factors(largest.abs() / _LARGEST_INT8, None).squeeze(-1), None
+        largest = largest.abs().squeeze(-1)
+        factors = round_factors(largest / _LARGEST_INT8, None)
+        following = (factors.half().view(torch.int16) + 1).view(torch.float16).float()
+        is_cut = factors * (_LARGEST_INT8 + 0.5) < largest  # the smallest of float16 lie far apart
+        return torch.where(is_cut, following, factors), None
     inverse = torch.where(largest != 0, 1 / largest, 0)
     best, most = torch.zeros_like(largest), torch.zeros_like(largest)
     for extreme in _EXTREMES:

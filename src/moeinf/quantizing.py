@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from .errors import CapacityError, ModelNotFoundError, MoeinfError, UnsupportedError, UsageError
+from .errors import CapacityError, ModelNotFoundError, UnsupportedError, UsageError
 from .files import Bytes
 from .forms import ExpertForm, name_calibration, name_precision
 from .incoming import Incoming
@@ -95,11 +95,17 @@ def quantize_model(
         notify(f"{name} is here already, made of {model.manifest.source.repo}")
         return existing
     with model.use(), store.incoming(name, "quantizing") as incoming:
-        if store.open(model.name).manifest != model.manifest:
-            raise MoeinfError(f"{model.name} was replaced meanwhile", hint="run the same command again")
+        if not force and (existing := _existing(model, name, form, calibration, store)):
+            return existing  # another process made it meanwhile
         key = {"schema": DENSE_SCHEMA, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
         if calibration is not None:
             key["calibration"] = calibration.digest
+        begun_key = incoming.begun_key
+        if not force and begun_key is not None and begun_key.get("of") != key["of"]:
+            raise UsageError(
+                f"{name} is an unfinished model, made of {begun_key.get('source', 'another one that is here')}",
+                hint=f"choose another --name, remove it with `moeinf rm {name}`, or add --force to replace it",
+            )
         if incoming.begin(key):
             notify(f"going on with {name}: {format_bytes(incoming.written_bytes)} are written")
         meta = _meta_model(model)
@@ -123,7 +129,7 @@ def quantize_model(
         with ExitStack() as stack:
             moments_of = None
             if calibration is not None and layers:
-                moments_of = stack.enter_context(calibration.moments(model, meta, store.home, layers, progress))
+                moments_of = stack.enter_context(calibration.moments(model, meta, store.models, layers, progress))
             _write_experts(model, encoder, left, moments_of, incoming, progress)
         incoming.publish(manifest)
     return store.open(name)
@@ -183,12 +189,12 @@ def _dense_bytes(manifest: Manifest, meta: MetaModel, incoming: Incoming) -> int
 
 def _require_room(store: Store, name: str, stored_bytes: int, scratch_bytes: int) -> None:
     needed_bytes = stored_bytes + scratch_bytes
-    free_bytes = shutil.disk_usage(store.home).free
+    free_bytes = shutil.disk_usage(store.models).free
     if needed_bytes > free_bytes:
         for_a_while = f", {format_bytes(scratch_bytes)} of it for a while" if scratch_bytes else ""
         raise CapacityError(
             f"{name} needs {format_bytes(needed_bytes)} more disk{for_a_while}, and {format_bytes(free_bytes)} are free"
-            f" at {store.home}",
+            f" at {store.models}",
             hint=f"free {format_bytes(needed_bytes - free_bytes)}"
             + (", or give fewer --max-prompts" if scratch_bytes else ""),
         )

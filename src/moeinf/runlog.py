@@ -49,6 +49,7 @@ class RunLog:
         self._folder = folder
         self._manifest, self._shape, self._plan, self._options = manifest, shape, plan, options
         self._device, self._reads_files = device, reads_files
+        self._owner = evidence.owner(manifest)
         self._runs: list[tuple[MemoryPlan, PastRun]] = []
 
     def add(self, plan: MemoryPlan, tpot_s: float, decode: CacheCounters) -> None:
@@ -76,6 +77,7 @@ class RunLog:
             tpot_s=tpot_s,
             device=self._device.name if self._device else "",
             host_slots=plan.host.slots if plan.host else 0,
+            model=self._owner,
         )
         self._runs.append((plan, run))
 
@@ -92,7 +94,7 @@ class RunLog:
         machine = evidence.read_machine(home_path())
         if machine is None:
             return None
-        curve = evidence.read_curve(self._folder, self._options.policy) or PUBLISHED
+        curve = evidence.read_curve(self._folder, self._owner, self._options.policy) or PUBLISHED
         situation = Situation(
             machine,
             self._manifest,

@@ -255,7 +255,9 @@ class Sharder:
         entries = [self._entry(source.name) for source in recipe.sources]
         shapes = {entry.shape[1:] for entry in entries}
         if entries[0].shape != tensor.shape and (
-            shapes != {tensor.shape[1:]} or sum(entry.shape[0] for entry in entries) != tensor.shape[0]
+            not (tensor.shape and all(entry.shape for entry in entries))
+            or shapes != {tensor.shape[1:]}
+            or sum(entry.shape[0] for entry in entries) != tensor.shape[0]
         ):
             raise _misshapen(recipe, entries[0].shape, tensor)
         position = 0

@@ -13,9 +13,11 @@ start's work (`recover`), can be done again and again, and leaves alone what ano
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from . import catalog
 from .errors import IntegrityError, ModelNotFoundError, MoeinfError, UsageError
-from .files import DENIED, FileSystem, explained
+from .files import DENIED, FULL, FileSystem, explained
 from .incoming import Incoming, is_safe_path
 from .locks import exclusive_lock, shared_lock
 from .manifest import EXPERT_ALIGNMENT, MANIFEST_NAME, FileRecord, Manifest, expert_path
@@ -59,9 +61,15 @@ class StoredModel:
     path: Path
     manifest: Manifest
 
-    def use(self) -> AbstractContextManager[None]:
-        """While this is open, no process can replace or remove the model. Raises MoeinfError if one is at it."""
-        return shared_lock(_lock_path(self.path.parents[1], self.name), "using")
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """While this is open, no process can replace or remove the model. Raises MoeinfError if one is at it, or has
+        been since the model was opened.
+        """
+        with shared_lock(_lock_path(self.path.parents[1], self.name), "using"):
+            if _read_manifest(self.name, self.path) != self.manifest:
+                raise MoeinfError(f"{self.name} was replaced meanwhile", hint="run the same command again")
+            yield
 
     def require_whole(self, path: str) -> None:
         """Raises IntegrityError if a file has not the bytes that were written."""
@@ -125,18 +133,9 @@ class Store:
         """The model of this name. Raises ModelNotFoundError, or IntegrityError if its manifest is damaged."""
         path = self.path(name)
         self.recover()
-        try:
-            text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._not_found(name) from None
-        except UnicodeDecodeError:
-            raise _damaged(name, "it is no text") from None
-        except OSError as error:
-            raise MoeinfError(f"{path / MANIFEST_NAME} cannot be read: {error.strerror}") from error
-        try:
-            manifest = Manifest.from_json(text)
-        except MoeinfError as error:
-            raise type(error)(f"{name}: {error}", hint=error.hint) from error
+        manifest = _read_manifest(name, path)
+        if manifest is None:
+            raise self._not_found(name)
         _check(name, manifest)
         return StoredModel(name, path, manifest)
 
@@ -220,7 +219,7 @@ class Store:
         next try.
         """
         self.path(name)
-        with explained(self.home), exclusive_lock(_lock_path(self.home, name), doing):
+        with explained(self.models), exclusive_lock(_lock_path(self.home, name), doing):
             self._install(name)
             incoming = Incoming(self._incoming / name, self.disk)
             try:
@@ -238,7 +237,7 @@ class Store:
         try:
             for name in _folders(self._incoming):
                 if _is_settled(self._incoming / name):
-                    with suppress(MoeinfError), exclusive_lock(_lock_path(self.home, name), "recovering"):
+                    with suppress(MoeinfError, OSError), exclusive_lock(_lock_path(self.home, name), "recovering"):
                         self._install(name)
             self._empty_trash()
         except OSError as error:
@@ -262,15 +261,33 @@ class Store:
         if fresh.exists():
             if os.path.lexists(target):
                 if (target / TRACES_FOLDER).is_dir():
-                    self.disk.rename(target / TRACES_FOLDER, fresh / TRACES_FOLDER)
+                    self._move_traces(target / TRACES_FOLDER, fresh / TRACES_FOLDER)
                 self._discard(target)
             self.disk.rename(fresh, target)
             self.disk.sync_folder(self.models)
         self.disk.remove_tree(folder)
 
+    def _move_traces(self, source: Path, target: Path) -> None:
+        try:
+            self.disk.rename(source, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.copytree(source, target, dirs_exist_ok=True)  # the model's folder is a link to another disk
+
     def _discard(self, path: Path) -> None:
-        """Take a folder out of sight at once; its bytes go with the trash."""
-        self.disk.make_folder(self._trash)
+        """Take a folder out of sight at once; its bytes go with the trash. A disk without room for the trash has the
+        manifest go first, which makes a model one no more.
+        """
+        try:
+            self.disk.make_folder(self._trash)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not path.is_symlink():
+                self.disk.remove(path / MANIFEST_NAME)
+            self.disk.remove_tree(path)
+            return
         self.disk.rename(path, self._trash / f"{path.name}.{uuid.uuid4().hex}")
         self.disk.sync_folder(path.parent)
 
@@ -282,7 +299,10 @@ class Store:
                     self.disk.remove_tree(path)
 
     def _has_manifest(self, name: str) -> bool:
-        return (self.path(name) / MANIFEST_NAME).exists()
+        try:
+            return (self.path(name) / MANIFEST_NAME).exists()
+        except PermissionError:
+            return True  # `open` says why it cannot be read
 
     def _not_found(self, name: str) -> MoeinfError:
         """What to raise for a name that cannot be opened, or for text that cannot even be one."""
@@ -319,6 +339,21 @@ def _folders(parent: Path) -> list[str]:
 def _is_settled(folder: Path) -> bool:
     """Whether a pull's folder has nothing left to pull: the model is whole, or it has gone to its place."""
     return folder.is_dir() and ((folder / "model" / MANIFEST_NAME).exists() or not (folder / "model").exists())
+
+
+def _read_manifest(name: str, folder: Path) -> Manifest | None:
+    """That of the model in `folder`; None if there is none."""
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError:
+        raise _damaged(name, "it is no text") from None
+    except OSError as error:
+        raise MoeinfError(f"{path} cannot be read: {error.strerror}") from error
+    except MoeinfError as error:
+        raise type(error)(f"{name}: {error}", hint=error.hint) from error
 
 
 def _check(name: str, manifest: Manifest) -> None:

@@ -171,7 +171,7 @@ def _lines(report: Report) -> list[str]:
 
 def _title(report: Report) -> str:
     wishes = report.wishes
-    title = f"{report.model}: {wishes.prompts} prompts, {wishes.tokens} new tokens each, {wishes.repeat} times"
+    title = f"{report.model}: {report.prompts} prompts, {wishes.tokens} new tokens each, {wishes.repeat} times"
     if report.random:
         title += f" · random weights in the shapes of {report.random}"
     if report.quantization:

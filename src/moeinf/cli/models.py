@@ -11,7 +11,7 @@ import typer
 
 from moeinf import demo
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError
-from moeinf.forms import pull_options
+from moeinf.forms import name_calibration, pull_options, quantize_again
 from moeinf.manifest import MANIFEST_NAME, Manifest
 from moeinf.pull import PullPlan, plan_pull, resolve
 from moeinf.pull import pull as pull_model
@@ -203,8 +203,10 @@ def verify(model: Model, output_flags: OutputFlags) -> None:
     )
     if problems:
         files = "1 file is" if len(problems) == 1 else f"{len(problems)} files are"
-        hint = shlex.join(["moeinf", "pull", manifest.source.repo, "--name", name, *pull_options(manifest), "--force"])
-        raise IntegrityError(f"{name}: {files} not as written", hint=hint)
+        command = ["moeinf", "pull", manifest.source.repo, "--name", name, *pull_options(manifest), "--force"]
+        if name_calibration(manifest.precision):
+            command = quantize_again(name, manifest)
+        raise IntegrityError(f"{name}: {files} not as written", hint=shlex.join(command))
 
 
 def _name_to_remove(store: Store, argument: str) -> str:

@@ -68,7 +68,7 @@ def show_plan(model: str, machine: Machine, options: EngineOptions, output: Outp
     )
     if placement.device is not None:
         situation = on_gpu(situation, placement.device.place.index or 0, placement.device.name)
-    runs = evidence.read_runs(subject.traces) if subject.traces else ()
+    runs = evidence.read_runs(subject.traces, evidence.owner(subject.manifest)) if subject.traces else ()
     outlook = look_ahead(situation, plan, runs=runs, threads=options.threads)
     output.result(
         _to_dict(subject, situation, plan, outlook),

@@ -162,6 +162,8 @@ def _is_exact(native: NativeMaths, module: nn.Module, layout: ExpertLayout, scra
     fill_randomly(scratch, layout.quantization, generator)
     if native.dtype == torch.bfloat16 and not (native.pool.adds_as_torch_does and native.adds_alike(scratch, 1)):
         return False
+    if not native.activates_alike:
+        return False
     weights = torch.ones(1, 1, dtype=native.dtype)
     for _ in range(_TRIALS):
         hidden = torch.randn(1, native.layer.hidden, generator=generator).to(native.dtype)
@@ -179,7 +181,7 @@ def _is_exact_for_rows(native: NativeMaths, module: nn.Module, layout: ExpertLay
     """The same for some rows of a prompt, with the numbers that are in `scratch`."""
     if not native.takes_prompts:
         return True
-    if not all(native.adds_alike(scratch, rows) for rows in _TRIAL_ROWS):
+    if not (native.activates_rows_alike and all(native.adds_alike(scratch, rows) for rows in _TRIAL_ROWS)):
         return False
     generator = torch.Generator().manual_seed(1)
     for rows in _TRIAL_ROWS:

@@ -199,7 +199,7 @@ class NativeLinear(_Native):
         return self._pool.adds_rows_alike(self._inputs)
 
     def takes(self, x: torch.Tensor) -> bool:
-        return 0 < x.numel() <= self._most_rows * self._inputs
+        return x.dim() > 0 and x.shape[-1] == self._inputs and 0 < x.numel() <= self._most_rows * self._inputs
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         output = x.new_empty(*x.shape[:-1], self._outputs)

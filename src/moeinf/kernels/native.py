@@ -90,6 +90,9 @@ _FAR, _SIZES = 2.0**40, 24
 _PROBE = 1024
 """Values that an activation is tried on."""
 
+_TAIL, _WHOLE = 32, 64
+"""torch has GELU of so few gates, and of what a row has beyond multiples of the second, by other code than of many."""
+
 _SMALL = 1e-5
 """Differences below this are none, where gates and ups are about 4."""
 
@@ -418,6 +421,8 @@ class NativeMaths(ExpandingMaths):
         self.rounding = {weights: self._rounding(weights) for weights in _DTYPES}
         self.layer = self._describe(module, specs)
         self._values: list[torch.Tensor] = []
+        self.activates_alike = self.activates_rows_alike = True
+        """Whether activations of one token, and of several, are torch's wherever they stand."""
         self._recognise_activation(module)
         hidden, inner, gates = self.layer.hidden, self.layer.inner, 1 if self.up == "up_proj" else 2
         sizes = {self.up: (gates * inner, hidden), "down_proj": (hidden, inner)}
@@ -584,19 +589,33 @@ class NativeMaths(ExpandingMaths):
             else:  # torch's exponentials differ in the last bit, which in the tails of GELU is most of the result
                 is_found = torch.allclose(found, wanted, rtol=1e-4, atol=_SMALL)
             if is_found:
+                if self.dtype == torch.bfloat16:
+                    self._compare_tails(gate)
                 return
         raise NotNativeError(f"it does not have the activation of {type(module).__name__}")
+
+    def _compare_tails(self, gate: str) -> None:
+        """See whether the tables hold where rows are short, and where torch's threads part them."""
+        several = self._values[1]
+        tails = self._tabulate(gate, len(several) // _TAIL)
+        others = ((tails != several) & ~(tails.isnan() & several.isnan())).nonzero().flatten()
+        self.activates_rows_alike = not len(others)
+        if len(others) and self.layer.inner % _WHOLE:
+            alone = self._tabulate(gate, 1, others[torch.arange(_TAIL) % len(others)])
+            self.activates_alike = torch.equal(alone, self._values[0][others[torch.arange(_TAIL) % len(others)]])
 
     def _candidates(self, has_gate: bool) -> Iterator[tuple[str, str]]:
         """(gate, activation) to try. In bfloat16 the table is the activation, whichever is named."""
         gates = ["none"] if not has_gate else ["product"] if not self.layer.limit else ["product", "clamped", "sigmoid"]
         return product(gates, ["silu"] if self.dtype == torch.bfloat16 else _ACTIVATIONS)
 
-    def _tabulate(self, gate: str, rows: int) -> torch.Tensor:
-        """What the module makes of every bfloat16 as a gate, where an up makes nothing of it, or as an up, in so many
-        rows: where gates of several stand apart from each other, torch computes GELU in another way.
+    def _tabulate(self, gate: str, rows: int, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """What the module makes of every bfloat16, or of those of these numbers, as a gate, where an up makes nothing
+        of it, or as an up, in so many rows: where gates of several stand apart from each other, torch computes GELU in
+        another way.
         """
-        values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(rows, -1).view(torch.bfloat16)
+        numbers = torch.arange(1 << 16) if numbers is None else numbers
+        values = numbers.to(torch.int32).to(torch.int16).view(rows, -1).view(torch.bfloat16)
         if gate != "none":
             ups = torch.full_like(values, 0 if gate == "sigmoid" else 1)
             both = (values, ups)

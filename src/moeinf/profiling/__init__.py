@@ -85,6 +85,7 @@ def measure_machine(
         gpus=gpus,
         left_out=(*reads.left_out, *late, *failed),
         load=load.of_others(),
+        seen_gpus=tuple(_gpu_names(accelerator)),
     )
 
 
@@ -161,7 +162,7 @@ def _differences(kept: Machine, now: Machine, gpus: list[str]) -> list[str]:
         "memory": (kept.memory.total, now.memory.total),
         "memory limit": (kept.memory.limit, now.memory.limit),
         "disk": ((kept.disk.device, kept.disk.filesystem), (now.disk.device, now.disk.filesystem)),
-        "GPUs": ([gpu.name for gpu in kept.gpus], gpus),
+        "GPUs": (list(kept.seen_gpus), gpus),
     }
     return [what for what, (before, after) in pairs.items() if before != after]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeinf import memory
 from moeinf.dtypes import SAFETENSORS_NAMES, TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.dense import speed_up
@@ -46,6 +47,9 @@ _PACKED = (LOSSLESS, *GROUPS, *RELEASED_BITS)
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
+_FREE_SHARE = 2
+"""Of what is free, experts take at most a half: making them takes some more."""
+
 MATHS = (
     *(("native", weights, tokens) for weights in ("bfloat16", "float32") for tokens in TOKENS),
     *(("native", weights, tokens) for weights in _PACKED for tokens in TOKENS),
@@ -73,6 +77,9 @@ def measure_maths(
                 late.append(f"experts in {weights}: there was no time for them")
                 continue
             experts = Experts(weights, working_set)
+            if rates and experts.nbytes > memory.available_bytes() // _FREE_SHARE:
+                late.append(f"experts in {weights}: there was no memory for them")
+                continue
             works = [experts.calls(experts.maths(pool if kernels == "native" else None), n) for kernels, n in wanted]
             times = best_of_each(works, effort.maths_s)
             for (kernels, tokens), work, taken_s in zip(wanted, works, times, strict=True):
@@ -159,14 +166,17 @@ class Experts:
         elif weights in RELEASED_BITS:
             self._encoder = Packer(self._plain, False, weights)
         self._layout = self._encoder.layout if self._encoder else self._plain
-        images = [self._image(number).to(device) for number in range(_DISTINCT)]
-        count = max(2, working_set // (images[0].nbytes * TOP_K)) * TOP_K
-        memory = _allocate(count * images[0].nbytes, device).view(count, -1)
-        for number, place in enumerate(memory):
-            place.copy_(images[number % _DISTINCT])
-        self._experts = [self._tensors(place) for place in memory]
+        self._count = max(2, working_set // (self._layout.nbytes * TOP_K)) * TOP_K
         self._device = device
-        self.nbytes = memory.nbytes
+        self.nbytes = self._count * self._layout.nbytes
+
+    @cached_property
+    def _experts(self) -> list[Tensors]:
+        images = [self._image(number).to(self._device) for number in range(_DISTINCT)]
+        places = _allocate(self.nbytes, self._device).view(self._count, -1)
+        for number, place in enumerate(places):
+            place.copy_(images[number % _DISTINCT])
+        return [self._tensors(place) for place in places]
 
     def maths(self, pool: NativePool | None) -> ExpertMaths:
         """What computes them: the library, or torch without `pool`."""
