@@ -1,7 +1,7 @@
 """What moeinf uses of transformers beyond its public interface.
 
 When one of these fails, a new version has moved something: look at the file that the message names, and bring
-src/moeinf/conversion.py, metamodel.py or hooks.py after it.
+src/moeinf/conversion.py, metamodel.py, hooks.py, kvcache.py, engine.py, gate.py or compiling.py after it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.moe import use_experts_implementation
 
 # Where it is, what it is called, and the parameters that moeinf gives it.
@@ -20,6 +21,8 @@ USED = [
     ("transformers.conversion_mapping", "get_model_conversion_mapping", {"model", "hf_quantizer"}),
     ("transformers.core_model_loading", "build_glob_alternation", {"globs"}),
     ("transformers.core_model_loading", "dot_natural_key", {"s"}),
+    ("transformers.cache_utils", "DynamicLayer.update", {"key_states", "value_states"}),
+    ("transformers.modeling_layers", "GradientCheckpointingLayer", None),
     (
         "transformers.core_model_loading",
         "rename_source_key",
@@ -71,6 +74,14 @@ def test_what_is_used_is_there(module: str, name: str, parameters: set[str] | No
     if parameters is not None:
         assert callable(found), moved
         assert parameters <= set(inspect.signature(found).parameters), moved
+
+
+def test_layers_of_a_kv_cache_count_as_before() -> None:
+    layer = DynamicSlidingWindowLayer(8)
+    assert (layer.sliding_window, layer.cumulative_length, layer.is_initialized) == (8, 0, False)
+    assert not getattr(layer, "record_past", False)
+    layer.update(*torch.zeros(2, 1, 1, 3, 4))
+    assert (layer.cumulative_length, layer.get_seq_length()) == (3, 3)
 
 
 def test_an_experts_module_is_known_by_its_flags() -> None:

@@ -148,9 +148,8 @@ class Plan:
     """All that the store of one checkpoint will hold, and what it is made of. The manifest has the same names for it.
 
     `dense` is in the order of the dense file; `recipes` make its tensors, each one or several. `tensor_files` says
-    where sources lie, `ignored` which tensors of the checkpoint the model has no use for. `kv_origin` tells whether
-    the size of the KV cache was measured on the model, or computed from its configuration because the model cannot run
-    without weights. `config` is the text of the store's config.json.
+    where sources lie, `ignored` which tensors of the checkpoint the model has no use for. `config` is the text of the
+    store's config.json.
     """
 
     architecture: str
@@ -163,7 +162,6 @@ class Plan:
     recipes: tuple[Recipe, ...]
     kv_token_bytes: int
     kv_fixed_bytes: int
-    kv_origin: Literal["measured", "computed"]
     max_context: int
     config: str
     tensor_files: Mapping[str, str]
@@ -257,7 +255,6 @@ def plan_conversion(checkpoint: Checkpoint, dtype: str = "auto") -> Plan:
         recipes=recipes,
         kv_token_bytes=probe.token_bytes,
         kv_fixed_bytes=probe.fixed_bytes,
-        kv_origin=probe.origin,
         max_context=meta.max_context,
         config=meta.config_text,
         tensor_files=checkpoint.tensor_files,

@@ -143,7 +143,7 @@ class Session:
         finally:
             self._engine.runtime.should_stop = None
         stats = self._engine.finished(clock.timing(len(ids) - clock.reused))
-        return Completion(len(ids), tuple(new), self._finish_reason(new, max_tokens, clock), stats)
+        return Completion(len(ids), tuple(new), self._finish_reason(new, clock), stats)
 
     def _continue(self, ids: list[int], sampling: Sampling, max_tokens: int, clock: _Clock) -> list[int] | None:
         """The new tokens, those included that there are already; None if a GPU's memory ran out meanwhile."""
@@ -218,7 +218,7 @@ class Session:
             self._engine.model(input_ids=piece, use_cache=True, **{CACHE: self._cache}, **self._engine.last_logits_only)
             self._tokens = ids[: begin + step]
 
-    def _finish_reason(self, new: list[int], max_tokens: int, clock: _Clock) -> FinishReason:
+    def _finish_reason(self, new: list[int], clock: _Clock) -> FinishReason:
         if new and new[-1] in self._engine.stop_tokens:
             return "stop"
         if clock.is_interrupted or not new:

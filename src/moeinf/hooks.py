@@ -177,9 +177,10 @@ class _Loans:
         """A step begins."""
         _interrupt.hold()
         self._runtime.require_open()
-        given = kwargs.get("input_ids", args[0] if args else None)
-        if given is not None:
-            self._lend(given.numel(), self._count(kwargs.get(CACHE, kwargs.get("past_key_values")), given.numel()))
+        given, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        tokens = given.numel() if given is not None else embedded.shape[:-1].numel() if embedded is not None else 0
+        if tokens:
+            self._lend(tokens, self._count(kwargs.get(CACHE, kwargs.get("past_key_values")), tokens))
 
     def end(self, *_: Any) -> None:
         """It has ended; after a KeyboardInterrupt torch does not say so."""

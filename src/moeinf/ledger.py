@@ -440,7 +440,9 @@ def parse_slots(experts: str | None, num_experts: int, fewest: int) -> int | Non
 
 
 def _context(manifest: Manifest, shape: ModelShape, asked: int | None, budget: int) -> int:
-    """The asked context, or one whose KV cache takes an eighth of the budget at most."""
+    """The asked context, or one whose KV cache takes an eighth of the budget at most; but 256 tokens or the model's own
+    most at least.
+    """
     if asked is not None:
         if asked > manifest.max_context:
             raise UsageError(
@@ -451,7 +453,7 @@ def _context(manifest: Manifest, shape: ModelShape, asked: int | None, budget: i
     tokens = min(manifest.max_context, _DEFAULT_CONTEXT)
     if token_bytes := manifest.kv_token_bytes + shape.kept_bytes:
         tokens = min(tokens, max(256, budget // 8 // token_bytes))
-    return min(tokens, manifest.max_context)
+    return tokens
 
 
 def _with_context(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import IntegrityError, MoeinfError
-from .files import FileSystem, publish
+from .files import publish
 from .manifest import Manifest
 
 __all__ = ["QUALITY_FILE", "Quality", "read_quality", "write_quality"]
@@ -76,10 +76,10 @@ def read_quality(path: Path, manifest: Manifest) -> Quality | None:
         raise IntegrityError(f"{path} is damaged: {error}", hint="remove the file, or measure again") from error
 
 
-def write_quality(quality: Quality, path: Path, manifest: Manifest, *, disk: FileSystem | None = None) -> None:
+def write_quality(quality: Quality, path: Path, manifest: Manifest) -> None:
     """Keep what was measured of the model with this manifest. All or nothing; raises what `files.publish` raises."""
     raw = {"schema": _SCHEMA, "model": manifest.digest, **dataclasses.asdict(quality)}
-    publish(path, [json.dumps(raw, indent=1).encode() + b"\n"], disk=disk)
+    publish(path, [json.dumps(raw, indent=1).encode() + b"\n"])
 
 
 _TYPES: dict[object, type] = {"str": str, "int": int, "float": float}

@@ -33,7 +33,7 @@ class Recorder:
 
     Args:
         identity: the model; `record` is called for each of its layers in turn.
-        max_tokens: what comes after so many tokens is dropped, and counted in `dropped_tokens`.
+        max_tokens: what comes after so many tokens is dropped.
         packed_tokens: so many tokens are packed at once. Unpacked, one takes 1.2 kB per layer.
         foresight: asked, of every token that is no part of a prompt, which experts the next layer will choose, and told
             what that chose; what it says is noted beside that.
@@ -48,7 +48,6 @@ class Recorder:
         foresight: Predictor | None = None,
     ) -> None:
         self.num_tokens = 0
-        self.dropped_tokens = 0
         self._identity = identity
         self._max_tokens = max_tokens
         self._packed_tokens = packed_tokens
@@ -135,7 +134,6 @@ class Recorder:
         self._step = None
         self._next_position[step.sequence] = step.position + step.tokens
         self.num_tokens += step.kept
-        self.dropped_tokens += step.tokens - step.kept
         if step.kept:
             self._notes.append(step)
             self._unpacked_tokens += step.kept

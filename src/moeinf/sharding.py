@@ -140,10 +140,9 @@ class Sharder:
         self._files.clear()
 
     def _open_dense(self) -> DenseWriter | None:
-        """Tensors of the widest dtype first, so that each starts at a multiple of its element's size."""
         if self._sink.is_done(DENSE_NAME):
             return None
-        tensors = sorted(self._plan.dense, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+        tensors = self._plan.dense
         described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
         header = encode_header(described, {"format": "pt"}, EXPERT_ALIGNMENT)
         offset = len(header)
