@@ -298,6 +298,16 @@ def test_a_prompt_of_one_token_is_learned_as_a_prompt(tiny: str) -> None:
         assert matrix.sum(axis=2).tolist() == [[2, 2], [16, 16]]  # a token read, 8 made and read, k = 2
 
 
+def test_only_what_is_asked_while_it_learns_is_learned(tiny: str) -> None:
+    with moeinf.load(tiny) as engine:
+        engine.generation_config.eos_token_id = None
+        for learns in (False, True, False):
+            engine.learns = learns
+            engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=9, temperature=0))
+    with moeinf.load(tiny) as engine:
+        assert engine.learned_requests == 1
+
+
 def test_what_two_at_a_time_learned_is_kept_together(tiny: str) -> None:
     sampling = moeinf.Sampling(max_tokens=9, temperature=0)
     with moeinf.load(tiny) as one, moeinf.load(tiny) as other:

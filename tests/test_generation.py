@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,33 @@ def test_stopping_in_a_prompt_ends_at_the_next_layer(engine: Engine) -> None:
     assert session.generate(PROMPT, GREEDY).tokens == engine.session().generate(PROMPT, GREEDY).tokens
 
 
+def test_the_rest_of_a_prompt_that_was_given_up_is_no_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(engine.plan), "prefill_tokens", lambda *_: 16)
+    asked = itertools.chain([False], itertools.repeat(True))
+    engine.session().generate(PROMPT, GREEDY, should_stop=lambda: next(asked))
+    engine.runtime.reset_counters()
+    with torch.inference_mode():
+        engine.model(torch.tensor([[5]]))
+    assert (engine.runtime.prefill.requests, engine.runtime.decode.requests) == (0, engine.plan.token_experts)
+
+
+def test_what_was_guessed_before_the_first_new_token_counts(tiny: str) -> None:
+    with moeinf.load(tiny, experts="3", prefetch="gate") as engine:
+        engine.generation_config.eos_token_id = None
+        engine.session().generate(PROMPT, GREEDY)
+        read: list[int] = []
+        foresee = engine.runtime.cache.foresee
+
+        def note(expert: int) -> int | None:
+            slot = foresee(expert)
+            read.extend([expert] * (slot is not None))
+            return slot
+
+        engine.runtime.cache.foresee = note  # type: ignore[method-assign]
+        stats = engine.session().generate(PROMPT[:1], GREEDY).stats.experts
+        assert stats.prefetched == len(read) > 0
+
+
 def test_what_an_error_left_half_written_is_forgotten(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     session = engine.session()
     first = session.generate(PROMPT, GREEDY)
@@ -182,6 +210,23 @@ def test_stopping_while_a_prompt_is_computed_anew_is_told(engine: Engine, monkey
     completion = engine.session().generate(PROMPT, GREEDY, should_stop=lambda: stopping)
     assert 0 < len(completion.tokens) < 10
     assert completion.finish_reason == "interrupted"
+
+
+def test_an_answer_that_is_begun_anew_is_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, steps = engine.runtime.forward, itertools.count()
+
+    def run_out(*step: torch.Tensor) -> torch.Tensor:
+        if next(steps) == 10:
+            raise torch.OutOfMemoryError
+        return forward(*step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.runtime, "forward", run_out)
+    monkeypatch.setattr(engine, "make_room", lambda: None)
+    engine.save_collection()
+    learned = engine.learned_requests
+    engine.session().generate(PROMPT, GREEDY)
+    engine.save_collection()
+    assert engine.learned_requests == learned + 1
 
 
 def test_the_context_is_kept(engine: Engine) -> None:

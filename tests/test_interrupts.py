@@ -73,3 +73,24 @@ def test_other_threads_leave_signals_alone() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_one_thread_keeps_no_other_takes() -> None:
+    kept, raised = KeptInterrupt(), []
+
+    def other() -> None:
+        try:
+            kept.check()
+            kept.release()
+        except BaseException as error:
+            raised.append(error)
+
+    kept.hold()
+    press()
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert raised == []
+    with pytest.raises(KeyboardInterrupt):
+        kept.release()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -273,3 +273,24 @@ def test_an_unknown_policy_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="policy 'psychic' is not known") as caught:
         make_policy("psychic", SIZES)
     assert caught.value.hint == f"choose one of: {', '.join(sorted(POLICIES))}"
+
+
+@pytest.mark.parametrize("name", ["expected-use", "neighbour-use"])
+def test_a_single_layer_is_ranked_too(name: str) -> None:
+    """Its hot experts have the lowest numbers, which are evicted first where all rank alike."""
+    chance = random.Random(0)
+    tokens = [chance.sample(range(8) if chance.random() < 0.8 else range(8, 32), 2) for _ in range(1000)]
+    hits = {}
+    for each in (name, "random"):
+        cache = ExpertCache(32, 10, make_policy(each, (32,)))
+        for chosen in tokens:
+            cache.observe(0, [chosen])
+            for expert in chosen:
+                leased = cache.acquire(expert)
+                assert leased is not None
+                if leased[1] is Outcome.MISS:
+                    cache.arrived(expert)
+            for expert in chosen:
+                cache.release(expert)
+        hits[each] = cache.counters.hits
+    assert hits[name] > 1.1 * hits["random"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -373,6 +374,21 @@ def test_an_expert_that_made_room_and_is_then_asked_for_is_waited_for(
         for key in step.arriving():
             assert runtime.cache.is_resident(key)
         step.end()
+
+
+def test_a_guess_that_was_given_up_is_asked_for_by_a_prompt(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of its fetch is not the arrival of what the prompt waits for."""
+    use_reader(monkeypatch, StuckReader)
+    with moeinf.load(wide, experts="4", prefetch="off") as engine:
+        runtime = engine.runtime
+        runtime._prefetcher._guess([0, 1])
+        runtime._settle(())
+        assert runtime._prefetcher.unsettled == {0, 1}
+        step = Step(runtime)
+        for key in itertools.chain.from_iterable(step.stream([0, 1], set(), 2)):
+            assert runtime.cache.is_resident(key)
+        step.end()
+        assert not any(runtime.cache._leases)
 
 
 def test_a_warm_up_that_somebody_waits_for_makes_no_room(wide: str, monkeypatch: pytest.MonkeyPatch) -> None:

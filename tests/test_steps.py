@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from moeinf.cache import ExpertCache, Outcome
 from moeinf.policies.plain import LruPolicy
 from moeinf.simulate import _Instantly
-from moeinf.steps import Step
+from moeinf.steps import Arrival, Step
 
 
 class Mover(_Instantly):
@@ -36,3 +38,22 @@ def test_what_arrives_while_others_are_leased_is_here() -> None:
     step.end()
     assert not any(mover.cache._leases)
     mover.cache.check_integrity()
+
+
+def test_what_was_given_up_before_is_not_what_arrives() -> None:
+    class Late(Mover):
+        given_up = (1, 2)
+
+        def wait(self) -> Arrival:
+            if self.given_up:
+                key, *self.given_up = self.given_up  # type: ignore[assignment]
+                return Arrival(key, 0, cancelled=True)
+            return super().wait()
+
+    mover = Late(4, hasty=set())
+    step = Step(mover)
+    assert step.lease([1, 2, 3]) == []
+    for key in itertools.islice(step.arriving(), 2):
+        assert mover.cache.is_resident(key)
+    step.end()
+    assert not any(mover.cache._leases)

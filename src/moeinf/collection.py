@@ -111,6 +111,8 @@ class RequestCounter:
 
     def __init__(self, sizes: Sequence[int], collection: ActivationCollection) -> None:
         self.collection = collection
+        self.learns = True
+        """Whether the present request will join."""
         self._sizes = sizes
         self._matrix = np.zeros((PHASES, len(sizes), max(sizes)), np.int32)
         self._made = [memoryview(row) for row in self._matrix[1]]
@@ -121,7 +123,7 @@ class RequestCounter:
 
     def begin_request(self) -> None:
         """The request that was counted, if there was one, is over, and another begins."""
-        if self._tokens >= _LEAST_TOKENS:
+        if self.learns and self._tokens >= _LEAST_TOKENS:
             self.collection.add(self._matrix.copy())
         self._matrix[:] = 0
         self._tokens, self._looked_up_at = 0, -1

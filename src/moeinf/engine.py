@@ -104,7 +104,6 @@ class Engine:
         self.runtime = runtime
         self.device = device
         self.notes = notes
-        self.learns = True
         self.quality = quality
         self._collection_file = collection_file
         self._run_log = run_log
@@ -123,6 +122,17 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def learns(self) -> bool:
+        return self.runtime.counter.learns
+
+    @learns.setter
+    def learns(self, learns: bool) -> None:
+        counter = self.runtime.counter
+        if learns != counter.learns:
+            counter.begin_request()
+            counter.learns = learns
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -171,8 +181,8 @@ class Engine:
                 hit_rate=decode.hits / decode.requests if decode.requests else 0.0,
                 decode_requests=decode.requests,
                 decode_hits=decode.hits,
-                prefetched=decode.prefetched,
-                prefetch_used=decode.prefetch_used,
+                prefetched=decode.prefetched + prefill.prefetched,
+                prefetch_used=decode.prefetch_used + prefill.prefetch_used,
                 evictions=decode.evictions + prefill.evictions,
             ),
             prefetch=self._prefetch_stats(),
@@ -234,7 +244,7 @@ class Engine:
         """
         counter = self.runtime.counter
         counter.begin_request()
-        if counter.collection.fresh and self.learns:
+        if counter.collection.fresh:
             counter.collection = self._collection_file.save(counter.collection)
 
     def close(self) -> None:
@@ -249,7 +259,8 @@ class Engine:
             hooks.give_back(self.model)
 
     def _prefetch_stats(self) -> PrefetchStats:
-        counters, used = self.runtime.prefetch, self.runtime.decode.prefetch_used
+        runtime = self.runtime
+        counters, used = runtime.prefetch, runtime.decode.prefetch_used + runtime.prefill.prefetch_used
         used_bytes = min(used * self.manifest.layout.nbytes, counters.read_bytes)
         return PrefetchStats(
             predictor=self.runtime.predictor,

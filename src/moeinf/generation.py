@@ -133,6 +133,7 @@ class Session:
         try:
             while (new := self._continue(ids, sampling, max_tokens, clock)) is None:
                 self._engine.make_room()
+                clock.tries += 1
         except StepStopped:
             clock.is_interrupted = True
             self.clear()
@@ -142,6 +143,7 @@ class Session:
             raise
         finally:
             self._engine.runtime.should_stop = None
+            self._engine.runtime.begin_prompt(0)
         stats = self._engine.finished(clock.timing(len(ids) - clock.reused))
         return Completion(len(ids), tuple(new), self._finish_reason(new, clock), stats)
 
@@ -164,7 +166,10 @@ class Session:
         config = make_generation_config(self._engine.generation_config, sampling, max_tokens)
         clock.begin()
         clock.reused = self._reuse(ids)
-        self._engine.runtime.begin_request(clock.reused, len(ids) - clock.reused)
+        if clock.tries:
+            self._engine.runtime.begin_prompt(len(ids) - clock.reused)
+        else:
+            self._engine.runtime.begin_request(clock.reused, len(ids) - clock.reused)
         self._prefill(ids, clock)
         prompt = torch.tensor([ids], device=model.device)
         output: Any = model.generate(
@@ -230,7 +235,7 @@ class _Clock(BaseStreamer):
     """Watches one `generate`: hands tokens on, asks whether to stop, and takes the times."""
 
     def __init__(self, on_token: Callable[[int], None] | None, should_stop: Callable[[], bool] | None) -> None:
-        self.reused = 0
+        self.reused = self.tries = 0
         self.is_interrupted = False
         self.tokens: list[int] = []
         self._on_token = on_token

@@ -29,11 +29,13 @@ class KeptInterrupt:
 
     def check(self) -> None:
         """Raise what was kept, if anything was: here it does no harm."""
-        if self._came:
+        if self._came and threading.current_thread() is threading.main_thread():
             self.release()
 
     def release(self) -> None:
         """Keep no more. Raises KeyboardInterrupt if one was kept."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         if self._holds:
             self._holds = False
             signal.signal(signal.SIGINT, signal.default_int_handler)

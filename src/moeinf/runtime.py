@@ -129,15 +129,20 @@ class ExpertRuntime:
         """A person asks for something: the first token that is new has this position in the conversation, and so many
         are the prompt's, however few of them come at a time.
         """
-        self._prompt_left = tokens
+        self.begin_prompt(tokens)
         self.cache.begin_request()
         self.counter.begin_request()
         if self.recorder is not None:
             self.recorder.begin(self._requests, position)
         self._requests += 1
 
+    def begin_prompt(self, tokens: int) -> None:
+        """Of what comes now so many tokens are the request's prompt; of a request that is over, none."""
+        self._prompt_left = tokens
+
     def reset_counters(self) -> None:
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
+        self.cache.counters = self.prefill
         self._prefetcher.counters = PrefetchCounters()
 
     @property
@@ -343,7 +348,7 @@ class ExpertRuntime:
         """Lease an expert, and fetch it on a miss; None if no slot can be had now."""
         if self.cache.slot(key) is None and self._warm_up.make_room():
             self._entered += self._enter_arrivals()
-        while self._warm_up.is_leaving(key):
+        while self._warm_up.is_leaving(key) or key in self._prefetcher.unsettled:
             self._entered.append(self._await_arrival())
         while (leased := self.cache.acquire(key, keep=keep)) is None and (
             self._prefetcher.unsettled or self._warm_up.give_up()

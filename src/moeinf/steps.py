@@ -98,6 +98,8 @@ class Step:
         """Release what is still leased, after what is under way has arrived."""
         while self._awaited:
             arrival = self._mover.wait()
+            if arrival.cancelled:
+                continue
             if arrival.key in self._awaited and arrival.error is not None:
                 self._leased.discard(arrival.key)
             self._awaited.discard(arrival.key)
@@ -120,7 +122,7 @@ class Step:
     def _next_arrival(self) -> int:
         while True:
             arrival = self._mover.wait()
-            if arrival.key not in self._awaited:
+            if arrival.key not in self._awaited or arrival.cancelled:
                 continue  # a guess that nobody asked for
             self._awaited.remove(arrival.key)
             if arrival.error is not None:

@@ -100,7 +100,7 @@ class LayeredPolicy(ABC):
         for expert in self._passing:
             if not is_leased(expert):
                 return expert
-        if len(self._outdated) >= self._TOGETHER:
+        if len(self._outdated) >= min(self._TOGETHER, self._layers):
             self._rank_anew(sorted(self._outdated))
             self._outdated.clear()
         scores = self._scores
