@@ -26,6 +26,7 @@ from cli_transcripts import CommandLine
 from families import make_checkpoint
 from faults import FailingDisk
 from moeinf.chat import complete
+from moeinf.cli.reading import _open_history
 from moeinf.errors import CapacityError, HubError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.manifest import Source, expert_path
 from moeinf.origins import Download
@@ -603,6 +604,24 @@ def test_run_with_stats(engine: FakeEngine, stored: CommandLine) -> None:
     """)
 
 
+def test_an_answer_is_out_before_the_engine_closes(
+    engine: FakeEngine, stored: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeEngine, "__exit__", interrupt)
+    output, _, code = stored.run("run", "tiny", "Hi", "--json")
+    assert (json.loads(output)["text"], code) == ("Hello.", 130)
+
+
+def test_a_history_that_cannot_be_kept_stops_no_chat(tmp_path: Path) -> None:
+    history = _open_history(tmp_path / "history/chat")
+    shutil.rmtree(tmp_path / "history")
+    history.append_string("what was typed")
+    assert history.get_strings() == ["what was typed"]
+
+
 def test_run_says_why_an_answer_was_cut(engine: FakeEngine, stored: CommandLine) -> None:
     stored.check("""
         $ moeinf run tiny Hi --max-tokens 4
@@ -776,7 +795,7 @@ def test_chat_commands(engine: FakeEngine, stored: CommandLine) -> None:
         ! temperature 0.7
         ! max_tokens 3
         ! seed default
-        ! the answer was cut at 3 tokens; --max-tokens sets that
+        ! the answer was cut at 3 tokens; /set max_tokens sets that
         ! model     tiny
         ! system    Be brief.
         ! settings  max_tokens 3, temperature 0.7, top_p default, top_k default, seed default
@@ -784,7 +803,7 @@ def test_chat_commands(engine: FakeEngine, stored: CommandLine) -> None:
         ! time to first token 250 ms · prompt 48.0 tokens/s · answer 8.0 tokens/s
         ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
         ! stats on
-        ! the answer was cut at 3 tokens; --max-tokens sets that
+        ! the answer was cut at 3 tokens; /set max_tokens sets that
         ! time to first token 250 ms · prompt 48.0 tokens/s · answer 8.0 tokens/s
         ! expert hit rate 62.5% of 24 in 3 host slots · disk to host 3.75 KiB · host to device 0 B · stalled 500 ms
         ! stats off
@@ -1298,8 +1317,9 @@ def test_standard_streams_may_be_closed(stored: CommandLine, closed: str) -> Non
         assert "AttributeError" not in process.stderr
 
 
-def test_nobody_reads_the_output(stored: CommandLine) -> None:
-    process = spawn(stored.home, "-m", "moeinf", "list")
+@pytest.mark.parametrize("asked", ["list", "--help"])
+def test_nobody_reads_the_output(stored: CommandLine, asked: str) -> None:
+    process = spawn(stored.home, "-m", "moeinf", asked)
     assert process.stdout
     assert process.stderr
     process.stdout.close()

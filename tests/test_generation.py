@@ -237,6 +237,12 @@ def test_the_context_is_kept(engine: Engine) -> None:
         engine.session().generate(PROMPT * 3 + PROMPT[:8], GREEDY)
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_that_the_model_does_not_have_are_refused(engine: Engine, token: int) -> None:
+    with pytest.raises(UsageError, match="none of the model's"):
+        engine.session().generate([5, token], GREEDY)
+
+
 def test_an_empty_prompt_is_refused(engine: Engine) -> None:
     with pytest.raises(UsageError, match="nothing to continue"):
         engine.session().generate([], GREEDY)

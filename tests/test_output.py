@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,13 @@ def test_a_result_in_each_mode(mode: Mode, shown: str) -> None:
     output, stdout, stderr = on_files(mode)
     output.result(DATA, lines=["a line", "another"], names=["größer"])
     assert (stdout.getvalue(), stderr.getvalue()) == (shown, "")
+
+
+def test_json_is_json_in_any_encoding() -> None:
+    data = io.BytesIO()
+    stream = io.TextIOWrapper(data, "latin-1", errors="replace")
+    Output(Mode.JSON, stdout=stream).result({"text": "größer — 你好"}, lines=())
+    assert json.loads(data.getvalue())["text"] == "größer — 你好"
 
 
 @pytest.mark.parametrize(("mode", "said"), [(Mode.HUMAN, "n\n"), (Mode.JSON, "n\n"), (Mode.QUIET, "")])

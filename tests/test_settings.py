@@ -62,6 +62,17 @@ def test_bad_settings_are_errors(tmp_path: Path, environ: dict[str, str], config
         resolve_options({}, environ=environ, home=tmp_path)
 
 
+def test_a_home_that_cannot_be_looked_at_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/home", tmp_path / ("x" * 300)):
+        with pytest.raises(UsageError, match="MOEINF_HOME is"):
+            home_path({"MOEINF_HOME": str(path)})
+
+
+def test_none_is_the_default() -> None:
+    assert EngineOptions(device=None, policy=None, threads=None) == EngineOptions()  # type: ignore[arg-type]
+
+
 def test_home_and_debug() -> None:
     assert home_path({"MOEINF_HOME": "/somewhere"}) == Path("/somewhere")
     assert home_path({}) == Path.home() / ".moeinf"

@@ -139,7 +139,7 @@ def publish(path: Path, chunks: Iterable[Bytes], *, mode: int = 0o644, disk: Fil
     Whatever happens, `path` is then the old file, the new one, or none. Raises CapacityError when the disk is full,
     UsageError when the place cannot be written to.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder", hint="name a file in it")
     disk = disk or FileSystem()
     draft = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")

@@ -35,15 +35,18 @@ FinishReason = Literal["stop", "length", "interrupted"]
 _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.001, 1000
 """Beyond these, logits become infinite or all alike."""
 _LARGEST_SEED = (1 << 63) - 1
-_ROOM = "start afresh (/clear in a chat), or give a larger --context, which takes memory from the experts"
-_NO_MORE_ROOM = "start afresh (/clear in a chat): the model was made for no longer context"
+_ROOM = (
+    "shorten it, or start afresh (/clear in a chat), or give a larger --context, which takes memory from the experts"
+)
+_NO_MORE_ROOM = "shorten it, or start afresh (/clear in a chat): the model was made for no longer context"
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen; None leaves it to the model's own generation config. Temperature 0 is greedy.
+    """How tokens are chosen. Temperature 0 is greedy; None leaves `temperature`, `top_p` and `top_k` to the model's own
+    generation config. Without `max_tokens` an answer may fill the context.
 
-    With a `seed` the same request gives the same tokens again.
+    With a `seed` the same request gives the same tokens again; without one, each time others.
     """
 
     max_tokens: int | None = None
@@ -123,9 +126,12 @@ class Session:
             raise UsageError("there is nothing to continue: the prompt has no tokens")
         if room < 1:
             raise UsageError(
-                f"the conversation has {len(ids)} tokens and the context holds {self._engine.plan.context}",
+                f"what is to be continued has {len(ids)} tokens and the context holds {self._engine.plan.context}",
                 hint=_ROOM if self._engine.plan.context < self._engine.manifest.max_context else _NO_MORE_ROOM,
             )
+        words = getattr(self._engine.model.get_input_embeddings(), "num_embeddings", None)
+        if words is not None and not 0 <= min(ids) <= max(ids) < words:
+            raise UsageError(f"the prompt has tokens that are none of the model's {words:,}")
         max_tokens = min(sampling.max_tokens or room, room)
         clock = _Clock(on_token, should_stop)
         self._engine.runtime.reset_counters()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -85,8 +86,11 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in dataclasses.fields(self)):
-            if (value := getattr(self, name)) is not None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None:
+                object.__setattr__(self, name, field.default)
+            else:
                 object.__setattr__(self, name, _convert(name, value, _flag(name)))
                 _check(name, getattr(self, name), _flag(name))
 
@@ -109,7 +113,15 @@ def home_path(environ: Mapping[str, str] = os.environ) -> Path:
         path = Path(environ.get("MOEINF_HOME") or Path.home() / ".moeinf").expanduser()
     except RuntimeError as error:
         raise UsageError(f"there is no home: {error}", hint="set MOEINF_HOME to a folder") from error
-    if path.exists() and not path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return path
+    except OSError as error:
+        raise UsageError(
+            f"MOEINF_HOME is {path}, which cannot be used: {error.strerror}", hint="set it to a folder that can"
+        ) from error
+    if not is_folder:
         raise UsageError(f"MOEINF_HOME is {path}, which is no folder", hint="set it to one")
     return path
 

@@ -240,6 +240,8 @@ class Store:
                     with suppress(MoeinfError, OSError), exclusive_lock(_lock_path(self.home, name), "recovering"):
                         self._install(name)
             self._empty_trash()
+        except UsageError:  # who may not look there has nothing to finish there
+            return
         except OSError as error:
             if error.errno not in DENIED:
                 raise
@@ -330,10 +332,11 @@ def _lock_path(home: Path, name: str) -> Path:
 
 def _folders(parent: Path) -> list[str]:
     """The folders in `parent` whose names a model may have, sorted."""
-    try:
-        return sorted(path.name for path in parent.iterdir() if is_valid_name(path.name) and path.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    with explained(parent):
+        try:
+            return sorted(path.name for path in parent.iterdir() if is_valid_name(path.name) and path.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def _is_settled(folder: Path) -> bool:

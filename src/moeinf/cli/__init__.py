@@ -24,7 +24,7 @@ from .bench import bench
 from .chat import chat
 from .models import list_models, pull, remove, show, verify
 from .options import with_groups
-from .output import Output, unexpected
+from .output import BROKEN_PIPE, Output, unexpected
 from .profile import profile
 from .quantize import quality, quantize
 from .run import INTERRUPTED, run
@@ -93,6 +93,10 @@ def _run(args: Sequence[str] | None) -> int:
 def _dispatch(args: Sequence[str] | None) -> int:
     try:
         return app(args, prog_name="moeinf", standalone_mode=False) or 0
+    except SystemExit as end:  # click's, where nobody reads the help that it prints
+        if isinstance(end.__context__, BrokenPipeError):
+            raise SystemExit(BROKEN_PIPE) from None
+        raise
     except _COMMAND_LINE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "moeinf"
         raise UsageError(error.format_message().rstrip("."), hint=f"{command} --help") from error

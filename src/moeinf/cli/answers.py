@@ -163,13 +163,15 @@ def _describe_prefetch(prefetch: PrefetchStats) -> list[str]:
     return [line + (" · off at the end: it did not pay" if prefetch.predictor == "off" else "")]
 
 
-def describe_cut(completion: Completion, sampling: Sampling, context: int, max_context: int) -> str | None:
+def describe_cut(
+    completion: Completion, sampling: Sampling, context: int, max_context: int, setter: str = "--max-tokens"
+) -> str | None:
     """Why an answer ends in the middle and what to do, or None if it does not. The model was made for a context of
-    `max_context` tokens.
+    `max_context` tokens; `setter` is what sets how many an answer has.
     """
     if completion.finish_reason != "length":
         return None
     if len(completion.tokens) == sampling.max_tokens:
-        return f"the answer was cut at {sampling.max_tokens} tokens; --max-tokens sets that"
+        return f"the answer was cut at {sampling.max_tokens} tokens; {setter} sets that"
     what = "--context sets that" if context < max_context else "the model was made for no more"
     return f"the answer was cut where the context of {context} tokens was full; {what}"

@@ -145,7 +145,7 @@ class Repl:
         completion = self._last.completion
         if completion.finish_reason == "interrupted":
             self._output.note("stopped; what was said is kept, /retry asks again")
-        if cut := describe_cut(completion, self._conversation.sampling, *self._contexts):
+        if cut := describe_cut(completion, self._conversation.sampling, *self._contexts, setter="/set max_tokens"):
             self._output.note(cut)
         if self._shows_stats:
             self.stats("")

@@ -5,6 +5,7 @@ Owns the three modes and what a terminal is. Knows nothing of models; `progress`
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -67,7 +68,8 @@ class Output:
     def result(self, data: Mapping[str, object], *, lines: Sequence[str], names: Sequence[str] = ()) -> None:
         """Show what was asked for: `data` with a schema number as JSON, `lines` to people, `names` when quiet."""
         if self.mode is Mode.JSON:
-            lines = [json.dumps({"schema": 1, **data}, ensure_ascii=False)]
+            is_utf8 = codecs.lookup(getattr(self._stdout, "encoding", None) or "utf-8").name == "utf-8"
+            lines = [json.dumps({"schema": 1, **data}, ensure_ascii=not is_utf8)]
         elif self.mode is Mode.QUIET:
             lines = names
         self.write("".join(f"{line}\n" for line in lines))

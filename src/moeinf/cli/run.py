@@ -51,9 +51,9 @@ def run(
                     reply = Conversation(engine, sampling, system).send(text, on_text, should_stop)
             finally:
                 output.end_line()
+        if output.mode is Mode.JSON:
+            output.result(_to_dict(name, reply), lines=())
         contexts = engine.plan.context, engine.manifest.max_context
-    if output.mode is Mode.JSON:
-        output.result(_to_dict(name, reply), lines=())
     if cut := describe_cut(reply.completion, sampling, *contexts):
         output.note(cut)
     for line in describe_stats(reply.completion.stats) if stats else []:

@@ -156,7 +156,7 @@ def check_plot(path: Path) -> None:
 
 def check_writable(path: Path, option: str) -> None:
     """Raise UsageError for a place where no file can be written."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {path} cannot be written", hint="name a file in a folder that you may write to")
 
 
