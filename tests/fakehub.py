@@ -67,6 +67,8 @@ class Faults:
     """End the body after this many bytes, without an announced length, as if that were all."""
     flips: int = 0
     """Change one bit in the middle of this many bodies."""
+    pages: list[bytes] = field(default_factory=list)
+    """Answer with this web page, without an announced length, in place of a file."""
     ignores_range: bool = False
     """Always send the whole file."""
     refuses_range: bool = False
@@ -259,10 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.hub.faults
         data += b"\0" * faults.wrong_length
         with self.hub.lock:
+            page = faults.pages.pop(0) if faults.pages else None
             if faults.flips:
                 faults.flips -= 1
                 middle = len(data) // 2
                 data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        if page is not None:
+            return self._send_page(page)
         asked = self.headers.get("Range")
         if asked and faults.refuses_range:
             return self.reply(416, {"Content-Range": f"bytes */{len(data)}"})
@@ -274,6 +279,13 @@ class _Handler(BaseHTTPRequestHandler):
             place = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}", "Accept-Ranges": "bytes"}
             return self._send_body(206, key, data[start:], {**headers, **place})
         return self._send_body(200, key, data, {**headers, "Accept-Ranges": "bytes"})
+
+    def _send_page(self, page: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(page)
 
     def _send_body(self, status: int, key: str, body: bytes, headers: Mapping[str, str]) -> None:
         faults = self.hub.faults

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from moeinf.files import FileSystem
 
-__all__ = ["CountingDisk", "FailingDisk", "PowerLossDisk"]
+__all__ = ["CountingDisk", "FailingDisk", "PowerLossDisk", "RefusingDisk"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,6 +52,18 @@ class FailingDisk(CountingDisk):
                 os.pwrite(descriptor, data[: len(data) // 2], offset)  # type: ignore[arg-type, index]
             raise OSError(self.code, os.strerror(self.code))
         return run()
+
+
+class RefusingDisk(FileSystem):
+    """Operations on these `paths` fail with `code`, every time; all others work."""
+
+    def __init__(self, code: int, *paths: Path) -> None:
+        self.code, self.paths = code, paths
+
+    def perform(self, operation: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if args[0] in self.paths:
+            raise OSError(self.code, os.strerror(self.code), str(args[0]))
+        return operation(*args, **kwargs)
 
 
 class PowerLossDisk(CountingDisk):

@@ -396,6 +396,13 @@ def test_the_table(cli: CommandLine, processes: Processes) -> None:
     assert code == 0, err
 
 
+def test_a_data_set_of_fewer_prompts_is_said_to_be(cli: CommandLine, processes: Processes, tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS[:2]))
+    asked = ("bench", "tiny", *ASKED, "--repeat", "1", "--prompts", "9", "--dataset", str(tmp_path / "two.jsonl"))
+    assert cli.run(*asked)[0].startswith("tiny: 2 prompts, ")
+    assert json.loads(cli.run(*asked, "--json")[0])["prompts"] == 2
+
+
 def test_moeinf_that_was_killed_is_a_failure(cli: CommandLine, processes: Processes) -> None:
     def fail(job: Job) -> None:
         raise bench_module._EndedError("killed: too large")

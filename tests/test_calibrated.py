@@ -26,7 +26,7 @@ from moeinf.manifest import expert_path
 from moeinf.metamodel import MetaModel, choose_dtype, load_config
 from moeinf.progress import NO_PROGRESS
 from moeinf.prompts import Prompt
-from moeinf.pull import pull
+from moeinf.pull import plan_pull, pull
 from moeinf.quality import compare
 from moeinf.quantizing import quantize_model
 from moeinf.store import Store, StoredModel
@@ -233,3 +233,15 @@ def test_the_disk_takes_as_much_as_was_said(plain: StoredModel, store: Store, mo
         with calibration.moments(plain, meta, store.home, layers, NO_PROGRESS):
             assert files[-1].seek(0, 2) == calibration.scratch_bytes(plain, meta, layers)
         files.clear()
+
+
+def test_a_pull_is_no_way_to_make_it_again(plain: StoredModel, store: Store) -> None:
+    made = quantize_model(plain, "small", INT4, store=store, calibration=calibrate(plain))
+    assert pull("small", store=store) == made
+    pull(plain.manifest.source.repo, store=store, experts="int4", force=True)
+    assert store.open("small") == made
+    for ask in (plan_pull, pull):
+        with pytest.raises(UsageError, match=r"small is calibrated on \d+ tokens of twelve, and a pull") as caught:
+            ask("small", store=store, force=True)
+        again = f"moeinf quantize {plain.manifest.source.repo} --experts int4 --name small --calibrate DATASET --force"
+        assert caught.value.hint == again

@@ -476,6 +476,15 @@ def test_verify_of_a_damaged_model(stored: CommandLine) -> None:
     }
 
 
+def test_verify_of_a_damaged_model_that_a_pull_could_not_make(stored: CommandLine) -> None:
+    damage(stored.home)
+    path = stored.home / "models/tiny/moeinf.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "precision": "int4 experts, calibrated on 9 tokens of texts"}))
+    hint = stored.run("verify", "tiny")[1].splitlines()[-1]
+    assert hint == "hint: moeinf quantize org/tiny --name tiny --calibrate DATASET --force"
+
+
 # Run
 
 

@@ -161,6 +161,7 @@ def test_short_names(tmp_path: Path) -> None:
     assert name("org/name@refs/convert/parquet") == "org--name--refs--convert--parquet-3afd639f"
     assert name("org/v1.5") == "org--v1.5-3afd639f"
     assert len(name("x" * 300 + ".txt")) == 96 + 1 + 8
+    assert name("x" + "中" * 80 + ".txt") == "x" + "中" * 31 + "-3afd639f", "a file's name has as many bytes as may be"
 
 
 def test_names_of_other_texts_differ() -> None:

@@ -130,6 +130,15 @@ def test_what_is_not_a_few_tokens_of_bfloat16_is_torchs(pool: NativePool, monkey
         assert torch.equal(plain(many[:, :1]), F.linear(many[:, :1], plain.weight, plain.bias))
 
 
+def test_an_input_of_another_width_is_refused_by_torch(pool: NativePool) -> None:
+    layer = nn.Linear(64, 96).bfloat16()
+    linear = dense.NativeLinear(layer.forward, pool, layer.weight, layer.bias)
+    assert linear.takes(torch.zeros(1, 64))
+    assert not any(linear.takes(torch.zeros(shape)) for shape in ((), (1, 63), (4, 16), (64, 1)))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(torch.zeros(2, 32).bfloat16())
+
+
 class Router(nn.Module):
     """Multiplies by a matrix of its own, as the routers of most families do, and does other things with it."""
 

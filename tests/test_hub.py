@@ -309,6 +309,13 @@ def test_hostile_name(fake: FakeHub, name: str) -> None:
         hub.resolve(REPO)
 
 
+@pytest.mark.parametrize("name", [None, 5, "\ud800.model"], ids=["null", "number", "surrogate"])
+def test_name_that_is_no_text(fake: FakeHub, name: object) -> None:
+    fake.faults.extra_files = [{"rfilename": name, "size": 1, "blobId": "0" * 40}]
+    with pytest.raises(HubError, match="makes no sense"):
+        hub.resolve(REPO)
+
+
 def test_names_that_one_disk_takes_for_one(fake: FakeHub, folder: Path) -> None:
     write(folder, {"tokenizer.model": b"x", "Tokenizer.model": b"y"})
     with pytest.raises(IntegrityError, match="only in case"):
@@ -354,6 +361,7 @@ def test_offline(fake: FakeHub, monkeypatch: pytest.MonkeyPatch, place: Path, wa
         b"{}",
         b'{"id": "org/model", "sha": null, "siblings": []}',
         b"\xff",
+        b"[" * 100_000,
     ],
 )
 def test_answer_of_something_that_is_not_the_hub(fake: FakeHub, listing: bytes) -> None:
@@ -587,6 +595,15 @@ def test_answer_of_the_wrong_length_costs_no_bytes_that_are_here(
     with pytest.raises(
         HubError, match=f"it has {len(WEIGHTS) + 7} bytes for model.safetensors, not the {len(WEIGHTS)}"
     ):
+        hub.download(model, pick(model), place)
+    assert part_of(place).read_bytes() == WEIGHTS[:100_000]
+
+
+def test_web_page_in_place_of_a_file_costs_no_bytes_that_are_here(fake: FakeHub, place: Path) -> None:
+    fake.faults.pages = [b"<html>Sign in to this network</html>"] * 9
+    prepare_part(place, WEIGHTS[:100_000])
+    model = hub.resolve(REPO)
+    with pytest.raises(HubError, match=r"it is a web page, not model\.safetensors"):
         hub.download(model, pick(model), place)
     assert part_of(place).read_bytes() == WEIGHTS[:100_000]
 

@@ -284,13 +284,15 @@ def test_a_budget_above_what_is_free_is_refused_with_what_is(option: str) -> Non
     device_plan(8 * GIB, 8 * GIB, **{option: caught.value.hint.split()[3]})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("dense", "options"), [(200, {}), (7800, {}), (200, {"experts": "100%"})], ids=str)
 @pytest.mark.parametrize("option", ["device_memory", "host_memory"])
-def test_the_budget_that_is_named_would_do_for_each_tier(option: str) -> None:
+def test_the_budget_that_is_named_would_do_for_each_tier(option: str, dense: int, options: dict[str, Any]) -> None:
+    """Also where little is left of it beside weights."""
+    make = partial(device_plan, 16 * GIB, 16 * GIB, make_manifest(dense=dense * MIB), context=4096, **options)
     with pytest.raises(CapacityError) as caught:
-        device_plan(8 * GIB, 8 * GIB, context=4096, **{option: "30MiB"})  # type: ignore[arg-type]
+        make(**{option: "30MiB"})
     assert caught.value.hint is not None
-    named = caught.value.hint.split()[3]
-    device_plan(8 * GIB, 8 * GIB, context=4096, **{option: named})  # type: ignore[arg-type]
+    make(**{option: caught.value.hint.split()[3]})
 
 
 def test_what_the_processor_expands_for_a_gpu_is_counted() -> None:

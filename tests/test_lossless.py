@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +91,22 @@ def test_without_the_library_the_same_bytes_are_made(monkeypatch: pytest.MonkeyP
     for weight, made in zip(weights, native, strict=True):
         assert all(torch.equal(*each) for each in zip(pack(weight), made, strict=True))
         assert torch.equal(bits(unpack(*made)), bits(weight))
+
+
+def test_threads_take_turns_at_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, inside, seen = pack(draw(16, 8)), list[int](), list[int]()
+
+    def take_a_while(*_: object) -> None:
+        inside.append(1)
+        seen.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+
+    monkeypatch.setattr(lossless, "_library", lambda: SimpleNamespace(moe_expand_lossless=take_a_while))
+    monkeypatch.setattr(lossless, "_open_pool", lambda _: 1)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lossless.expand, *zip(packed, packed, strict=True)))
+    assert seen == [1, 1]
 
 
 def test_a_weight_takes_12_bits_and_an_eighth() -> None:

@@ -97,8 +97,13 @@ def damages() -> dict[str, Any]:
         "load of nothing": change(lambda values: values.update(load=float("nan"))),
         "a disk without rates": change(lambda values: values["disk"].update(rates=[])),
         "reads by nobody": change(lambda values: values["disk"]["rates"][0].update(depth=0)),
+        "reads of no size": change(lambda values: values["disk"]["rates"][0].update(size=float("nan"))),
+        "reads at no depth": change(lambda values: values["disk"]["rates"][0].update(depth=float("nan"))),
         "no maths": change(lambda values: values.update(maths=[])),
         "maths of no token": change(lambda values: values["maths"][0].update(tokens=0)),
+        "maths of no number": change(lambda values: values["maths"][0].update(tokens=float("nan"))),
+        "load beyond floats": change(lambda values: values.update(load=10**400)),
+        "too deep": "[" * 100_000,
     }
 
 

@@ -305,6 +305,29 @@ def test_prompts_are_left_to_torch_where_it_adds_otherwise(
         assert torch.equal(compute_rows(maths, *rows), compute_rows(ExpertMaths(module), *rows))
 
 
+@pytest.mark.parametrize("inner", [96, 128])
+@pytest.mark.parametrize(("kind", "gate"), [("silu", -3.140625), ("gelu", -3.140625), ("gelu-tanh", -5.0625)])
+def test_activations_that_depend_on_where_a_gate_stands_are_left_to_torch(
+    exact_pool: NativePool, kind: str, gate: float, inner: int
+) -> None:
+    """GELU of a row's last gates is another, and a prompt's are parted anywhere. All outputs are the gate's alone."""
+    module = Experts(act=KINDS[kind].get("act", F.silu))
+    layout = make_layout(module, 128, inner, torch.bfloat16)
+    expert = make_expert(layout, torch.Generator())
+    with ExitStack() as stack:
+        [maths] = choose_maths([module], layout, "auto", expert, stack)
+        assert isinstance(maths, NativeMaths) == (kind != "gelu-tanh" or inner == 128)
+        assert getattr(maths, "takes_prompts", False) == (kind == "silu")
+        expert["gate_up_proj"].zero_()[:inner, 0] = gate
+        expert["gate_up_proj"][inner:, 0] = 1
+        expert["down_proj"].copy_(torch.eye(128, inner))
+        hidden, weights = torch.eye(1, 128).bfloat16(), torch.ones(1, 1)
+        one = hidden, weights, [expert]
+        assert torch.equal(compute(maths, *one), compute(ExpertMaths(module), *one))
+        some = hidden.repeat(3, 1), expert, weights.repeat(3, 1)
+        assert torch.equal(compute_rows(maths, *some), compute_rows(ExpertMaths(module), *some))
+
+
 @pytest.mark.parametrize("kind", ["silu", "gpt-oss"])
 def test_the_output_of_a_real_layer_is_torch_s(pool: NativePool, kind: str) -> None:
     """Within one bfloat16 of torch's for 99.9 % of the outputs; the same where the library adds in torch's order."""

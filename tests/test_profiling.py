@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import mmap
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from moeinf.profiling.gpu import measure_gpus
 from moeinf.profiling.maths import measure_maths
 from moeinf.progress import NO_PROGRESS
 from moeinf.shared_library import NotNativeError, built_library
-from moeinf.transfer import Reader
+from moeinf.transfer import Reader, allocate_buffer
 from moeinf.units import GIB, MIB
 
 SMALL = Effort(
@@ -241,6 +243,27 @@ def test_a_busy_machine_leaves_precisions_out_and_never_bfloat16() -> None:
     rates, left_out = measure_maths(None, MIB, effort, NO_PROGRESS.task("maths", 6, "rates").__enter__())
     assert [(rate.weights, rate.tokens) for rate in rates] == [("bfloat16", tokens) for tokens in (1, 16, 256)]
     assert left_out == ("experts in float32: there was no time for them",)
+
+
+def test_kinds_that_memory_has_no_room_for_are_left_out_and_never_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeinf.memory.available_bytes", lambda: 0)
+    rates, left_out = measure_maths(None, MIB, SMALL, NO_PROGRESS.task("maths", 6, "rates").__enter__())
+    assert {rate.weights for rate in rates} == {"bfloat16"}
+    assert left_out == ("experts in float32: there was no memory for them",)
+
+
+def test_experts_of_a_kind_make_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers: list[weakref.ref[mmap.mmap]] = []
+
+    def allocate(nbytes: int) -> mmap.mmap:
+        assert all(buffer() is None for buffer in buffers)
+        buffer = allocate_buffer(nbytes)
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr("moeinf.profiling.maths.allocate_buffer", allocate)
+    measure_maths(None, MIB, SMALL, NO_PROGRESS.task("maths", 6, "rates").__enter__())
+    assert len(buffers) == 2
 
 
 # GPUs.

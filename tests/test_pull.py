@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from moeinf.errors import (
 )
 from moeinf.forms import pull_options
 from moeinf.manifest import Source, expert_path
-from moeinf.origins import FolderOrigin
+from moeinf.origins import FolderOrigin, find_origin
 from moeinf.pull import plan_pull, pull
 from moeinf.store import Store
 from packing import edit, edit_config
@@ -458,6 +459,21 @@ def test_a_disk_that_is_too_small_is_seen_before_weights_are_fetched(
         pull(str(checkpoints[SINGLE]), store=store)
 
 
+def test_room_is_asked_of_the_disk_where_models_are(
+    checkpoints: dict[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`models` may be a link to another one."""
+    (tmp_path / "large").mkdir()
+    store.home.mkdir()
+    store.models.symlink_to(tmp_path / "large")
+    free = {store.home: 0, store.models: 1 << 30}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    source = str(checkpoints[SINGLE])
+    assert plan_pull(source, store=store).has_room
+    pull(source, store=store)
+    assert plan_pull(source, store=store).free_bytes == 1 << 30
+
+
 def test_what_is_written_already_needs_no_room_again(
     fake: FakeHub, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +577,32 @@ def test_an_interrupted_pull_of_a_folder_that_changed_starts_afresh(
     said: list[str] = []
     pull(str(folder), store=store, notify=said.append)
     assert "starts afresh" in said[0]
+
+
+def test_an_unfinished_pull_of_another_source_is_not_taken_away(fake: FakeHub, store: Store) -> None:
+    interrupt(store, SHARDED, "shard", 14)
+    before = contents(store.models)
+    with pytest.raises(UsageError, match=f"sharded-moe is an unfinished pull of {SHARDED}") as caught:
+        pull(SINGLE, store=store, name="sharded-moe")
+    assert "`moeinf rm sharded-moe`" in (caught.value.hint or "")
+    assert contents(store.models) == before
+    said: list[str] = []
+    assert pull(SINGLE, store=store, name="sharded-moe", force=True, notify=said.append).manifest.source.repo == SINGLE
+    assert "starts afresh" in said[0]
+
+
+def test_a_folder_that_changes_while_it_is_read_makes_no_model(
+    checkpoints: dict[str, Path], store: Store, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    folder = copy(checkpoints[SHARDED], tmp_path / "sharded")
+    before = first_shard(folder).stat()
+    with pytest.raises(IntegrityError, match="sharded was changed while it was read"):
+        pull(str(folder), store=store, progress=Bars(lambda _: os.utime(first_shard(folder), ns=(1, 1))))
+    assert store.names() == []
+    os.utime(first_shard(folder), ns=(before.st_atime_ns, before.st_mtime_ns))  # as if it had come back
+    notes: list[str] = []
+    assert contents(pull(str(folder), store=store, notify=notes.append).path) == whole
+    assert not any(note.startswith("going on") for note in notes)
 
 
 def test_a_network_that_breaks_off_is_an_error_and_a_later_pull_goes_on(
@@ -674,6 +716,36 @@ def test_two_pulls_of_one_model_at_once(fake: FakeHub, store: Store, whole: dict
             pull(SHARDED, store=store)
         other.kill()
     assert contents(pull(SHARDED, store=store).path) == whole
+
+
+def let_another_pull_come_first(monkeypatch: pytest.MonkeyPatch, source: str, store: Store, name: str) -> None:
+    """It is done when the next pull has found its source, and has not taken the lock yet."""
+
+    def find_late(*arguments: Any) -> Any:
+        monkeypatch.setattr(pull_module, "find_origin", find_origin)
+        pull(source, store=store, name=name)
+        return find_origin(*arguments)
+
+    monkeypatch.setattr(pull_module, "find_origin", find_late)
+
+
+def test_what_another_process_pulled_meanwhile_is_not_pulled_again(
+    checkpoints: dict[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, bars = str(checkpoints[SINGLE]), Bars()
+    let_another_pull_come_first(monkeypatch, source, store, "mine")
+    assert pull(source, store=store, name="mine", progress=bars) == store.open("mine")
+    assert bars.tasks == []
+    assert store.unfinished() == []
+
+
+def test_a_name_that_was_taken_meanwhile_is_not_taken_away(
+    checkpoints: dict[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_another_pull_come_first(monkeypatch, str(checkpoints[SINGLE]), store, "mine")
+    with pytest.raises(UsageError, match="mine is here already"):
+        pull(str(checkpoints[SHARDED]), store=store, name="mine")
+    assert store.open("mine").manifest.source.repo == str(checkpoints[SINGLE])
 
 
 KILLED_AGAIN_AND_AGAIN = """

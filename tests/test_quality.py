@@ -148,6 +148,25 @@ def test_texts_of_one_token_predict_nothing(models: tuple[StoredModel, StoredMod
         compare(small, whole, [Prompt("", "x")], "one", load, store=store)
 
 
+@pytest.mark.parametrize("broken", ["small", "tiny"])
+def test_logits_that_are_no_numbers_are_not_compared(
+    models: tuple[StoredModel, StoredModel, Store], broken: str
+) -> None:
+    small, whole, store = models
+
+    def spoil(module: torch.nn.Module, _: Any, output: Any) -> None:
+        output.logits[:, 0] = torch.nan
+
+    def load_broken(name: str) -> AbstractContextManager[Engine]:
+        engine = load(name)
+        if name == broken:
+            engine.model.register_forward_hook(spoil)  # type: ignore[attr-defined]
+        return engine
+
+    with pytest.raises(IntegrityError, match="are no numbers"):
+        compare(small, whole, PROMPTS, "three", load_broken, store=store)
+
+
 def test_the_disk_is_asked_first(
     models: tuple[StoredModel, StoredModel, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,21 @@ def test_eight_bits_round_to_the_nearest_of_255(group: int) -> None:
     assert (error <= 1.07 * 0.5 / 127 * largest_of_groups(weight, group)).all()
 
 
+@pytest.mark.parametrize("largest", [1e-7, 3e-6, 1.1e-5, 3e-4])
+def test_eight_bits_keep_groups_whose_factors_float16_hardly_has(largest: float) -> None:
+    weight = torch.linspace(-largest, largest, 64)[None]
+    numbers, factors = quantize(weight, 8, 64)
+    made = back(numbers, factors, 8, 64, 64)
+    assert ((made - weight).abs() <= 0.51 * factors.float()).all()
+    assert made.any()
+
+
+def test_factors_of_eight_bits_are_the_nearest_of_float16() -> None:
+    weight = weights(rows=200)
+    _, factors = quantize(weight, 8, 64)
+    assert torch.equal(factors, (largest_of_groups(weight, 64)[:, ::64] / 127).half())
+
+
 def test_four_bits_lose_less_than_numbers_that_lie_evenly() -> None:
     weight = weights(rows=200)
     numbers, factors = quantize(weight, 4, 16)

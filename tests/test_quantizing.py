@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from moeinf import pull as pull_module
 from moeinf.densefile import PACKED_NAME
 from moeinf.errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
+from moeinf.incoming import Incoming
 from moeinf.manifest import MANIFEST_NAME, Quantization, expert_path
 from moeinf.metamodel import is_experts_module
 from moeinf.pull import plan_pull, pull
@@ -217,6 +218,34 @@ def test_an_interrupted_run_goes_on(plain: StoredModel, store: Store) -> None:
     assert store.verify("small") == []
 
 
+def test_an_unfinished_pull_of_that_name_is_not_taken_away(plain: StoredModel, store: Store) -> None:
+    with store.incoming("small") as incoming:
+        incoming.begin({"source": "org/other"})
+        incoming.write("config.json", [b"{}"])
+        incoming.sync()
+    with pytest.raises(UsageError, match="small is an unfinished model, made of org/other") as caught:
+        quantize_model(plain, "small", INT4, store=store)
+    assert "`moeinf rm small`" in (caught.value.hint or "")
+    assert (incoming.model / "config.json").read_bytes() == b"{}"
+    quantize_model(plain, "small", INT4, store=store, force=True)
+    assert store.verify("small") == []
+
+
+def test_what_another_process_made_meanwhile_is_not_made_again(
+    plain: StoredModel, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_lock = store.incoming
+
+    def take_lock_late(name: str, doing: str) -> AbstractContextManager[Incoming]:
+        monkeypatch.setattr(store, "incoming", take_lock)
+        quantize_model(plain, name, INT4, store=store)
+        return take_lock(name, doing)
+
+    monkeypatch.setattr(store, "incoming", take_lock_late)
+    progress = SimpleNamespace(task=lambda *_, **__: pytest.fail("it is here"))
+    assert quantize_model(plain, "small", INT4, store=store, progress=progress) == store.open("small")
+
+
 def test_what_is_here_is_not_made_again(plain: StoredModel, checkpoint: Path, store: Store) -> None:
     made = quantize_model(plain, "small", INT4, store=store)
     notes: list[str] = []
@@ -261,6 +290,14 @@ def test_room_is_asked_for_what_is_written(
         quantize_model(model, "small", INT4, store=store)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     assert quantize_model(model, "small", INT4, store=store).manifest == there
+
+
+def test_room_is_asked_of_the_disk_where_models_are(
+    plain: StoredModel, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {store.home: 0, store.models: 1 << 30}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    assert quantize_model(plain, "small", INT4, store=store).name == "small"
 
 
 def test_weights_that_are_not_finite_are_named(plain: StoredModel, checkpoint: Path, store: Store) -> None:

@@ -396,6 +396,14 @@ def test_weights_of_the_wrong_shape(tmp_path: Path, family: str, name: str, comp
     assert name in str(caught.value)
 
 
+def test_a_scalar_is_no_vector(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_checkpoint("olmoe", folder)
+    edit(folder, lambda tensors: {**tensors, "model.norm.weight": torch.tensor(1.0, dtype=torch.bfloat16)})
+    with pytest.raises(IntegrityError, match=r"model\.norm\.weight .*cannot be made of"):
+        shard(folder, tmp_path / "store")
+
+
 def test_a_shard_that_came_without_a_tensor_of_the_index(tmp_path: Path) -> None:
     folder = sharded_folder(tmp_path)
     checkpoint = Checkpoint.from_index(folder)

@@ -11,22 +11,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import pytest
 
 from cli_transcripts import CommandLine
-from faults import CountingDisk, FailingDisk, PowerLossDisk
+from faults import CountingDisk, FailingDisk, PowerLossDisk, RefusingDisk
 from moeinf.errors import CapacityError, IntegrityError, ModelNotFoundError, MoeinfError, UsageError
 from moeinf.files import FileSystem
 from moeinf.incoming import Incoming, is_safe_path
 from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec, expert_path
 from moeinf.store import Store, is_valid_name
 
-P = ParamSpec("P")
-R = TypeVar("R")
 KEY = {"source": "org/tiny", "commit": "c" * 40}
 LAYOUT = ExpertLayout(4096, (TensorSpec("up", "F32", (4, 8), 0), TensorSpec("down", "F32", (8, 4), 128)))
 DENSE_HEADER = b"{}".ljust(64)
@@ -479,6 +477,32 @@ def test_a_busy_model_says_who_has_it(tmp_path: Path) -> None:
         store.remove("tiny")
 
 
+def test_who_may_not_write_the_lock_file_still_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path)
+    store, open_file = Store(tmp_path), os.open
+
+    def open_as_guest(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, flags, mode)
+
+    with ExitStack() as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", open_as_guest)
+            held.enter_context(store.hold("tiny"))
+        with pytest.raises(MoeinfError, match="tiny is busy"):
+            store.remove("tiny")
+    store.remove("tiny")
+
+
+def test_a_model_that_was_replaced_since_it_was_opened_is_not_used(tmp_path: Path) -> None:
+    put(tmp_path)
+    model = Store(tmp_path).open("tiny")
+    put(tmp_path, manifest=make_manifest(commit="d" * 40))
+    with pytest.raises(MoeinfError, match="tiny was replaced meanwhile"), model.use():
+        pass
+
+
 def test_a_lock_file_that_knows_only_the_dead_names_nobody(tmp_path: Path) -> None:
     put(tmp_path)
     store = Store(tmp_path)
@@ -513,6 +537,24 @@ def test_a_home_that_cannot_be_written_can_be_used(read_only: Path) -> None:
     for change in (lambda: store.remove("tiny"), lambda: put(read_only, "other")):
         with pytest.raises(UsageError, match="no access to"):
             change()
+
+
+def test_a_model_that_may_not_be_looked_into_keeps_no_other_from_being_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path)
+    put(tmp_path, "private")
+    stat = os.stat
+
+    def stat_as_guest(path: Any, **how: Any) -> os.stat_result:
+        if Path(path).parent.name == "private":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", stat_as_guest)
+    store = Store(tmp_path)
+    assert store.names() == ["private", "tiny"]
+    assert store.without_manifest() == []
 
 
 def test_a_disk_that_is_read_only_or_full_is_told_apart(tmp_path: Path) -> None:
@@ -630,6 +672,19 @@ def test_what_was_learned_about_a_model_survives_its_replacement(tmp_path: Path)
     (traces / "one.safetensors").write_text("learned")
     put(tmp_path)
     assert (traces / "one.safetensors").read_text() == "learned"
+    assert Store(tmp_path).verify("tiny") == []
+
+
+def test_what_was_learned_survives_where_a_link_leads_to_another_disk(tmp_path: Path) -> None:
+    put(tmp_path)
+    place, there = tmp_path / "models" / "tiny", tmp_path / "there"
+    place.rename(there)
+    place.symlink_to(there)
+    (there / "traces").mkdir()
+    (there / "traces" / "one.safetensors").write_text("learned")
+    put(tmp_path, disk=RefusingDisk(errno.EXDEV, place / "traces"))
+    assert (place / "traces" / "one.safetensors").read_text() == "learned"
+    assert not place.is_symlink()
     assert Store(tmp_path).verify("tiny") == []
 
 
@@ -766,19 +821,63 @@ def test_strays_of_an_earlier_try_do_not_get_into_the_model(tmp_path: Path, whol
 def test_what_the_trash_does_not_let_go_of_keeps_nobody_from_reading(tmp_path: Path) -> None:
     put(tmp_path)
     put(tmp_path, "other")
-    (tmp_path / "models" / ".trash" / "old").mkdir(parents=True)
-
-    class Clinging(FileSystem):
-        def perform(self, operation: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-            if args[0] == tmp_path / "models" / ".trash" / "old":
-                raise OSError(errno.ENOTEMPTY, "Directory not empty")
-            return operation(*args, **kwargs)
-
-    assert Store(tmp_path, disk=Clinging()).names() == ["other", "tiny"]
-    Store(tmp_path, disk=Clinging()).remove("other")
-    assert (tmp_path / "models" / ".trash" / "old").exists()
+    old = tmp_path / "models" / ".trash" / "old"
+    old.mkdir(parents=True)
+    clinging = Store(tmp_path, disk=RefusingDisk(errno.ENOTEMPTY, old))
+    assert clinging.names() == ["other", "tiny"]
+    clinging.remove("other")
+    assert old.exists()
     assert Store(tmp_path).names() == ["tiny"]
-    assert not (tmp_path / "models" / ".trash" / "old").exists()
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EXDEV], ids=["full", "elsewhere"])
+def test_a_model_that_cannot_be_put_in_place_keeps_no_other_from_being_found(code: int, tmp_path: Path) -> None:
+    for name in ("one", "other", "tiny"):
+        put(tmp_path, name)
+    incoming = tmp_path / "models" / ".incoming"
+    for name in ("one", "other"):
+        (incoming / name).mkdir()
+        (tmp_path / "models" / name).rename(incoming / name / "model")
+    assert Store(tmp_path, disk=RefusingDisk(code, incoming / "one" / "model")).names() == ["other", "tiny"]
+    assert Store(tmp_path).names() == ["one", "other", "tiny"]
+
+
+def test_a_disk_without_room_for_the_trash_lets_a_model_go(tmp_path: Path) -> None:
+    put(tmp_path)
+    Store(tmp_path, disk=RefusingDisk(errno.ENOSPC, tmp_path / "models" / ".trash")).remove("tiny")
+    assert tree(tmp_path / "models") == {}
+
+
+def test_without_a_trash_the_manifest_goes_first(tmp_path: Path) -> None:
+    """What is left is no model, whatever happens then."""
+    put(tmp_path)
+    places = [tmp_path / "models" / ".trash", tmp_path / "models" / "tiny" / "config.json"]
+    with pytest.raises(CapacityError):
+        Store(tmp_path, disk=RefusingDisk(errno.ENOSPC, *places)).remove("tiny")
+    assert Store(tmp_path).without_manifest() == ["tiny"]
+
+
+def test_without_a_trash_a_published_pull_is_none_first(tmp_path: Path) -> None:
+    put(tmp_path)
+    models = tmp_path / "models"
+    (models / ".incoming/tiny").mkdir(parents=True)
+    (models / "tiny").rename(models / ".incoming/tiny/model")
+    with pytest.raises(CapacityError):
+        Store(
+            tmp_path, disk=RefusingDisk(errno.ENOSPC, models / ".trash", models / ".incoming/tiny/model/config.json")
+        ).remove("tiny")
+    assert Store(tmp_path).names() == []
+
+
+def test_what_is_no_model_goes_without_a_trash_too(tmp_path: Path) -> None:
+    put(tmp_path)
+    (tmp_path / "models/stray").touch()
+    (tmp_path / "models/odd/moeinf.json").mkdir(parents=True)
+    store = Store(tmp_path, disk=RefusingDisk(errno.ENOSPC, tmp_path / "models/.trash"))
+    for name in ("stray", "odd"):
+        store.remove(name)
+    assert {"stray", "odd"}.isdisjoint(os.listdir(tmp_path / "models"))
 
 
 def test_removing_never_follows_a_link(tmp_path: Path) -> None:

@@ -153,6 +153,13 @@ def test_survey(tiny: str) -> None:
     assert found.total <= found.budget
 
 
+def test_slots_in_the_room_of_tokens_to_come_count_against_thrashing(tiny: str) -> None:
+    few = worker.survey(Job("moeinf", tiny, engine={"experts": "3", "context": 256}), ["abc"], 5)
+    more = worker.survey(Job("moeinf", tiny, engine={"host_memory": str(few.total), "context": 256}), ["abc"], 5)
+    assert few.token_experts == 4 <= more.slots
+    assert (few.thrashes, more.thrashes) == (True, False)
+
+
 def test_a_process_answers_in_one_line(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -445,7 +445,7 @@ def _check_extent(response: Any, file: RemoteFile, start: int) -> None:
         if match is None or int(match[1]) != start:
             raise _RangeRefusedError(f"it gives other bytes of {file.path} than those from {start} on")
         total = match[2]
-    elif response.headers.get("Content-Type", "").startswith("text/html"):
+    elif response.headers.get("Content-Type", "").lower().startswith("text/html"):
         raise _BadAnswerError(f"it is a web page, not {file.path}")
     else:
         total = "*" if "Content-Encoding" in response.headers else response.headers.get("Content-Length", "*")

@@ -121,6 +121,10 @@ class Incoming:
             self.sync()
         return is_continued
 
+    def give_up(self) -> None:
+        """Let the next run start afresh: what is written is of no use."""
+        self.disk.remove(self._journal_path)
+
     @property
     def written_bytes(self) -> int:
         """Bytes of the files that are done."""

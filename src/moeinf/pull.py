@@ -128,6 +128,7 @@ def pull(
     if not force and (model := _existing(request, store)):
         notify(f"{model.name} is here already, from {model.manifest.source.repo}")
         return model
+    _require_pullable(request, source, store)
     origin = find_origin(request.reference, store.disk)
     require_room = partial(_require_room, request.name, store.models)
     with store.incoming(request.name) as incoming:
@@ -155,7 +156,11 @@ def pull(
             notify(f"experts are stored as they are: {error}")
             stored = _unpack(incoming, stored)
             _shard(incoming, origin, checkpoint, stored, require_room, progress)
-        origin.require_unchanged()
+        try:
+            origin.require_unchanged()
+        except IntegrityError:
+            incoming.give_up()  # parts of it may be of another version than a later run's identity says
+            raise
         incoming.publish(_pack_dense(incoming, _manifest(origin.source, stored), stored, progress))
     return store.open(request.name)
 
@@ -179,6 +184,7 @@ def plan_pull(
     request = _read_request(source, store, name, revision, dtype, experts, group)
     if not force and (model := _existing(request, store)):
         return _plan_of_stored(model, _free_bytes(store.models))
+    _require_pullable(request, source, store)
     origin = find_origin(request.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
@@ -250,17 +256,22 @@ def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> St
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """`form`: of quantised experts; others are stored as they were released, or plain if `is_plain`."""
+    """`form`: of quantised experts; others are stored as they were released, or plain if `is_plain`. With a
+    `calibration`, a model can only be found here: a pull makes none.
+    """
 
     reference: Reference
     name: str
     dtype: str
     form: ExpertForm | None
     is_plain: bool
+    calibration: str
 
     def is_met_by(self, there: Manifest) -> bool:
         """Whether this has its experts as is asked for."""
         quantization = there.layout.quantization
+        if name_calibration(there.precision) != self.calibration:
+            return False
         if self.is_plain:
             return quantization is None
         if quantization is None and self.form is not None:
@@ -285,20 +296,16 @@ def _read_request(
     if name is not None:
         store.path(name)
     reference, stored = _read_source(source, store)
-    is_plain = experts == "bf16"
+    is_plain, calibration = experts == "bf16", ""
     if stored is not None and experts is None:
-        if calibration := name_calibration(stored.manifest.precision):
-            raise UsageError(
-                f"{stored.name} is calibrated on {calibration}, and a pull cannot do that",
-                hint=shlex.join(quantize_again(stored.name, stored.manifest)),
-            )
+        calibration = name_calibration(stored.manifest.precision)
         form = ExpertForm.of(stored.manifest.layout.quantization)
         is_plain = is_expanded_on_request(stored.manifest)
     if stored is not None and dtype == "auto":
         dtype = released_dtype(stored.manifest)
     if revision is not None:
         reference = _at_revision(reference, revision)
-    request = _Request(reference, name or _default_name(reference, form), dtype, form, is_plain)
+    request = _Request(reference, name or _default_name(reference, form), dtype, form, is_plain, calibration)
     if name is not None:
         return request
     found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
@@ -364,6 +371,14 @@ def _existing(request: _Request, store: Store) -> StoredModel | None:
         f"{model.name} is here already, and is {there.source.repo} in {there.dtype}{experts}",
         hint="add --name to keep both, or --force to replace it",
     )
+
+
+def _require_pullable(request: _Request, source: str, store: Store) -> None:
+    if request.calibration:
+        raise UsageError(
+            f"{source} is calibrated on {request.calibration}, and a pull cannot do that",
+            hint=shlex.join(quantize_again(request.name, store.open(source).manifest)),
+        )
 
 
 # What it takes

@@ -286,8 +286,10 @@ class Store:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            if not path.is_symlink():
-                self.disk.remove(path / MANIFEST_NAME)
+            if path.is_dir() and not path.is_symlink():
+                for folder in (path / "model", path):  # a published pull, or a model in its place
+                    if folder.is_dir():
+                        self.disk.remove_tree(folder / MANIFEST_NAME)
             self.disk.remove_tree(path)
             return
         self.disk.rename(path, self._trash / f"{path.name}.{uuid.uuid4().hex}")
@@ -302,9 +304,12 @@ class Store:
 
     def _has_manifest(self, name: str) -> bool:
         try:
-            return (self.path(name) / MANIFEST_NAME).exists()
-        except PermissionError:
-            return True  # `open` says why it cannot be read
+            (self.path(name) / MANIFEST_NAME).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            pass  # `open` says why it cannot be read
+        return True
 
     def _not_found(self, name: str) -> MoeinfError:
         """What to raise for a name that cannot be opened, or for text that cannot even be one."""

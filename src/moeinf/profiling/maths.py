@@ -84,6 +84,7 @@ def measure_maths(
             times = best_of_each(works, effort.maths_s)
             for (kernels, tokens), work, taken_s in zip(wanted, works, times, strict=True):
                 rates.append(MathsRate(kernels, weights, tokens, experts.nbytes / len(work) / taken_s))
+            del experts, works, work  # their memory is the next ones'
             task.advance(len(wanted))
     return tuple(rates), tuple(late)
 
