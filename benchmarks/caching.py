@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
 
 import torch
 

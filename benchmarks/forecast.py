@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
+
 from moeinf.cgroups import memory_limit, run_in
 from moeinf.settings import tune_libraries
 from moeinf.units import MIB

@@ -20,6 +20,8 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
+
 from moeinf.generation import Sampling, Session
 from moeinf.testing import SHAPES, write_checkpoint
 

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
+
 from moeinf.store import Store
 from moeinf.testing import SHAPES, write_checkpoint
 from moeinf.units import GIB, MIB

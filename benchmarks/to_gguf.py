@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
 
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
