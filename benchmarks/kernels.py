@@ -28,7 +28,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
 
-sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
+if __name__ == "__main__":
+    sys.path.pop(0)  # or transformers takes the kernels.py beside this for the package of that name
 
 import torch
 import torch.nn.functional as F
