@@ -582,7 +582,7 @@ def test_an_interrupted_pull_of_a_folder_that_changed_starts_afresh(
 def test_an_unfinished_pull_of_another_source_is_not_taken_away(fake: FakeHub, store: Store) -> None:
     interrupt(store, SHARDED, "shard", 14)
     before = contents(store.models)
-    with pytest.raises(UsageError, match=f"sharded-moe is an unfinished pull of {SHARDED}") as caught:
+    with pytest.raises(UsageError, match=f"sharded-moe is unfinished, and made of {SHARDED}") as caught:
         pull(SINGLE, store=store, name="sharded-moe")
     assert "`moeinf rm sharded-moe`" in (caught.value.hint or "")
     assert contents(store.models) == before

@@ -223,7 +223,7 @@ def test_an_unfinished_pull_of_that_name_is_not_taken_away(plain: StoredModel, s
         incoming.begin({"source": "org/other"})
         incoming.write("config.json", [b"{}"])
         incoming.sync()
-    with pytest.raises(UsageError, match="small is an unfinished model, made of org/other") as caught:
+    with pytest.raises(UsageError, match="small is unfinished, and made of org/other") as caught:
         quantize_model(plain, "small", INT4, store=store)
     assert "`moeinf rm small`" in (caught.value.hint or "")
     assert (incoming.model / "config.json").read_bytes() == b"{}"

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def read_curve(folder: Path, model: str, policy: str, traces: Sequence[Sequence[
             return None
         foreseen = None if kept["foreseen"] is None else float(kept["foreseen"])
         points = tuple((float(share), float(rate)) for share, rate in kept["points"])
-        if not all(0 <= part <= 1 for part in (*(part for point in points for part in point), foreseen or 0)):
+        if not all(0 <= part <= 1 for part in chain(*points, [foreseen or 0])):
             return None
         return HitCurve(points, str(kept["source"]), foreseen)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -177,10 +177,11 @@ class _Loans:
         """A step begins."""
         _interrupt.hold()
         self._runtime.require_open()
-        given, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        tokens = given.numel() if given is not None else embedded.shape[:-1].numel() if embedded is not None else 0
-        if tokens:
-            self._lend(tokens, self._count(kwargs.get(CACHE, kwargs.get("past_key_values")), tokens))
+        given = kwargs.get("input_ids", args[0] if args else None)
+        if given is None and (embedded := kwargs.get("inputs_embeds")) is not None:
+            given = embedded[..., 0]
+        if given is not None:
+            self._lend(given.numel(), self._count(kwargs.get(CACHE, kwargs.get("past_key_values")), given.numel()))
 
     def end(self, *_: Any) -> None:
         """It has ended; after a KeyboardInterrupt torch does not say so."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import IntegrityError
+from .errors import IntegrityError, UsageError
 from .files import Bytes, FileSystem
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
 from .units import MIB
@@ -92,12 +92,18 @@ class Incoming:
         self._dense: dict[str, int] = {}
         self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="moeinf-sync")
 
-    @property
-    def begun_key(self) -> Mapping[str, Any] | None:
-        """The key of what was begun and is not finished; None if nothing was, or nothing of it is here."""
+    def require_same(self, part: str, key: Mapping[str, Any]) -> None:
+        """Raise UsageError if what is here of an earlier run was made of something else: `part` of its key, which says
+        of what, is not that of `key`.
+        """
         state, _ = _read_journal(self._journal_path)
         is_any_here = state.files or state.dense or (self.source.is_dir() and any(self.source.iterdir()))
-        return state.key if is_any_here else None
+        if is_any_here and state.key is not None and state.key.get(part) != key[part]:
+            name, made_of = self.folder.name, state.key.get("source", "another model that is here")
+            raise UsageError(
+                f"{name} is unfinished, and made of {made_of}",
+                hint=f"choose another --name, remove it with `moeinf rm {name}`, or add --force to replace it",
+            )
 
     def begin(self, key: Mapping[str, Any]) -> bool:
         """Continue what was begun under the same `key`, or start afresh. Returns whether something is continued.

@@ -243,7 +243,11 @@ class MemoryPlan:
     @property
     def thrashes(self) -> bool:
         """Whether the slots hold less than one token asks for, so that each expert is evicted before it comes back."""
-        return self.slots < min(self.token_experts, self.all_experts)
+        return self.thrashes_with(self.slots)
+
+    def thrashes_with(self, slots: int) -> bool:
+        """The same of so many slots."""
+        return slots < min(self.token_experts, self.all_experts)
 
 
 def make_plan(

@@ -527,24 +527,20 @@ def _require_room(name: str, folder: Path, needed_bytes: int) -> None:
 
 
 def _begin(incoming: Incoming, origin: Origin, request: _Request, force: bool, notify: Callable[[str], None]) -> None:
-    had_something, begun_key = incoming.folder.exists(), incoming.begun_key
+    had_something = incoming.folder.exists()
     key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
     if request.form is not None:
         key["experts"] = dataclasses.asdict(request.form)
     elif not request.is_plain:
         key["experts"] = "as released"
-    if not force and begun_key is not None and begun_key.get("source") != key["source"]:
-        made_of = begun_key.get("source", "another model that is here")
-        raise UsageError(
-            f"{request.name} is an unfinished pull of {made_of}",
-            hint=f"choose another --name, remove it with `moeinf rm {request.name}`, or add --force to replace it",
-        )
+    if not force:
+        incoming.require_same("source", key)
     if incoming.begin(key):
         notify(
             f"going on with an unfinished pull of {request.name}: {format_bytes(incoming.written_bytes)} are written"
         )
     elif had_something:
-        notify(f"an unfinished pull of {request.name} was of another version or precision, and starts afresh")
+        notify(f"an unfinished pull of {request.name} was of another source, version or precision, and starts afresh")
 
 
 def _copy_companions(incoming: Incoming, checkpoint: Checkpoint, plan: Plan) -> None:

@@ -100,12 +100,8 @@ def quantize_model(
         key = {"schema": DENSE_SCHEMA, "of": model.manifest.digest, "experts": dataclasses.asdict(form)}
         if calibration is not None:
             key["calibration"] = calibration.digest
-        begun_key = incoming.begun_key
-        if not force and begun_key is not None and begun_key.get("of") != key["of"]:
-            raise UsageError(
-                f"{name} is an unfinished model, made of {begun_key.get('source', 'another one that is here')}",
-                hint=f"choose another --name, remove it with `moeinf rm {name}`, or add --force to replace it",
-            )
+        if not force:
+            incoming.require_same("of", key)
         if incoming.begin(key):
             notify(f"going on with {name}: {format_bytes(incoming.written_bytes)} are written")
         meta = _meta_model(model)

@@ -69,8 +69,7 @@ class ExpertRuntime:
         manifest: what the model's experts are.
         maths: the experts' functions, one per MoE layer, in the manifest's order.
         cache, pool, fetcher: of the tier that the maths reads, theirs is the bookkeeping, the memory, and bringing
-            experts there; `close` ends what
-            fetches, and gives the slots' memory back.
+            experts there; `close` ends what fetches, and gives the memory back.
         counter: counts what each request asks for.
         predictors: name the experts to prefetch while decoding; of several, the one that pays best is found by trying,
             and the first of them names none.

@@ -85,7 +85,7 @@ def survey(job: Job, texts: Sequence[str], prompt_tokens: int) -> Survey:
             libraries=stats.memory.libraries,
             slots=plan.most_slots,
             token_experts=plan.token_experts,
-            thrashes=plan.most_slots < min(plan.token_experts, plan.all_experts),
+            thrashes=plan.thrashes_with(plan.most_slots),
             regime=plan.regime,
             context=plan.context,
             vocabulary=config.get_text_config(decoder=True).vocab_size,

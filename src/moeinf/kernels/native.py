@@ -601,8 +601,8 @@ class NativeMaths(ExpandingMaths):
         others = ((tails != several) & ~(tails.isnan() & several.isnan())).nonzero().flatten()
         self.activates_rows_alike = not len(others)
         if len(others) and self.layer.inner % _WHOLE:
-            alone = self._tabulate(gate, 1, others[torch.arange(_TAIL) % len(others)])
-            self.activates_alike = torch.equal(alone, self._values[0][others[torch.arange(_TAIL) % len(others)]])
+            row = others[torch.arange(_TAIL) % len(others)]
+            self.activates_alike = torch.equal(self._tabulate(gate, 1, row), self._values[0][row])
 
     def _candidates(self, has_gate: bool) -> Iterator[tuple[str, str]]:
         """(gate, activation) to try. In bfloat16 the table is the activation, whichever is named."""
