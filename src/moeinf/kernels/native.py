@@ -64,7 +64,7 @@ _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one where there are no products of many rows
 (docs/quantization.md)."""
 
-_TORCH_S_ORDERS = ("avx512bf16", "avx512amx")
+_TORCH_S_ORDERS = ("avx2", "avx512bf16", "avx512amx")
 """The variants whose products of bfloat16 torch has, too."""
 
 _KNOWN_ROWS, _LEAST_INPUTS = {"avx512amx": 32}, {"avx512amx": 64}
@@ -74,11 +74,11 @@ _KNOWN_ROWS, _LEAST_INPUTS = {"avx512amx": 32}, {"avx512amx": 64}
 _THREAD_OUTPUTS = 64
 """With fewer for each of torch's threads, threads may share inputs instead."""
 
-_ALIKE_INPUTS = {"avx512bf16": 1024, "avx512amx": 448}
+_ALIKE_INPUTS = {"avx2": sys.maxsize, "avx512bf16": 1024, "avx512amx": 448}
 """Up to so many inputs the order of a product does not depend on how many rows it has, if its steps do not."""
 
-_IN_COLUMNS = "avx512bf16"
-"""The one of them that adds weights [in, out] up as torch does."""
+_IN_COLUMNS = ("avx2", "avx512bf16")
+"""Those of them that add weights [in, out] up as torch does."""
 
 _TRIED = (256, 1100)
 """A matrix wider than two chains of csrc/dot_pairs.c."""
@@ -458,7 +458,7 @@ class NativeMaths(ExpandingMaths):
         """Whether for so many rows the products that it makes with the expert's matrices are torch's, to the last bit,
         in bfloat16.
         """
-        if self.layer.is_transposed and self.pool.variant != _IN_COLUMNS:
+        if self.layer.is_transposed and self.pool.variant not in _IN_COLUMNS:
             return False
         orders = self.orders(rows, tensors)
         if orders is None:

@@ -328,8 +328,9 @@ moe_order order_amx(size_t x, size_t width) {
     return (moe_order){INT64_MAX, INT64_MAX, x > 1 && width % (2 * steps) == 0 ? (int64_t)(width / steps) : STEP};
 }
 
-TARGET void multiply_amx(const matrix *w, size_t first_row, size_t outputs, const moe_order *order, const uint32_t *x,
+TARGET void multiply_amx(const matrix *w, size_t first_row, size_t outputs, const moe_order *order, const void *packed,
                          size_t tile, size_t tiles, float *sums) {
+    const uint32_t *x = packed;
     if (w->kind == MOE_INT8 || w->kind == MOE_INT4) {
         multiply_tiles(w, first_row, outputs, order, x, tile, tiles, sums);
         return;

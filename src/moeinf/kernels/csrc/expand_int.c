@@ -10,11 +10,11 @@ void expand_int8_plain(const uint8_t *w, const uint16_t *scales, size_t width, s
     }
 }
 
-void expand_int4_plain(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out) {
+void expand_int4_plain(const uint8_t *w, const uint8_t *scales, size_t start, size_t inputs, uint16_t *out) {
     float unit = unit_of(scales);
-    for (size_t i = 0; i < width; i++) {
+    for (size_t i = start; i < start + inputs; i++) {
         float factor = unit * (int8_t)scales[UNIT_BYTES + i / INT4_GROUP];
-        out[i] = to_bf16(INT4_VALUES[w[i / 2] >> i % 2 * 4 & 15] * factor);
+        out[i - start] = to_bf16(INT4_VALUES[w[i / 2] >> i % 2 * 4 & 15] * factor);
     }
 }
 
@@ -50,22 +50,23 @@ TARGET void expand_int8_avx512(const uint8_t *w, const uint16_t *scales, size_t 
 }
 
 /* What the 16 numbers stand for in two groups is computed once, and looked up. */
-TARGET void expand_int4_avx512(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out) {
+TARGET void expand_int4_avx512(const uint8_t *w, const uint8_t *scales, size_t start, size_t inputs, uint16_t *out) {
     const __m512 numbers = _mm512_loadu_ps(INT4_VALUES);
     const __m512i nibbles = _mm512_set1_epi32(0xf000f);
     const __m512i second = _mm512_mask_set1_epi32(_mm512_setzero_si512(), 0xff00, 0x100010);
-    const int8_t *factors = (const int8_t *)scales + UNIT_BYTES;
+    const int8_t *factors = (const int8_t *)scales + UNIT_BYTES + start / INT4_GROUP;
     float unit = unit_of(scales);
-    for (size_t i = 0; i < width; i += STEP) {
+    w += start / 2;
+    for (size_t i = 0; i < inputs; i += STEP) {
         size_t group = i / INT4_GROUP;
-        float low = unit * factors[group], high = i + INT4_GROUP < width ? unit * factors[group + 1] : 0;
+        float low = unit * factors[group], high = i + INT4_GROUP < inputs ? unit * factors[group + 1] : 0;
         __m512i values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(numbers, _mm512_set1_ps(high)),
                                                       _mm512_mul_ps(numbers, _mm512_set1_ps(low)));
-        __mmask16 bytes = (__mmask16)first_bits((width - i + 1) / 2);
+        __mmask16 bytes = (__mmask16)first_bits((inputs - i + 1) / 2);
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(bytes, w + i / 2));
         __m512i each = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
         __m512i places = _mm512_or_si512(_mm512_and_si512(each, nibbles), second);
-        _mm512_mask_storeu_epi16(out + i, first_bits(width - i), _mm512_permutexvar_epi16(places, values));
+        _mm512_mask_storeu_epi16(out + i, first_bits(inputs - i), _mm512_permutexvar_epi16(places, values));
     }
 }
 
@@ -91,7 +92,7 @@ static void run_ticket(void *job, size_t ticket) {
                                       width, all->group, out);
         else
             all->kernels->expand_int4(all->weights + r * ceil_div(width, 2),
-                                      (const uint8_t *)all->scales + r * int4_factor_bytes(width), width, out);
+                                      (const uint8_t *)all->scales + r * int4_factor_bytes(width), 0, width, out);
     }
 }
 

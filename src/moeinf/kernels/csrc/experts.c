@@ -4,7 +4,7 @@
 
 /* A ticket is so much of one expert, little enough that a thread which loses its core holds up little.
  * Of weights that are [out, in], PAD outputs, which are then laid out together as the next kernel wants them.
- * Of weights that are [in, out], CHAIN inputs and some RUN outputs, because memory is read best in long runs; the last
+ * Of weights that are [in, out], a chain of inputs and some RUN outputs, because memory is read best in long runs; the last
  * ticket to end adds up the chains. */
 enum { RUN = 3072 };
 
@@ -36,11 +36,6 @@ typedef struct {
     size_t inner_size; /* bytes of one expert's */
     atomic_int *up_left, *down_left; /* per expert: tickets that are not done, and the adding up */
 } step;
-
-static void pack_plain(const float *values, size_t count, void *packed) {
-    memset(packed, 0, PAD * sizeof *values);
-    memcpy(packed, values, count * sizeof *values);
-}
 
 static packing choose_packing(const moe_layer *layer, const kernels *kernels) {
     if (layer->weights == MOE_INT8)
@@ -88,14 +83,12 @@ static void add_part(const step *step, const projection *projection, size_t numb
     const kernels *kernels = step->pool->kernels;
     const void *w = (const char *)step->experts[number] + projection->weight;
     size_t outputs = projection->outputs, chain = ticket % projection->chains;
-    size_t input = chain * CHAIN, output = ticket / projection->chains * projection->run;
-    size_t inputs = smaller(CHAIN, projection->inputs - input), run = smaller(projection->run, outputs - output);
+    size_t output = ticket / projection->chains * projection->run, run = smaller(projection->run, outputs - output);
     float *part = projection->parts + (number * projection->chains + chain) * outputs + output;
-    size_t at = input * outputs + output;
     if (step->layer->dtype == MOE_BF16)
-        kernels->columns_bf16((const uint16_t *)w + at, outputs, run, inputs, x + input, part);
+        kernels->columns_bf16((const uint16_t *)w + output, outputs, run, projection->inputs, chain, x, part);
     else
-        kernels->columns_f32((const float *)w + at, outputs, run, inputs, x + input, part);
+        kernels->columns_f32((const float *)w + output, outputs, run, projection->inputs, chain, x, part);
 }
 
 /* The chains of an expert added up, in the first of them. */
@@ -189,12 +182,12 @@ static void *take(char *scratch, size_t *used, size_t bytes) {
 }
 
 /* `pads_of`: the outputs that PAD counts; a gate and its up are in the same ticket. */
-static projection make_projection(const moe_layer *layer, int64_t weight, int64_t scales, int64_t bias, size_t inputs,
+static projection make_projection(const kernels *kernels, const moe_layer *layer, int64_t weight, int64_t scales, int64_t bias, size_t inputs,
                                   size_t outputs, size_t pads_of) {
     projection made = {.weight = weight, .scales = scales, .bias = bias, .inputs = inputs, .outputs = outputs};
     made.tickets = ceil_div(pads_of, PAD);
     if (layer->is_transposed) {
-        made.chains = ceil_div(inputs, CHAIN);
+        made.chains = layer->dtype == MOE_BF16 && kernels->takes_turns ? TURNS : ceil_div(inputs, CHAIN);
         made.run = padded(ceil_div(outputs, ceil_div(outputs, RUN)));
         made.tickets = made.chains * ceil_div(outputs, made.run);
     }
@@ -245,8 +238,8 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
         .row_dtype = row_dtype,
         .rows = rows,
         .count = (size_t)count,
-        .up = make_projection(layer, layer->up, layer->up_scales, layer->up_bias, width, ups, inner),
-        .down = make_projection(layer, layer->down, layer->down_scales, layer->down_bias, inner, width, width),
+        .up = make_projection(pool->kernels, layer, layer->up, layer->up_scales, layer->up_bias, width, ups, inner),
+        .down = make_projection(pool->kernels, layer, layer->down, layer->down_scales, layer->down_bias, inner, width, width),
         .packing = packing,
         .inner_size = padded(inner) / PAD * packing.bytes,
     };

@@ -32,6 +32,29 @@
 #define LANES 8
 #include "kernels.inc"
 
+/* Rows of one kind after the other, of which the loops above take what they can. */
+void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, size_t inputs, uint16_t *out, size_t stride) {
+    if (w->kind == MOE_LOSSLESS) {
+        lossless packed = make_lossless(w->numbers, w->scales, w->rows, w->width);
+        put_lossless_avx2(&packed, w->width, first, rows, start, inputs, out, stride);
+        return;
+    }
+    const uint8_t *numbers = w->numbers, *scales = w->scales;
+    for (size_t row = first; row < first + rows; row++, out += stride) {
+        size_t at = row * w->width + start;
+        if (w->kind == MOE_MXFP4)
+            expand_mxfp4_avx2(numbers + at / 2, scales + at / FP4_GROUP, inputs, 1, out);
+        else if (w->kind == MOE_FP8) {
+            const fp8_blocks blocks = {w->scales, w->group};
+            expand_some_avx2(numbers + row * w->width, scales_of(&blocks, row, w->width), start, inputs, out);
+        } else if (w->kind == MOE_INT8) {
+            const uint16_t *halves = (const uint16_t *)w->scales + row * ceil_div(w->width, w->group) + start / w->group;
+            expand_int8_plain(numbers + at, halves, inputs, w->group, out);
+        } else
+            expand_int4_plain(numbers + row * ceil_div(w->width, 2), scales + row * int4_factor_bytes(w->width), start, inputs, out);
+    }
+}
+
 #define SET avx512
 #define TARGET __attribute__((target("avx512f,fma,f16c")))
 #define LANES 16
@@ -69,9 +92,10 @@ static const kernels avx512bf16 = {
     .expand_fp8 = expand_fp8_avx512,
     .dot_lossless = dot_lossless,
     .expand_lossless = expand_lossless,
-    .columns_bf16 = columns_bf16_avx512,
-    .columns_f32 = columns_f32_avx512,
-    .tiles = {pack_tile, multiply_tiles, order_tiles},
+    .columns_bf16 = chains_bf16_avx512,
+    .columns_f32 = chains_f32_avx512,
+    .tiles = {word_bytes, pack_words, put_words, multiply_tiles, order_tiles},
+    .is_wide = true,
     .read = read_avx512,
 };
 #ifdef HAS_DOT_AMX
@@ -93,9 +117,10 @@ static const kernels avx512amx = {
     .expand_fp8 = expand_fp8_avx512,
     .dot_lossless = dot_lossless_amx,
     .expand_lossless = expand_lossless,
-    .columns_bf16 = columns_bf16_avx512,
-    .columns_f32 = columns_f32_avx512,
-    .tiles = {pack_tile, multiply_amx, order_amx},
+    .columns_bf16 = chains_bf16_avx512,
+    .columns_f32 = chains_f32_avx512,
+    .tiles = {word_bytes, pack_words, put_words, multiply_amx, order_amx},
+    .is_wide = true,
     .dot_chains = dot_chains_amx,
     .read = read_avx512,
 };
@@ -112,7 +137,7 @@ static int has_f16c(void) {
 #ifdef HAS_DOT_NEON
 static const kernels neon_dotprod = {
     .name = "neon-dotprod",
-    .pairs = {pack_bf16_neon, PAD * sizeof(float)},
+    .pairs = {pack_plain, PAD * sizeof(float)},
     .bytes = {pack_neon8, PAD / 32 * NEON_BYTES},
     .nibbles = {pack_neon4, PAD / 32 * NEON_BYTES},
     .dot_bf16 = dot_bf16_neon,
@@ -128,8 +153,9 @@ static const kernels neon_dotprod = {
     .expand_fp8 = expand_fp8_neon,
     .dot_lossless = dot_lossless_neon,
     .expand_lossless = expand_lossless_neon,
-    .columns_bf16 = columns_bf16_neon,
-    .columns_f32 = columns_f32_neon,
+    .columns_bf16 = turns_bf16_neon,
+    .columns_f32 = chains_f32_neon,
+    .takes_turns = true,
     .read = read_neon,
 };
 

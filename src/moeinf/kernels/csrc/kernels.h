@@ -40,6 +40,25 @@ static inline uint16_t to_bf16(float value) {
 /* Rows are added AT_ONCE by `columns_*`; x is laid out PAD values at a time. */
 enum { PAD = 128, AT_ONCE = 16 };
 
+/* torch's own order of adding up products of bfloat16, which it takes where oneDNN does not multiply (aten/src/ATen/native/cpu:
+ * ReducedPrecisionFloatGemvFastPathKernel.cpp, BlasKernel.cpp). Of weights [out, in]: VECTORS vectors of sums side by side,
+ * which are added by halves, vectors first and then lanes; inputs behind the last VECTORS vectors have a vector of sums of
+ * their own, if they fill two, and the rest are added one by one. Of weights [in, out]: TURNS chains, of which each takes
+ * every fourth input. It is the same for any number of x. */
+enum { VECTORS = 8, TURNS = 4 };
+
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+static inline size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static inline size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
 static inline size_t padded(size_t size) {
     return (size + PAD - 1) / PAD * PAD;
 }
@@ -50,11 +69,19 @@ typedef struct {
     size_t bytes;
 } packing;
 
+static inline void pack_plain(const float *values, size_t count, void *packed) {
+    memset(packed, 0, PAD * sizeof *values);
+    memcpy(packed, values, count * sizeof *values);
+}
+
 /* MXFP4: a power of two for every FP4_GROUP weights of a row, which each have a sign, two bits of exponent and one of
  * fraction. The power lies in a byte, as the exponent of a float32 does; see `from_e8m0`. Two weights share a byte, the
  * first one in its lower half. */
 enum { FP4_GROUP = 32 };
 static const float FP4_VALUES[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+/* The same as bfloat16: their lower bytes, then their upper ones. */
+static const uint8_t FP4_BYTES[32] = {0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0, 0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0,
+                                      0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
 
 static inline float from_e8m0(uint8_t exponent) {
     uint32_t bits = exponent == 0 ? 0x400000 : (uint32_t)exponent << 23;
@@ -149,7 +176,8 @@ static inline size_t row_of(uint32_t exception) {
  * dot_fp8: likewise with the weights that expand_fp8 writes; w is all of a matrix, of which both take the rows from
  * `first` on. `width` is a multiple of FP8_BLOCK, or less than that.
  * dot_lossless: likewise with the weights that expand_lossless writes; rows are taken from `first` on, by fours in both.
- * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for r < rows, c < columns; x is plain.
+ * `columns_*`: out[c] = sum of w[r * stride + c] x[r] for c < columns and the r of one chain; x is plain. Chains are of CHAIN
+ * rows, or there are TURNS of them.
  * Sums are kept in float32, and their order depends on nothing but the sizes. */
 typedef void dot_bytes(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows,
                        const void *packed, float *out);
@@ -173,21 +201,28 @@ typedef struct {
  * added up. */
 typedef void dot_matrix(const matrix *w, size_t first, size_t rows, size_t chain, const void *packed, float *out);
 
-/* Products with many x, which lie in tiles of TILE_ROWS at most, an even number. `pack` writes a tile of (width + 1) / 2
- * * tile words, with 0 for the rows that it lacks. `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[(first + r) * width +
- * i] x[i] for r < outputs, i < width, and the x of all tiles, in that order; there are BLOCK_OUTPUTS and BLOCK_ROWS at most.
- * `order` is what torch's is for so many x, as far as is known. */
+/* Products with many x, which lie in tiles of TILE_ROWS at most, an even number; `bytes` is what one takes there. `pack` lays
+ * `rows` x out in a tile, and 0 for those it lacks; `put` `count` numbers of one, from a multiple of BLOCK_OUTPUTS on.
+ * `multiply`: sums[x * BLOCK_OUTPUTS + r] = sum of w[(first + r) * width + i] x[i] for r < outputs, i < width, and the x of
+ * all tiles, in that order; there are BLOCK_OUTPUTS and BLOCK_ROWS at most. `order` is what torch's is for so many x, as far
+ * as is known; NULL where there is but one. */
 enum { TILE_ROWS = 24, BLOCK_ROWS = 4 * TILE_ROWS, BLOCK_OUTPUTS = 64 };
 typedef struct {
-    void (*pack)(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-    void (*multiply)(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
+    size_t (*bytes)(size_t width);
+    void (*pack)(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
+    void (*put)(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed);
+    void (*multiply)(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed,
                      size_t tile, size_t tiles, float *sums);
     moe_order (*order)(size_t x, size_t width);
 } tiling;
 
+static inline moe_order own_order(const tiling *tiles, size_t x, size_t width) {
+    return tiles->order == NULL ? (moe_order){0} : tiles->order(x, width);
+}
+
 typedef void expand_bytes(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out);
 
-typedef void expand_nibbles(const uint8_t *w, const uint8_t *scales, size_t width, uint16_t *out);
+typedef void expand_nibbles(const uint8_t *w, const uint8_t *scales, size_t start, size_t inputs, uint16_t *out);
 
 typedef struct {
     const char *name;
@@ -196,7 +231,7 @@ typedef struct {
     void (*dot_f32)(const float *w, size_t width, size_t rows, const float *x, float *out);
     dot_bytes *dot_int8;
     dot_nibbles *dot_int4, *dot_mxfp4;
-    expand_bytes *expand_int8; /* of one row */
+    expand_bytes *expand_int8; /* of one row, and of `inputs` in it from `start` on, a multiple of the group */
     expand_nibbles *expand_int4;
     void (*expand_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
     void (*turn_mxfp4)(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, size_t stride,
@@ -206,9 +241,11 @@ typedef struct {
                        uint16_t *out);
     dot_packed *dot_lossless;
     void (*expand_lossless)(const lossless *w, size_t width, size_t first, size_t rows, uint16_t *out);
-    void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
-    void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, const float *x, float *out);
+    void (*columns_bf16)(const uint16_t *w, size_t stride, size_t columns, size_t rows, size_t chain, const float *x, float *out);
+    void (*columns_f32)(const float *w, size_t stride, size_t columns, size_t rows, size_t chain, const float *x, float *out);
+    bool takes_turns; /* columns_bf16 has TURNS chains */
     tiling tiles; /* of NULLs where there are no such loops */
+    bool is_wide; /* the processor has what WIDE_TARGET allows */
     dot_matrix *dot_chains; /* NULL where they have but one order */
     uint64_t (*read)(const void *memory, size_t bytes);
 } kernels;
@@ -220,7 +257,6 @@ typedef struct {
  * of one row of a weight that was released packed, as bfloat16. */
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAS_DOT_PAIRS
-#define TILES_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 void pack_pairs(const float *values, size_t count, void *packed);
 void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
 void pack_vnni8(const float *values, size_t count, void *packed);
@@ -240,13 +276,35 @@ void expand_part(const matrix *w, size_t row, size_t start, size_t inputs, uint1
 
 expand_bytes expand_int8_avx512;
 expand_nibbles expand_int4_avx512;
-void pack_tile(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed);
-void multiply_tiles(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
+size_t word_bytes(size_t width);
+void pack_words(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
+void put_words(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed);
+void multiply_tiles(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed,
                     size_t tile, size_t tiles, float *sums);
 moe_order order_tiles(size_t x, size_t width);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
+#endif
+
+/* Likewise where it has vectors of eight float32, and what multiplies and adds them at once (tiles_f32.c). put_rows_avx2:
+ * `inputs` of some rows of any weight, from `start` on, a multiple of PAD, as bfloat16, `stride` numbers apart: rows of lossless
+ * ones by fours. */
+#if defined(__x86_64__)
+#define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
+void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, size_t inputs, uint16_t *out, size_t stride);
+size_t f32_bytes(size_t width);
+void pack_f32(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
+void put_f32(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed);
+void multiply_f32(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed, size_t tile,
+                  size_t tiles, float *sums);
 #else
-#define TILES_TARGET
+#define AVX2_TARGET
+#endif
+
+/* Loops of many rows that have nothing to do with weights are compiled twice, for sets that have such products. */
+#ifdef HAS_DOT_PAIRS
+#define WIDE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#else
+#define WIDE_TARGET
 #endif
 
 /* Likewise where it multiplies tiles of them (amx.c), which a process has to ask the system for: has_amx does. x is laid out
@@ -262,7 +320,7 @@ dot_matrix dot_chains_amx;
 void dot_lossless_chains(const lossless *w, size_t width, size_t first, size_t rows, size_t chain, const void *packed,
                          float *out);
 #define ONE_CHAIN SIZE_MAX
-void multiply_amx(const matrix *w, size_t first, size_t outputs, const moe_order *order, const uint32_t *packed,
+void multiply_amx(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed,
                   size_t tile, size_t tiles, float *sums);
 moe_order order_amx(size_t x, size_t width);
 #endif
@@ -276,18 +334,6 @@ dot_bytes dot_neon8;
 dot_nibbles dot_neon4;
 enum { NEON_BYTES = 68 }; /* of x for 32 weights */
 #endif
-
-static inline size_t ceil_div(size_t a, size_t b) {
-    return (a + b - 1) / b;
-}
-
-static inline size_t smaller(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
-static inline size_t larger(size_t a, size_t b) {
-    return a > b ? a : b;
-}
 
 enum { CHAIN = 512 }; /* inputs that are added up before their sum is added to others, as torch does it for one x */
 

@@ -4,10 +4,10 @@
 typedef struct {
     const moe_pool *pool;
     const moe_linear_layer *layer;
-    size_t all_rows, rows, tiles, tile, tile_words;
+    size_t all_rows, rows, tiles, tile, tile_bytes;
     const uint16_t *x;
     uint16_t *output;
-    uint32_t *packed;
+    char *packed;
     atomic_int unpacked;
 } block;
 
@@ -17,11 +17,11 @@ static void pack(block *block, size_t number) {
     const uint16_t *x[TILE_ROWS];
     for (size_t r = 0; r < rows; r++)
         x[r] = block->x + (first + r) * inputs;
-    block->pool->kernels->tiles.pack(x, inputs, rows, block->tile, block->packed + number * block->tile_words);
+    block->pool->kernels->tiles.pack(x, inputs, rows, block->tile, block->packed + number * block->tile_bytes);
     pool_done(block->pool->threads, &block->unpacked);
 }
 
-TILES_TARGET static void multiply(const block *block, size_t first) {
+static inline __attribute__((always_inline)) void multiply(const block *block, size_t first) {
     const moe_linear_layer *layer = block->layer;
     size_t inputs = (size_t)layer->inputs, outputs = (size_t)layer->outputs;
     size_t count = smaller(BLOCK_OUTPUTS, outputs - first);
@@ -30,7 +30,7 @@ TILES_TARGET static void multiply(const block *block, size_t first) {
     int kind = layer->uppers == NULL ? MOE_PLAIN : MOE_LOSSLESS;
     matrix w = {.kind = kind, .numbers = layer->weight, .scales = layer->uppers, .rows = outputs, .width = inputs};
     const kernels *kernels = block->pool->kernels;
-    moe_order order = layer->order.chain > 0 ? layer->order : kernels->tiles.order(block->all_rows, inputs);
+    moe_order order = layer->order.chain > 0 ? layer->order : own_order(&kernels->tiles, block->all_rows, inputs);
     kernels->tiles.multiply(&w, first, count, &order, block->packed, block->tile, block->tiles, sums);
     for (size_t r = 0; r < block->rows; r++) {
         float *sum = sums + r * BLOCK_OUTPUTS;
@@ -42,13 +42,21 @@ TILES_TARGET static void multiply(const block *block, size_t first) {
     }
 }
 
+WIDE_TARGET static void multiply_wide(const block *block, size_t first) {
+    multiply(block, first);
+}
+
+AVX2_TARGET static void multiply_narrow(const block *block, size_t first) {
+    multiply(block, first);
+}
+
 static void run_ticket(void *job, size_t ticket) {
     block *block = job;
     if (ticket < block->tiles) {
         pack(block, ticket);
     } else {
         pool_wait(block->pool->threads, &block->unpacked);
-        multiply(block, (ticket - block->tiles) * BLOCK_OUTPUTS);
+        (block->pool->kernels->is_wide ? multiply_wide : multiply_narrow)(block, (ticket - block->tiles) * BLOCK_OUTPUTS);
     }
 }
 
@@ -61,8 +69,8 @@ int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, con
     for (size_t done = 0, rows; done < (size_t)count; done += rows) {
         rows = smaller(BLOCK_ROWS, (size_t)count - done);
         size_t tiles = ceil_div(rows, TILE_ROWS), tile = ceil_div(rows, 2 * tiles) * 2;
-        size_t words = ceil_div(inputs, 2) * tile;
-        if (!reserve(pool, tiles * words * sizeof(uint32_t)))
+        size_t tile_bytes = tile * pool->kernels->tiles.bytes(inputs);
+        if (!reserve(pool, tiles * tile_bytes))
             return -1;
         block block = {
             .pool = pool,
@@ -71,7 +79,7 @@ int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, con
             .rows = rows,
             .tiles = tiles,
             .tile = tile,
-            .tile_words = words,
+            .tile_bytes = tile_bytes,
             .x = (const uint16_t *)x + done * inputs,
             .output = (uint16_t *)output + done * outputs,
             .packed = pool->scratch,

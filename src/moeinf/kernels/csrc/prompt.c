@@ -12,7 +12,7 @@ typedef struct {
     moe_order orders[2]; /* up and down */
     size_t first, rows; /* among the call's rows; how many */
     size_t tile, tiles;
-    uint32_t *x, *inner;
+    char *x, *inner;
     atomic_int unpacked, up_left;
 } task;
 
@@ -29,18 +29,15 @@ typedef struct {
     size_t count, ups, downs; /* tasks at a time; up and down tickets of each */
 } call;
 
-static size_t words_of(size_t width) {
-    return ceil_div(width, 2);
-}
-
 static void pack(const call *call, task *task) {
+    const tiling *tiles = &call->pool->kernels->tiles;
     size_t width = (size_t)call->layer->hidden;
     for (size_t t = 0; t < task->tiles; t++) {
         const uint16_t *x[TILE_ROWS];
         size_t first = t * task->tile, rows = first < task->rows ? smaller(task->tile, task->rows - first) : 0;
         for (size_t r = 0; r < rows; r++)
             x[r] = call->hidden + (size_t)call->tokens[task->first + first + r] * width;
-        call->pool->kernels->tiles.pack(x, width, rows, task->tile, task->x + first * words_of(width));
+        tiles->pack(x, width, rows, task->tile, task->x + first * tiles->bytes(width));
     }
     pool_done(call->pool->threads, &task->unpacked);
 }
@@ -63,8 +60,9 @@ static void multiply(const call *call, const task *task, bool is_up, size_t firs
                             task->tiles, sums);
 }
 
-TILES_TARGET static void up(const call *call, task *task, size_t ticket) {
+static inline __attribute__((always_inline)) void up(const call *call, task *task, size_t ticket) {
     enum { HALF = BLOCK_OUTPUTS };
+    const tiling *tiles = &call->pool->kernels->tiles;
     const moe_layer *layer = task->layer;
     size_t inner = (size_t)layer->inner, first = ticket * HALF, count = smaller(HALF, inner - first);
     float sums[2][BLOCK_ROWS * BLOCK_OUTPUTS];
@@ -93,16 +91,13 @@ TILES_TARGET static void up(const call *call, task *task, size_t ticket) {
         }
         if (r < task->rows)
             gate_all(layer, gates, ups, count, values);
-        uint32_t *to = task->inner + r / task->tile * task->tile * words_of(inner) + r % task->tile;
-        for (size_t i = 0; i < count; i += 2) {
-            uint32_t word = to_bf16(values[i]) | (uint32_t)to_bf16(i + 1 < count ? values[i + 1] : 0) << 16;
-            to[(first + i) / 2 * task->tile] = word;
-        }
+        tiles->put(values, first, count, inner, task->tile, r % task->tile,
+                   task->inner + r / task->tile * task->tile * tiles->bytes(inner));
     }
     pool_done(call->pool->threads, &task->up_left);
 }
 
-TILES_TARGET static void down(const call *call, const task *task, size_t ticket) {
+static inline __attribute__((always_inline)) void down(const call *call, const task *task, size_t ticket) {
     const moe_layer *layer = call->layer;
     size_t hidden = (size_t)layer->hidden, first = ticket * BLOCK_OUTPUTS, count = smaller(BLOCK_OUTPUTS, hidden - first);
     float sums[BLOCK_ROWS * BLOCK_OUTPUTS];
@@ -121,9 +116,26 @@ TILES_TARGET static void down(const call *call, const task *task, size_t ticket)
     }
 }
 
+WIDE_TARGET static void up_wide(const call *call, task *task, size_t ticket) {
+    up(call, task, ticket);
+}
+
+AVX2_TARGET static void up_narrow(const call *call, task *task, size_t ticket) {
+    up(call, task, ticket);
+}
+
+WIDE_TARGET static void down_wide(const call *call, const task *task, size_t ticket) {
+    down(call, task, ticket);
+}
+
+AVX2_TARGET static void down_narrow(const call *call, const task *task, size_t ticket) {
+    down(call, task, ticket);
+}
+
 /* All packing comes first, then all ups: what a ticket needs was drawn long before it. */
 static void run_ticket(void *job, size_t ticket) {
     const call *call = job;
+    bool is_wide = call->pool->kernels->is_wide;
     if (ticket < call->count) {
         pack(call, call->tasks + ticket);
         return;
@@ -132,22 +144,24 @@ static void run_ticket(void *job, size_t ticket) {
     if (ticket < call->count * call->ups) {
         task *task = call->tasks + ticket / call->ups;
         pool_wait(call->pool->threads, &task->unpacked);
-        up(call, task, ticket % call->ups);
+        (is_wide ? up_wide : up_narrow)(call, task, ticket % call->ups);
         return;
     }
     ticket -= call->count * call->ups;
     task *task = call->tasks + ticket / call->downs;
     pool_wait(call->pool->threads, &task->up_left);
-    down(call, task, ticket % call->downs);
+    (is_wide ? down_wide : down_narrow)(call, task, ticket % call->downs);
 }
 
 int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *const *experts, const int64_t *begins,
                const int64_t *ends, const moe_order *orders, const int64_t *tokens, const float *weights,
                const void *hidden, int row_dtype, int sum_dtype, void *rows) {
-    size_t width = (size_t)layer->hidden, inner = (size_t)layer->inner, row_words = words_of(width) + words_of(inner);
-    size_t room = larger(ENOUGH, BLOCK_ROWS * row_words * sizeof(uint32_t));
-    if (pool->kernels->tiles.multiply == NULL || layer->dtype != MOE_BF16 || layer->is_transposed)
+    const tiling *tiling = &pool->kernels->tiles;
+    if (tiling->multiply == NULL || layer->dtype != MOE_BF16 || layer->is_transposed)
         return -2;
+    size_t width = (size_t)layer->hidden, inner = (size_t)layer->inner;
+    size_t x_bytes = tiling->bytes(width), row_bytes = x_bytes + tiling->bytes(inner);
+    size_t room = larger(ENOUGH, BLOCK_ROWS * row_bytes);
     if (!reserve(pool, room))
         return -1;
     moe_layer several = *layer;
@@ -171,7 +185,7 @@ int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *co
         for (call.count = 0; i < count && call.count < MOST_TASKS; call.count++) {
             size_t left = (size_t)(ends[i] - begins[i] - begin), some = smaller(BLOCK_ROWS, left);
             size_t tiles = ceil_div(some, TILE_ROWS), tile = ceil_div(some, 2 * tiles) * 2;
-            size_t bytes = tiles * tile * row_words * sizeof(uint32_t);
+            size_t bytes = tiles * tile * row_bytes;
             if (used + bytes > room)
                 break;
             task *task = tasks + call.count;
@@ -180,13 +194,13 @@ int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *co
             task->first = (size_t)(begins[i] + begin);
             task->rows = some;
             for (int way = 0; way < 2; way++) {
-                moe_order own = pool->kernels->tiles.order((size_t)(ends[i] - begins[i]), way == 0 ? width : inner);
+                moe_order own = own_order(tiling, (size_t)(ends[i] - begins[i]), way == 0 ? width : inner);
                 task->orders[way] = orders != NULL && orders[2 * i + way].chain > 0 ? orders[2 * i + way] : own;
             }
             task->tile = tile;
             task->tiles = tiles;
-            task->x = (uint32_t *)((char *)pool->scratch + used);
-            task->inner = task->x + tiles * tile * words_of(width);
+            task->x = (char *)pool->scratch + used;
+            task->inner = task->x + tiles * tile * x_bytes;
             atomic_init(&task->unpacked, 1);
             atomic_init(&task->up_left, (int)call.ups);
             used += bytes;
@@ -208,8 +222,7 @@ typedef struct {
     void *total;
 } adding;
 
-TILES_TARGET static void run_add(void *job, size_t ticket) {
-    const adding *all = job;
+static inline __attribute__((always_inline)) void add(const adding *all, size_t ticket) {
     size_t first = ticket * ADDED, count = smaller(ADDED, all->width - first);
     for (size_t k = 0; k < all->count; k++) {
         size_t to = (size_t)all->tokens[k] * all->width + first, from = k * all->width + first;
@@ -224,8 +237,16 @@ TILES_TARGET static void run_add(void *job, size_t ticket) {
     }
 }
 
+WIDE_TARGET static void add_wide(void *job, size_t ticket) {
+    add(job, ticket);
+}
+
+AVX2_TARGET static void add_narrow(void *job, size_t ticket) {
+    add(job, ticket);
+}
+
 void moe_add(moe_pool *pool, int dtype, int64_t width, int64_t count, const int64_t *tokens, const void *rows,
              void *total) {
     adding all = {dtype, (size_t)width, (size_t)count, tokens, rows, total};
-    pool_run(pool->threads, run_add, &all, ceil_div(all.width, ADDED));
+    pool_run(pool->threads, pool->kernels->is_wide ? add_wide : add_narrow, &all, ceil_div(all.width, ADDED));
 }

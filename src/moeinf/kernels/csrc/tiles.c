@@ -15,22 +15,33 @@
 
 enum { PANEL = DEPTH / 2, SMALL_TILE = 12, GROUPS = DEPTH / INT4_GROUP };
 
-/* Lays `rows` x out as words of two numbers, the words of all rows for the first two inputs first. `tile` is how many
- * rows there is room for; those behind the last are 0. */
-TARGET void pack_tile(const uint16_t *const *x, size_t width, size_t rows, size_t tile, uint32_t *packed) {
+size_t word_bytes(size_t width) {
+    return (width + 1) / 2 * sizeof(uint32_t);
+}
+
+/* Words of two numbers, the words of all rows for the first two inputs first. */
+TARGET void pack_words(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed) {
     size_t words = width / 2;
+    uint32_t *to = packed;
     for (size_t r = 0; r < tile; r++) {
         if (r >= rows) {
             for (size_t i = 0; i < (width + 1) / 2; i++)
-                packed[i * tile + r] = 0;
+                to[i * tile + r] = 0;
             continue;
         }
         const uint16_t *row = x[r];
         for (size_t i = 0; i < words; i++)
-            memcpy(packed + i * tile + r, row + 2 * i, sizeof *packed);
+            memcpy(to + i * tile + r, row + 2 * i, sizeof *to);
         if (width % 2)
-            packed[words * tile + r] = row[width - 1];
+            to[words * tile + r] = row[width - 1];
     }
+}
+
+TARGET void put_words(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed) {
+    uint32_t *to = (uint32_t *)packed + first / 2 * tile + row;
+    (void)width;
+    for (size_t i = 0; i < count; i += 2, to += tile)
+        *to = to_bf16(values[i]) | (uint32_t)to_bf16(i + 1 < count ? values[i + 1] : 0) << 16;
 }
 
 /* Writes a panel: words[i] of the inputs 2 i and 2 i + 1, an output in each lane. */
@@ -264,8 +275,9 @@ moe_order order_tiles(size_t x, size_t width) {
 }
 
 /* All chains have one share here. */
-TARGET void multiply_tiles(const matrix *w, size_t first_row, size_t outputs, const moe_order *order, const uint32_t *x,
+TARGET void multiply_tiles(const matrix *w, size_t first_row, size_t outputs, const moe_order *order, const void *packed,
                            size_t tile, size_t tiles, float *sums) {
+    const uint32_t *x = packed;
     size_t width = w->width, tile_words = (width + 1) / 2 * tile, panels = tile <= SMALL_TILE ? 2 : 1;
     size_t chain = has_factors(w) ? SIZE_MAX : (size_t)order->chain;
     float chains[BLOCK_ROWS * BLOCK_OUTPUTS];
