@@ -26,7 +26,7 @@ from torch import nn
 from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
-from .orders import MOST_BYTES, OWN, STEP, Kind, Order, Orders, step_of
+from .orders import IN_TURN, MOST_BYTES, OWN, STEP, Kind, Order, Orders, step_of
 from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, route
 
 __all__ = [
@@ -79,6 +79,9 @@ _ALIKE_INPUTS = {"avx2": sys.maxsize, "avx512bf16": 1024, "avx512amx": 448}
 
 _IN_COLUMNS = ("avx2", "avx512bf16")
 """Those of them that add weights [in, out] up as torch does."""
+
+_OTHER_IN_COLUMNS = "avx2"
+"""The one whose order of such weights is another than that of others."""
 
 _TRIED = (256, 1100)
 """A matrix wider than two chains of csrc/dot_pairs.c."""
@@ -275,7 +278,12 @@ class NativePool:
         """In which torch adds up so many rows' products with a matrix of this kind, of which `weight` is one; None if
         that is not known.
         """
-        return OWN if self.knows_order(rows, kind) else self.orders.find(rows, kind, weight)
+        return self.known_order(kind) if self.knows_order(rows, kind) else self.orders.find(rows, kind, weight)
+
+    def known_order(self, kind: Kind) -> Order:
+        """Torch's, if `knows_order`."""
+        *_, is_transposed = kind
+        return IN_TURN if is_transposed and self.variant == _OTHER_IN_COLUMNS else OWN
 
     def knows_order(self, rows: int, kind: Kind) -> bool:
         """Whether that is the library's own, as far as it is any: what this says is still to be tried."""
@@ -465,8 +473,8 @@ class NativeMaths(ExpandingMaths):
             return rows > 1
         if rows == 1:
             self.layer.up_chain, self.layer.down_chain = (order.chain for order in orders)
-        assumed = (name for name, kind in self._kinds.items() if self.pool.knows_order(rows, kind))
-        return all(self.pool.find_order(self._matrix(tensors, name), rows, [OWN]) for name in assumed)
+        assumed = ((name, self.pool.known_order(kind)) for name, kind in self._kinds.items() if self.pool.knows_order(rows, kind))
+        return all(self.pool.find_order(self._matrix(tensors, name), rows, [order]) for name, order in assumed)
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["MOST_BYTES", "OWN", "STEP", "Order", "Orders", "step_of"]
+__all__ = ["IN_TURN", "MOST_BYTES", "OWN", "STEP", "Order", "Orders", "step_of"]
 
 STEP = 32
 """Inputs that one instruction adds up, at most."""
@@ -36,6 +36,8 @@ class Order(NamedTuple):
 
 OWN = Order(0, 0)
 """The library's own."""
+IN_TURN = Order(-1, 0)
+"""That of weights [in, out] where oneDNN does not multiply: four chains take inputs in turn (MOE_IN_TURN)."""
 
 Kind = tuple[int, int, bool]
 """Of a matrix: its outputs, its inputs, and whether it lies [in, out]."""

@@ -219,14 +219,14 @@ void dot_fp8_amx(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_
     dot_released(&released, first, rows, ONE_CHAIN, packed, out);
 }
 
-void dot_chains_amx(const matrix *w, size_t first, size_t rows, size_t chain, const void *packed, float *out) {
+void dot_chains_amx(const matrix *w, size_t first, size_t rows, int64_t chain, const void *packed, float *out) {
     if (w->kind == MOE_PLAIN) {
-        dot_any(w, first, rows, chain, packed, out);
+        dot_any(w, first, rows, (size_t)chain, packed, out);
     } else if (w->kind == MOE_LOSSLESS) {
         lossless panels = make_lossless(w->numbers, w->scales, w->rows, w->width);
-        dot_lossless_chains(&panels, w->width, first, rows, chain, packed, out);
+        dot_lossless_chains(&panels, w->width, first, rows, (size_t)chain, packed, out);
     } else
-        dot_released(w, first, rows, chain, packed, out);
+        dot_released(w, first, rows, (size_t)chain, packed, out);
 }
 
 /* Up to 32 rows of a weight, the second half being NULL where there are 16 or fewer, and the x of a tile. */

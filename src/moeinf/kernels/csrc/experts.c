@@ -12,7 +12,8 @@ enum { RUN = 3072 };
 typedef struct {
     int64_t weight, scales, bias; /* as in moe_layer */
     size_t inputs, outputs;
-    size_t block, chain; /* as in moe_layer */
+    size_t block;
+    int64_t chain; /* these two as in moe_layer */
     size_t tickets; /* per expert */
     size_t chains;  /* these three where weights are [in, out] */
     size_t run;
@@ -54,7 +55,7 @@ static void dot(const step *step, const projection *projection, const char *expe
     const moe_layer *layer = step->layer;
     const char *w = expert + projection->weight;
     size_t inputs = projection->inputs, group = (size_t)layer->group;
-    if (projection->chain > 0) {
+    if (projection->chain != 0) {
         const matrix matrix = {layer->weights, w, expert + projection->scales, projection->outputs, inputs, projection->block};
         kernels->dot_chains(&matrix, first, count, projection->chain, x, out);
     } else if (layer->weights == MOE_MXFP4) {
@@ -245,9 +246,9 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
     };
     step.up.block = (size_t)layer->up_block;
     step.down.block = (size_t)layer->down_block;
-    step.up.chain = (size_t)layer->up_chain;
-    step.down.chain = (size_t)layer->down_chain;
-    if ((step.up.chain > 0 || step.down.chain > 0) && pool->kernels->dot_chains == NULL)
+    step.up.chain = layer->up_chain;
+    step.down.chain = layer->down_chain;
+    if ((step.up.chain != 0 || step.down.chain != 0) && pool->kernels->dot_chains == NULL)
         return -2;
     if (!reserve(pool, lay_out(&step, NULL)))
         return -1;

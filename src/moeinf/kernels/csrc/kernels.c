@@ -42,7 +42,9 @@ void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, siz
     const uint8_t *numbers = w->numbers, *scales = w->scales;
     for (size_t row = first; row < first + rows; row++, out += stride) {
         size_t at = row * w->width + start;
-        if (w->kind == MOE_MXFP4)
+        if (w->kind == MOE_PLAIN)
+            memcpy(out, (const uint16_t *)w->numbers + at, inputs * sizeof *out);
+        else if (w->kind == MOE_MXFP4)
             expand_mxfp4_avx2(numbers + at / 2, scales + at / FP4_GROUP, inputs, 1, out);
         else if (w->kind == MOE_FP8) {
             const fp8_blocks blocks = {w->scales, w->group};
@@ -137,7 +139,7 @@ static int has_f16c(void) {
 #ifdef HAS_DOT_NEON
 static const kernels neon_dotprod = {
     .name = "neon-dotprod",
-    .pairs = {pack_plain, PAD * sizeof(float)},
+    .pairs = {pack_bf16_neon, PAD * sizeof(float)},
     .bytes = {pack_neon8, PAD / 32 * NEON_BYTES},
     .nibbles = {pack_neon4, PAD / 32 * NEON_BYTES},
     .dot_bf16 = dot_bf16_neon,

@@ -198,8 +198,8 @@ typedef struct {
 } matrix;
 
 /* dot_bf16, dot_mxfp4, dot_fp8 or dot_lossless, whichever the matrix takes, with sums of `chain` inputs each that are then
- * added up. */
-typedef void dot_matrix(const matrix *w, size_t first, size_t rows, size_t chain, const void *packed, float *out);
+ * added up, or with TURNS chains if that is MOE_IN_TURN. */
+typedef void dot_matrix(const matrix *w, size_t first, size_t rows, int64_t chain, const void *packed, float *out);
 
 /* Products with many x, which lie in tiles of TILE_ROWS at most, an even number; `bytes` is what one takes there. `pack` lays
  * `rows` x out in a tile, and 0 for those it lacks; `put` `count` numbers of one, from a multiple of BLOCK_OUTPUTS on.
@@ -291,6 +291,7 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #if defined(__x86_64__)
 #define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
 void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, size_t inputs, uint16_t *out, size_t stride);
+dot_matrix dot_turns;
 size_t f32_bytes(size_t width);
 void pack_f32(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
 void put_f32(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed);

@@ -20,10 +20,10 @@ static void run_ticket(void *job, size_t ticket) {
     const uint16_t *w = (const uint16_t *)layer->weight + first * inputs, *bias = layer->bias;
     uint16_t *output = (uint16_t *)product->outputs[part] + first;
     float sums[PAD];
-    if (layer->order.chain > 0) {
+    if (layer->order.chain != 0) {
         int kind = layer->uppers == NULL ? MOE_PLAIN : MOE_LOSSLESS;
         const matrix whole = {kind, layer->weight, layer->uppers, (size_t)layer->outputs, inputs, 0};
-        product->kernels->dot_chains(&whole, first, count, (size_t)layer->order.chain, product->x, sums);
+        product->kernels->dot_chains(&whole, first, count, layer->order.chain, product->x, sums);
     } else if (layer->uppers != NULL) {
         lossless packed = make_lossless(layer->weight, layer->uppers, (size_t)layer->outputs, inputs);
         product->kernels->dot_lossless(&packed, inputs, first, count, product->x, sums);
@@ -38,7 +38,7 @@ int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *la
     const kernels *kernels = pool->kernels;
     size_t inputs = (size_t)layers[0]->inputs, packed = kernels->pairs.bytes, tickets = 0;
     for (size_t i = 0; i < count; i++)
-        if (layers[i]->order.chain > 0 && kernels->dot_chains == NULL)
+        if (layers[i]->order.chain != 0 && kernels->dot_chains == NULL)
             return -2;
     if (!reserve(pool, padded(inputs) / PAD * packed))
         return -1;

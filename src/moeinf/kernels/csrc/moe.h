@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 17 };
+enum { MOE_INTERFACE = 18 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -78,7 +78,9 @@ MOE_API void moe_sum(const moe_layer *layer, int count, const int32_t *places, c
 
 /* In which order the inputs of a product are added up: sums of `chain` inputs each within every `share` of them, and then
  * the sums of shares; both are multiples of `step`, of which one instruction adds up so many where it adds up more than two.
- * Chains of 0 stand for the order that the set of instructions has by itself. */
+ * Chains of 0 stand for the order that the set of instructions has by itself, those of MOE_IN_TURN for four chains that take
+ * inputs in turn, which avx2 alone has. */
+enum { MOE_IN_TURN = -1 };
 typedef struct {
     int64_t chain, share, step;
 } moe_order;

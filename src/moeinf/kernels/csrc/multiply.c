@@ -30,7 +30,7 @@ static inline __attribute__((always_inline)) void multiply(const block *block, s
     int kind = layer->uppers == NULL ? MOE_PLAIN : MOE_LOSSLESS;
     matrix w = {.kind = kind, .numbers = layer->weight, .scales = layer->uppers, .rows = outputs, .width = inputs};
     const kernels *kernels = block->pool->kernels;
-    moe_order order = layer->order.chain > 0 ? layer->order : own_order(&kernels->tiles, block->all_rows, inputs);
+    moe_order order = layer->order.chain != 0 ? layer->order : own_order(&kernels->tiles, block->all_rows, inputs);
     kernels->tiles.multiply(&w, first, count, &order, block->packed, block->tile, block->tiles, sums);
     for (size_t r = 0; r < block->rows; r++) {
         float *sum = sums + r * BLOCK_OUTPUTS;

@@ -195,7 +195,7 @@ int moe_prompt(moe_pool *pool, const moe_layer *layer, int count, const void *co
             task->rows = some;
             for (int way = 0; way < 2; way++) {
                 moe_order own = own_order(tiling, (size_t)(ends[i] - begins[i]), way == 0 ? width : inner);
-                task->orders[way] = orders != NULL && orders[2 * i + way].chain > 0 ? orders[2 * i + way] : own;
+                task->orders[way] = orders != NULL && orders[2 * i + way].chain != 0 ? orders[2 * i + way] : own;
             }
             task->tile = tile;
             task->tiles = tiles;

@@ -150,13 +150,94 @@ static const uint16_t *find_rows(const matrix *w, size_t row, size_t rows, size_
     return some[0];
 }
 
+/* The order of turns.c: OUTPUTS pairs of outputs at a time, whose chains are the halves of a vector; as many sums as above. */
+typedef struct {
+    float weights[DEPTH / TURNS / 4][OUTPUTS][LANES];
+} pairs;
+
+enum { TURNED = DEPTH / 4, SOME_ROWS = 2 * OUTPUTS };
+
+/* TURNED inputs or fewer, a multiple of LANES, of these rows, which are so far apart. */
+TARGET static void write_pairs(const uint16_t *w, size_t stride, size_t rows, size_t inputs, pairs *to) {
+    for (size_t i = 0; i < inputs; i += LANES)
+        for (size_t o = 0; o < OUTPUTS; o++) {
+            __m256 one = widen(w + smaller(2 * o, rows - 1) * stride + i), other = widen(w + smaller(2 * o + 1, rows - 1) * stride + i);
+            _mm256_store_ps(to->weights[i / TURNS][o], _mm256_permute2f128_ps(one, other, 0x20));
+            _mm256_store_ps(to->weights[i / TURNS + 1][o], _mm256_permute2f128_ps(one, other, 0x31));
+        }
+}
+
+/* `x` are these inputs of as many x as `count`, `stride` apart; they lie in eights, `apart` numbers from each other. */
+TARGET static inline __attribute__((always_inline)) void turn_some(const pairs *w, size_t start, size_t inputs, const float *x,
+                                                                   size_t width, size_t count, sums_of_x *sums) {
+    __m256 each[XS][OUTPUTS];
+#pragma GCC unroll 3
+    for (size_t k = 0; k < count; k++)
+#pragma GCC unroll 4
+        for (size_t o = 0; o < OUTPUTS; o++)
+            each[k][o] = start == 0 ? _mm256_setzero_ps() : _mm256_load_ps(sums[k][o]);
+    for (size_t i = 0; i < inputs; i += LANES) {
+        const float *eight = place((void *)x, width, 0, start + i);
+        for (size_t half = 0; half < 2; half++) {
+            __m256 values[XS];
+#pragma GCC unroll 3
+            for (size_t k = 0; k < count; k++)
+                values[k] = _mm256_broadcast_ps((const __m128 *)(eight + k * row_floats(width) + half * TURNS));
+#pragma GCC unroll 4
+            for (size_t o = 0; o < OUTPUTS; o++) {
+                __m256 weight = _mm256_load_ps(w->weights[i / TURNS + half][o]);
+#pragma GCC unroll 3
+                for (size_t k = 0; k < count; k++)
+                    each[k][o] = _mm256_fmadd_ps(weight, values[k], each[k][o]);
+            }
+        }
+    }
+#pragma GCC unroll 3
+    for (size_t k = 0; k < count; k++)
+#pragma GCC unroll 4
+        for (size_t o = 0; o < OUTPUTS; o++)
+            _mm256_store_ps(sums[k][o], each[k][o]);
+}
+
+TARGET static void multiply_turns(const matrix *w, size_t first, size_t outputs, const float *x, size_t count, float *out) {
+    size_t width = w->width, whole = width / LANES * LANES, apart = 0;
+    _Alignas(32) sums_of_x sums[BLOCK_ROWS];
+    _Alignas(32) pairs weights;
+    for (size_t output = 0; output < outputs; output += SOME_ROWS) {
+        uint16_t some[SOME_ROWS][DEPTH];
+        size_t rows = smaller(SOME_ROWS, outputs - output), row = first + output;
+        memset(sums, 0, sizeof sums);
+        for (size_t start = 0; start < whole; start += TURNED) {
+            size_t inputs = smaller(TURNED, whole - start), k = 0;
+            const uint16_t *from = find_rows(w, row, rows, start, inputs, some, &apart);
+            write_pairs(from, apart, rows, inputs, &weights);
+            for (; k + XS <= count; k += XS)
+                turn_some(&weights, start, inputs, x + k * row_floats(width), width, XS, sums + k);
+            for (; k < count; k++)
+                turn_some(&weights, start, inputs, x + k * row_floats(width), width, 1, sums + k);
+        }
+        const uint16_t *rest = whole < width ? find_rows(w, row, rows, whole, width - whole, some, &apart) : NULL;
+        for (size_t k = 0; k < count; k++)
+            for (size_t r = 0; r < rows; r++) {
+                float *chains = &sums[k][r / 2][r % 2 * TURNS];
+                for (size_t i = whole; i < width; i++) /* what fills no turn is the first one's */
+                    chains[i < width / TURNS * TURNS ? i % TURNS : 0] += from_bf16(rest[r * apart + i - whole]) *
+                                                                         x[k * row_floats(width) + i];
+                out[k * BLOCK_OUTPUTS + output + r] = chains[0] + chains[1] + chains[2] + chains[3];
+            }
+    }
+}
+
 TARGET void multiply_f32(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed,
                          size_t tile, size_t tiles, float *out) {
     size_t width = w->width, whole = width / STEP * STEP, stride = row_floats(width), count = tiles * tile;
     const float *x = packed;
     _Alignas(32) sums_of_x sums[VECTORS][BLOCK_ROWS];
     _Alignas(32) panel panel;
-    (void)order;
+    if (order->chain == MOE_IN_TURN) {
+        multiply_turns(w, first, outputs, x, count, out);
+        return;
+    }
     for (size_t output = 0; output < outputs; output += OUTPUTS) {
         uint16_t some[OUTPUTS][DEPTH], rest[OUTPUTS][STEP] = {{0}};
         size_t rows = smaller(OUTPUTS, outputs - output), row = first + output, apart;

@@ -1,0 +1,111 @@
+/* Products in the order that torch has for weights [in, out] where oneDNN does not multiply: TURNS chains that take inputs in
+ * turn. So it does with experts that lie that way in their module and as rows of outputs once they are packed (gpt-oss's in
+ * MXFP4). The chains of a row are lanes of a vector, which holds two rows; of those, PAIRS are computed side by side, since each
+ * addition waits for the one before. */
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#define TARGET AVX2_TARGET
+
+enum { LANES = 8, PAIRS = 4 };
+
+/* x in order, of how pack_bf16 lays it out: of every 2 LANES inputs the even ones, then the odd ones. */
+static void straighten(const float *x, size_t inputs, float *plain) {
+    enum { STEP = 2 * LANES };
+    for (size_t i = 0; i < inputs; i++)
+        plain[i] = x[i / STEP * STEP + i % 2 * LANES + i % STEP / 2];
+}
+
+/* Eight inputs of two rows, a row in each half, times x. */
+TARGET static inline __m256 add_eight(__m256i both, __m256 factor, __m256 x0, __m256 x1, __m256 chains) {
+    __m256 first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
+    __m256 second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
+    chains = _mm256_fmadd_ps(_mm256_mul_ps(first, factor), x0, chains);
+    return _mm256_fmadd_ps(_mm256_mul_ps(second, factor), x1, chains);
+}
+
+TARGET static inline __m256 four_twice(const float *x) {
+    return _mm256_broadcast_ps((const __m128 *)x);
+}
+
+TARGET static inline __m256i both_of(const void *one, const void *other) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(one)), _mm_loadu_si128(other), 1);
+}
+
+/* A group of MXFP4 of two rows. */
+TARGET static inline __m256 add_group(const uint8_t *const rows[2], const uint8_t *const scales[2], const float *x,
+                                      __m256 chains) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)FP4_BYTES));
+    const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(FP4_BYTES + 16)));
+    __m256 power = _mm256_insertf128_ps(_mm256_set1_ps(from_e8m0(*scales[0])), _mm_set1_ps(from_e8m0(*scales[1])), 1);
+    __m256i bytes = both_of(rows[0], rows[1]);
+    __m256i even = _mm256_and_si256(bytes, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    __m256i places[2] = {_mm256_unpacklo_epi8(even, odd), _mm256_unpackhi_epi8(even, odd)};
+    for (int half = 0; half < 2; half++, x += FP4_GROUP / 2) {
+        __m256i low = _mm256_shuffle_epi8(lower, places[half]), high = _mm256_shuffle_epi8(upper, places[half]);
+        chains = add_eight(_mm256_unpacklo_epi8(low, high), power, four_twice(x), four_twice(x + 4), chains);
+        chains = add_eight(_mm256_unpackhi_epi8(low, high), power, four_twice(x + 8), four_twice(x + 12), chains);
+    }
+    return chains;
+}
+
+/* What is behind whole vectors belongs to the first chain. */
+TARGET static float end_row(__m128 chains, const uint16_t *w, size_t count, const float *x) {
+    float each[TURNS];
+    _mm_storeu_ps(each, chains);
+    for (size_t i = 0; i < count; i++)
+        each[i / TURNS * TURNS == count / TURNS * TURNS ? 0 : i % TURNS] += from_bf16(w[i]) * x[i];
+    return each[0] + each[1] + each[2] + each[3];
+}
+
+/* Two rows for each of PAIRS, or fewer, and then the last one again. */
+TARGET static void dot_rows(const matrix *w, size_t first, size_t rows, const float *x, float *out) {
+    __m256 chains[PAIRS];
+    size_t width = w->width, whole = width / FP4_GROUP * FP4_GROUP;
+    for (size_t k = 0; k < PAIRS; k++)
+        chains[k] = _mm256_setzero_ps();
+    const uint8_t *row[PAIRS][2], *scale[PAIRS][2];
+    uint16_t some[2 * PAIRS][FP4_GROUP];
+    for (size_t r = 0; r < 2 * PAIRS; r++) {
+        size_t number = first + smaller(r, rows - 1);
+        row[r / 2][r % 2] = (const uint8_t *)w->numbers + number * width / 2;
+        scale[r / 2][r % 2] = (const uint8_t *)w->scales + number * (width / FP4_GROUP);
+    }
+    for (size_t i = 0; i < whole; i += FP4_GROUP) {
+        if (w->kind == MOE_MXFP4) {
+#pragma GCC unroll 4
+            for (size_t k = 0; k < PAIRS; k++) {
+                const uint8_t *here[2] = {row[k][0] + i / 2, row[k][1] + i / 2};
+                const uint8_t *scales[2] = {scale[k][0] + i / FP4_GROUP, scale[k][1] + i / FP4_GROUP};
+                chains[k] = add_group(here, scales, x + i, chains[k]);
+            }
+            continue;
+        }
+        put_rows_avx2(w, first, rows, i, FP4_GROUP, some[0], FP4_GROUP);
+        for (size_t k = 0; k < PAIRS; k++)
+            for (size_t n = 0; n < FP4_GROUP; n += LANES) {
+                __m256i both = both_of(some[smaller(2 * k, rows - 1)] + n, some[smaller(2 * k + 1, rows - 1)] + n);
+                chains[k] = add_eight(both, _mm256_set1_ps(1), four_twice(x + i + n), four_twice(x + i + n + 4), chains[k]);
+            }
+    }
+    if (whole < width)
+        put_rows_avx2(w, first, rows, whole, width - whole, some[0], FP4_GROUP);
+    for (size_t r = 0; r < rows; r++) {
+        __m128 each = r % 2 == 0 ? _mm256_castps256_ps128(chains[r / 2]) : _mm256_extractf128_ps(chains[r / 2], 1);
+        out[r] = end_row(each, some[r], width - whole, x + whole);
+    }
+}
+
+TARGET void dot_turns(const matrix *w, size_t first, size_t rows, int64_t chain, const void *packed, float *out) {
+    float x[w->width];
+    (void)chain;
+    straighten(packed, w->width, x);
+    for (size_t r = 0; r < rows; r += 2 * PAIRS)
+        dot_rows(w, first + r, smaller(2 * PAIRS, rows - r), x, out + r);
+}
+
+#endif
