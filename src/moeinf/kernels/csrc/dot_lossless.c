@@ -4,6 +4,7 @@
  * pairs. So weights are read in the order in which they lie, and nothing is transposed: three loads and ten
  * operations make four vectors of pairs. */
 #include "pairs.h"
+#include "panels.h"
 
 #ifdef HAS_DOT_PAIRS
 
@@ -11,27 +12,8 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
-/* Where the exceptions of a panel are that come next. */
-typedef struct {
-    const uint32_t *next, *end;
-} cursor;
-
-static inline cursor exceptions_of(const lossless *w, size_t panel) {
-    size_t begin, end = find_exceptions(w, panel, &begin);
-    return (cursor){w->exceptions + begin, w->exceptions + end};
-}
-
 TARGET static inline __m512i load_table(const lossless *w) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->table));
-}
-
-/* The upper bytes of the eight columns from `column` on that are exceptions. */
-TARGET static __attribute__((noinline)) void correct(cursor *at, size_t column, __m512i high[2]) {
-    for (; at->next < at->end && column_of(*at->next) < column + PANEL_INPUTS; at->next++) {
-        size_t inside = column_of(*at->next) - column;
-        if (inside < PANEL_INPUTS) /* damaged files have others */
-            ((uint8_t *)&high[inside / 4])[row_of(*at->next) * 4 + PANEL_ORDER[inside % 4]] = (uint8_t)*at->next;
-    }
 }
 
 /* The pairs of eight columns of a panel; 0xca chooses by the bits of its first operand. */
@@ -40,7 +22,7 @@ TARGET static inline void expand_eight(const uint8_t *w, __m512i table, cursor *
     __m512i index = _mm512_loadu_si512(w + 128), high[2];
     high[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(index, nibble));
     high[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(index, 4), nibble));
-    if (__builtin_expect(at->next < at->end && column_of(*at->next) < column + PANEL_INPUTS, 0))
+    if (has_exceptions(at, column))
         correct(at, column, high);
     for (int half = 0; half < 2; half++) {
         __m512i low = _mm512_loadu_si512(w + 64 * half);
@@ -160,8 +142,7 @@ TARGET void write_lossless(const lossless *w, size_t panel, size_t width, size_t
     const uint8_t *from = w->panels + (panel * width + start) / PANEL_INPUTS * PANEL_BYTES;
     __m512i table = load_table(w);
     cursor at = exceptions_of(w, panel);
-    while (at.next < at.end && column_of(*at.next) < start)
-        at.next++;
+    skip_to(&at, start);
     for (size_t i = 0; i < inputs; i += PANEL_INPUTS, from += PANEL_BYTES)
         expand_eight(from, table, &at, start + i, (__m512i *)words + i / 2);
 }

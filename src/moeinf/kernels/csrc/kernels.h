@@ -291,6 +291,7 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #if defined(__x86_64__)
 #define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
 void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, size_t inputs, uint16_t *out, size_t stride);
+dot_packed dot_lossless_f32;
 dot_matrix dot_turns;
 size_t f32_bytes(size_t width);
 void pack_f32(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
