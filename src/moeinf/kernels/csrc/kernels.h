@@ -285,12 +285,18 @@ moe_order order_tiles(size_t x, size_t width);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 
-/* Likewise where it has vectors of eight float32, and what multiplies and adds them at once (tiles_f32.c). put_rows_avx2:
+/* Likewise where it has vectors of eight float32, and what multiplies and adds them at once (tiles_f32.c,
+ * turns.c, dot_lossless_f32.c, dot_madd.c). put_rows_avx2:
  * `inputs` of some rows of any weight, from `start` on, a multiple of PAD, as bfloat16, `stride` numbers apart: rows of lossless
  * ones by fours. */
 #if defined(__x86_64__)
 #define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
 void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, size_t inputs, uint16_t *out, size_t stride);
+void pack_madd8(const float *values, size_t count, void *packed);
+void pack_madd4(const float *values, size_t count, void *packed);
+dot_bytes dot_madd8;
+dot_nibbles dot_madd4;
+enum { MADD8_BYTES = 68, MADD4_BYTES = 192 }; /* of x for 32 weights, and for 64 */
 dot_packed dot_lossless_f32;
 dot_matrix dot_turns;
 size_t f32_bytes(size_t width);
