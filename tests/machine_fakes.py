@@ -23,6 +23,7 @@ def make_machine(**changes: Any) -> Machine:
             features=("avx2", "avx512f", "avx512_bf16"),
             kernels="avx512bf16",
             governor="performance",
+            adds_as_torch_does=True,
         ),
         "memory": HostMemory(
             total=64 * GIB,

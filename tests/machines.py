@@ -29,7 +29,7 @@ def make_machine(
 ) -> Machine:
     return Machine(
         measured_at="2026-01-01T00:00:00+00:00",
-        processor=Processor("Test", 2, 4, ("avx512_bf16",), "avx512bf16"),
+        processor=Processor("Test", 2, 4, ("avx512_bf16",), "avx512bf16", adds_as_torch_does=True),
         memory=HostMemory(32 << 30, 24 << 30, None, 0, 0, memory, fresh),
         disk=Disk("/models", "sda", "ext4", True, 131072, 1 << 40, (ReadRate(MIB, 8, True, disk),)),
         maths=(
@@ -82,7 +82,7 @@ def random_machine(chance: random.Random) -> Machine:
     rate = partial(_rate, chance)
     kinds = chance.sample(["bfloat16", "float32", "int8", "int4"], chance.randint(0, 4))
     steps = sorted({1, *chance.sample([2, 16, 64, 512], chance.randint(0, 4))})
-    is_direct = chance.random() < 0.8
+    is_direct, has_library = chance.random() < 0.8, chance.random() < 0.7
     machine = make_machine(memory=rate(3 * GB, 800 * GB), fresh=rate(0.1 * GB, 40 * GB))
     reads = tuple(
         ReadRate(size, depth, direct, rate(0.02 * GB, 14 * GB))
@@ -92,7 +92,11 @@ def random_machine(chance: random.Random) -> Machine:
     )
     return dataclasses.replace(
         machine,
-        processor=dataclasses.replace(machine.processor, kernels=chance.choice(["", "avx2", "avx512bf16"])),
+        processor=dataclasses.replace(
+            machine.processor,
+            kernels=chance.choice(["avx2", "avx512bf16"]) if has_library else "",
+            adds_as_torch_does=has_library and chance.random() < 0.7,
+        ),
         disk=dataclasses.replace(machine.disk, reads_direct=is_direct, rates=reads),
         maths=tuple(
             MathsRate(kernels, kind, tokens, rate(0.1 * GB, 300 * GB))

@@ -310,8 +310,8 @@ def test_prompts_are_left_to_torch_where_it_adds_otherwise(
 def test_activations_that_depend_on_where_a_gate_stands_are_left_to_torch(
     exact_pool: NativePool, kind: str, gate: float, inner: int
 ) -> None:
-    """With AVX-512 torch has another GELU for a row's last gates, and a prompt's are parted anywhere. All outputs are the
-    gate's alone.
+    """With AVX-512 torch has another GELU for a row's last gates, and a prompt's are parted anywhere. All outputs are
+    the gate's alone.
     """
     depends = kind != "silu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
     module = Experts(act=KINDS[kind].get("act", F.silu))

@@ -81,7 +81,8 @@ EXPANDING_NATIVELY = {"lossless": 2.1, "int8": 0.5, "int4": 0.5, "fp8": 1.0, "mx
 """As much where the library expands it."""
 
 FEW_TOKENS = 64
-"""For as many a packed linear layer is computed from what is packed (kernels.native.MOST_ROWS)."""
+"""For as many a packed linear layer is computed from what is packed (kernels.native.MOST_ROWS), or for any number
+(Processor.multiplies_any_rows)."""
 
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
 _WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -380,7 +381,7 @@ class _ProcessorCosts:
         fresh = 0.0 if before else min(1.0, slots / sum(asked_of))
         dense_s = self._dense_s(tokens)
         scores = tokens * (before + tokens) * self._shape.hidden * self._shape.layers
-        attention_s = ATTENTION * 4 * scores / _operations_rate(self._machine, self._kind)
+        attention_s = ATTENTION * 4 * scores / _operations_rate(self._machine, self._kind, self._many_rows_by)
         between_s = BETWEEN_S * tokens * self._shape.hidden * self._shape.layers
         total = dense_s + attention_s + between_s + self.layers_s + len(self._manifest.layers) * TRIM_S
         for layer, asked in zip(self._manifest.layers, asked_of, strict=True):
@@ -400,11 +401,17 @@ class _ProcessorCosts:
         tried = sum(inputs > ALIKE_INPUTS for inputs in _inputs(layout))
         return numbers * tried * TRIAL * self._machine.program_s
 
+    @property
+    def _many_rows_by(self) -> str:
+        """What multiplies many rows of the dense part; where that is the library, torch's attention is as fast."""
+        is_native = self._kernels != "torch" and self._machine.processor.multiplies_any_rows
+        return "native" if is_native and self._kind == "bfloat16" else "torch"
+
     def _dense_s(self, tokens: int) -> float:
         """The dense part for many tokens at once; what is packed is unpacked for more than a few."""
-        computing_s = self._plain_dense_bytes / _step_rate(self._machine, self._kind, tokens) / SUSTAINED
-        total = max(self.dense_bytes / self._dense_rate, computing_s)
-        if tokens > FEW_TOKENS:
+        rate = _step_rate(self._machine, self._kind, tokens, self._many_rows_by)
+        total = max(self.dense_bytes / self._dense_rate, self._plain_dense_bytes / rate / SUSTAINED)
+        if tokens > FEW_TOKENS and self._many_rows_by == "torch":
             packed_bytes = sum(2 * rows * width for rows, width in self._manifest.packed_dense.values())
             rate = _rate(self._machine, self._kind, 1, "torch")
             total += EXPANDING_NATIVELY["lossless"] * packed_bytes / rate / SUSTAINED
@@ -514,10 +521,10 @@ def _step_rate(machine: Machine, weights: str, tokens: float, kernels: str = "to
     return _rate(machine, weights, max(1, min(round(tokens), most)), kernels) * min(1.0, most / tokens)
 
 
-def _operations_rate(machine: Machine, kind: str) -> float:
+def _operations_rate(machine: Machine, kind: str, kernels: str) -> float:
     """Additions and multiplications per second in large products: two per weight and token."""
     most = _most_tokens(machine)
-    return _rate(machine, kind, most, "torch") * most * 2 / _WEIGHT_BYTES.get(kind, 1)
+    return _rate(machine, kind, most, kernels) * most * 2 / _WEIGHT_BYTES.get(kind, 1)
 
 
 def _most_tokens(machine: Machine) -> int:

@@ -17,7 +17,7 @@ from .errors import IntegrityError
 
 __all__ = ["MEASURED_BYTES", "Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
-SCHEMA = 6
+SCHEMA = 7
 MEASURED_BYTES = 3 * 2048 * 768 * 2
 """Of an expert whose maths is measured: one of Qwen3-30B-A3B's, in bfloat16."""
 
@@ -72,7 +72,7 @@ class Processor:
 
     `features`: the vector instructions that expert maths can use. `kernels`: the native library's best instruction
     set here, or "" where there is no library, and then `no_kernels` says why. `governor`: what sets the clock, None
-    where that cannot be known.
+    where that cannot be known. `adds_as_torch_does`: whether the library adds products of bfloat16 up in torch's order.
     """
 
     name: str
@@ -82,16 +82,17 @@ class Processor:
     kernels: str
     no_kernels: str = ""
     governor: str | None = None
-
-    @property
-    def adds_as_torch_does(self) -> bool:
-        """Whether the native library adds products of bfloat16 in the order in which torch does."""
-        return self.kernels in ("avx512bf16", "avx512amx")
+    adds_as_torch_does: bool = False
 
     @property
     def tries_orders(self) -> bool:
         """Whether that takes a trial of every large number of rows (kernels/orders.py)."""
         return self.kernels == "avx512amx"
+
+    @property
+    def multiplies_any_rows(self) -> bool:
+        """Whether linear layers of the dense part are the library's for any number of tokens."""
+        return self.adds_as_torch_does and self.kernels == "avx2"
 
 
 @dataclass(frozen=True, slots=True)

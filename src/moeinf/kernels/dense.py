@@ -167,12 +167,13 @@ class NativeLinear(_Native):
 
     def _try(self) -> tuple[int, Order]:
         """So many rows come out the same, 0 if none does, in this order."""
-        most = min(MOST_ROWS, self._pool.most_rows)
-        rows = telling_rows(self._last_outputs(), most)
+        most = self._pool.most_linear_rows
+        tried = min(MOST_ROWS, most)
+        rows = telling_rows(self._last_outputs(), tried)
         single = torch.split(rows[:_TRIALS], 1)
         if self.gives_the_same(single):
             self._most_rows = most
-            return (most if self.gives_the_same(rows[:count] for count in (2, most)) else 1), OWN
+            return (most if self.gives_the_same(rows[:count] for count in (2, tried)) else 1), OWN
         kind = (self._outputs, self._inputs, False)
         if self._pool.knows_order(1, kind) or (self._uppers is not None and 2 * prod(kind[:2]) > WHOLE_BYTES):
             return 0, OWN

@@ -56,6 +56,9 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 MOST_ROWS = 64
 """As many rows of a linear layer are multiplied sooner than by torch (docs/experiments.md)."""
 
+_ANY_ROWS = "avx2"
+"""The variant that multiplies any number of rows sooner."""
+
 LEAST_PRODUCTS = 1 << 12
 """So few of them, and those of a single output, torch adds up in another order, which a trial can miss
 (docs/experiments.md)."""
@@ -298,6 +301,11 @@ class NativePool:
         return is_even and inputs <= _ALIKE_INPUTS.get(self.variant, 0)
 
     @property
+    def most_linear_rows(self) -> int:
+        """As many rows of a linear layer are multiplied sooner than by torch, and added up alike."""
+        return self.most_rows if self.variant == _ANY_ROWS else min(MOST_ROWS, self.most_rows)
+
+    @property
     def least_inputs(self) -> int:
         """The same of products of as many inputs."""
         return _LEAST_INPUTS.get(self.variant, 1)
@@ -473,7 +481,11 @@ class NativeMaths(ExpandingMaths):
             return rows > 1
         if rows == 1:
             self.layer.up_chain, self.layer.down_chain = (order.chain for order in orders)
-        assumed = ((name, self.pool.known_order(kind)) for name, kind in self._kinds.items() if self.pool.knows_order(rows, kind))
+        assumed = (
+            (name, self.pool.known_order(kind))
+            for name, kind in self._kinds.items()
+            if self.pool.knows_order(rows, kind)
+        )
         return all(self.pool.find_order(self._matrix(tensors, name), rows, [order]) for name, order in assumed)
 
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:

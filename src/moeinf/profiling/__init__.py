@@ -21,7 +21,7 @@ from moeinf import hardware, memory
 from moeinf.errors import IntegrityError
 from moeinf.evidence import MACHINE_FILE
 from moeinf.files import FileSystem, explained, publish
-from moeinf.kernels.native import best_variant
+from moeinf.kernels.native import best_variant, can_add_as_torch_does
 from moeinf.locks import exclusive_lock
 from moeinf.machine import Disk, Gpu, HostMemory, Machine, Processor, ReadRate
 from moeinf.progress import NO_PROGRESS, Progress
@@ -180,6 +180,7 @@ def _processor() -> Processor:
         kernels=kernels,
         no_kernels=no_kernels,
         governor=hardware.clock_governor(),
+        adds_as_torch_does=can_add_as_torch_does(),
     )
 
 
