@@ -18,9 +18,62 @@ void expand_int4_plain(const uint8_t *w, const uint8_t *scales, size_t start, si
     }
 }
 
-#ifdef HAS_DOT_PAIRS
+#if defined(__x86_64__)
 
 #include <immintrin.h>
+
+enum { LANES = 8 };
+
+/* Finite numbers rounded to bfloat16, in the lower halves of words. */
+AVX2_TARGET static inline __m256i round_bf16(__m256 values) {
+    __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+}
+
+/* Sixteen of them. */
+AVX2_TARGET static inline __m256i join(__m256i first, __m256i second) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
+}
+
+AVX2_TARGET void expand_int8_f32(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
+    enum { STEP = 2 * LANES };
+    size_t i = 0;
+    for (; i + STEP <= width; i += STEP) {
+        __m256 scale = _mm256_set1_ps(from_f16(scales[i / group]));
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(w + i));
+        __m256 first = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+        __m256 second = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, LANES)));
+        __m256i both = join(round_bf16(_mm256_mul_ps(first, scale)), round_bf16(_mm256_mul_ps(second, scale)));
+        _mm256_storeu_si256((__m256i *)(out + i), both);
+    }
+    expand_int8_plain(w + i, scales + i / group, width - i, group, out + i);
+}
+
+/* What the 16 numbers stand for in a group is computed once, and looked up. */
+AVX2_TARGET void expand_int4_f32(const uint8_t *w, const uint8_t *scales, size_t start, size_t inputs, uint16_t *out) {
+    const __m256 low = _mm256_loadu_ps(INT4_VALUES), high = _mm256_loadu_ps(INT4_VALUES + LANES);
+    const __m128i nibble = _mm_set1_epi8(15), even = _mm_set1_epi16(0xff);
+    float unit = unit_of(scales);
+    size_t i = start, end = start + inputs;
+    for (; i + INT4_GROUP <= end; i += INT4_GROUP) {
+        __m256 factor = _mm256_set1_ps(unit * (int8_t)scales[UNIT_BYTES + i / INT4_GROUP]);
+        __m256i values = join(round_bf16(_mm256_mul_ps(low, factor)), round_bf16(_mm256_mul_ps(high, factor)));
+        __m128i first = _mm256_castsi256_si128(values), second = _mm256_extracti128_si256(values, 1);
+        __m128i lower = _mm_packus_epi16(_mm_and_si128(first, even), _mm_and_si128(second, even));
+        __m128i upper = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+        __m128i bytes = _mm_loadl_epi64((const __m128i *)(w + i / 2));
+        __m128i places = _mm_unpacklo_epi8(_mm_and_si128(bytes, nibble), _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
+        lower = _mm_shuffle_epi8(lower, places);
+        upper = _mm_shuffle_epi8(upper, places);
+        _mm_storeu_si128((__m128i *)(out + i - start), _mm_unpacklo_epi8(lower, upper));
+        _mm_storeu_si128((__m128i *)(out + i - start + LANES), _mm_unpackhi_epi8(lower, upper));
+    }
+    expand_int4_plain(w, scales, i, end - i, out + i - start);
+}
+
+#endif
+
+#ifdef HAS_DOT_PAIRS
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,f16c")))
 

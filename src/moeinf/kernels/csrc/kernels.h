@@ -286,7 +286,7 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 
 /* Likewise where it has vectors of eight float32, and what multiplies and adds them at once (tiles_f32.c,
- * turns.c, dot_lossless_f32.c, dot_madd.c). put_rows_avx2:
+ * turns.c, dot_lossless_f32.c, dot_fp8_f32.c, dot_madd.c). put_rows_avx2:
  * `inputs` of some rows of any weight, from `start` on, a multiple of PAD, as bfloat16, `stride` numbers apart: rows of lossless
  * ones by fours. */
 #if defined(__x86_64__)
@@ -297,7 +297,13 @@ void pack_madd4(const float *values, size_t count, void *packed);
 dot_bytes dot_madd8;
 dot_nibbles dot_madd4;
 enum { MADD8_BYTES = 68, MADD4_BYTES = 192 }; /* of x for 32 weights, and for 64 */
+expand_bytes expand_int8_f32;
+expand_nibbles expand_int4_f32;
 dot_packed dot_lossless_f32;
+dot_blocks dot_fp8_f32;
+void expand_fp8_f32(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, uint16_t *out);
+void put_fp8(const uint8_t *row, const float *scales, size_t start, size_t inputs, uint16_t *out);
+void dot_bf16_f32(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
 dot_matrix dot_turns;
 size_t f32_bytes(size_t width);
 void pack_f32(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);

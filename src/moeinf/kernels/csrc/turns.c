@@ -10,7 +10,7 @@
 
 #define TARGET AVX2_TARGET
 
-enum { LANES = 8, PAIRS = 4 };
+enum { LANES = 8, PAIRS = 4, SOME = PAD };
 
 /* x in order, of how pack_bf16 lays it out: of every 2 LANES inputs the even ones, then the odd ones. */
 static void straighten(const float *x, size_t inputs, float *plain) {
@@ -36,13 +36,11 @@ TARGET static inline __m256i both_of(const void *one, const void *other) {
 }
 
 /* A group of MXFP4 of two rows. */
-TARGET static inline __m256 add_group(const uint8_t *const rows[2], const uint8_t *const scales[2], const float *x,
-                                      __m256 chains) {
+TARGET static inline __m256 add_group(const uint8_t *one, const uint8_t *other, __m256 power, const float *x, __m256 chains) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)FP4_BYTES));
     const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(FP4_BYTES + 16)));
-    __m256 power = _mm256_insertf128_ps(_mm256_set1_ps(from_e8m0(*scales[0])), _mm_set1_ps(from_e8m0(*scales[1])), 1);
-    __m256i bytes = both_of(rows[0], rows[1]);
+    __m256i bytes = both_of(one, other);
     __m256i even = _mm256_and_si256(bytes, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
     __m256i places[2] = {_mm256_unpacklo_epi8(even, odd), _mm256_unpackhi_epi8(even, odd)};
     for (int half = 0; half < 2; half++, x += FP4_GROUP / 2) {
@@ -51,6 +49,13 @@ TARGET static inline __m256 add_group(const uint8_t *const rows[2], const uint8_
         chains = add_eight(_mm256_unpackhi_epi8(low, high), power, four_twice(x + 8), four_twice(x + 12), chains);
     }
     return chains;
+}
+
+/* The powers of groups of MXFP4, those of 2 * PAIRS rows side by side. */
+static void write_powers(const uint8_t *const *scales, size_t groups, float *powers) {
+    for (size_t r = 0; r < 2 * PAIRS; r++)
+        for (size_t g = 0; g < groups; g++)
+            powers[g * 2 * PAIRS + r] = from_e8m0(scales[r][g]);
 }
 
 /* What is behind whole vectors belongs to the first chain. */
@@ -62,38 +67,51 @@ TARGET static float end_row(__m128 chains, const uint16_t *w, size_t count, cons
     return each[0] + each[1] + each[2] + each[3];
 }
 
-/* Two rows for each of PAIRS, or fewer, and then the last one again. */
-TARGET static void dot_rows(const matrix *w, size_t first, size_t rows, const float *x, float *out) {
+/* Rows for each of PAIRS, or fewer, and then the last one again. */
+TARGET static void dot_mxfp4_rows(const matrix *w, size_t first, size_t rows, const float *x, float *out) {
+    size_t width = w->width, groups = width / FP4_GROUP;
+    const uint8_t *row[2 * PAIRS], *scales[2 * PAIRS];
+    float powers[groups * 2 * PAIRS];
     __m256 chains[PAIRS];
-    size_t width = w->width, whole = width / FP4_GROUP * FP4_GROUP;
-    for (size_t k = 0; k < PAIRS; k++)
-        chains[k] = _mm256_setzero_ps();
-    const uint8_t *row[PAIRS][2], *scale[PAIRS][2];
-    uint16_t some[2 * PAIRS][FP4_GROUP];
+    __m256i which[PAIRS];
     for (size_t r = 0; r < 2 * PAIRS; r++) {
         size_t number = first + smaller(r, rows - 1);
-        row[r / 2][r % 2] = (const uint8_t *)w->numbers + number * width / 2;
-        scale[r / 2][r % 2] = (const uint8_t *)w->scales + number * (width / FP4_GROUP);
+        row[r] = (const uint8_t *)w->numbers + number * width / 2;
+        scales[r] = (const uint8_t *)w->scales + number * groups;
     }
-    for (size_t i = 0; i < whole; i += FP4_GROUP) {
-        if (w->kind == MOE_MXFP4) {
+    for (int k = 0; k < PAIRS; k++) {
+        chains[k] = _mm256_setzero_ps();
+        which[k] = _mm256_setr_epi32(2 * k, 2 * k, 2 * k, 2 * k, 2 * k + 1, 2 * k + 1, 2 * k + 1, 2 * k + 1);
+    }
+    write_powers(scales, groups, powers);
+    for (size_t g = 0; g < groups; g++) {
+        __m256 all = _mm256_loadu_ps(powers + g * 2 * PAIRS);
 #pragma GCC unroll 4
-            for (size_t k = 0; k < PAIRS; k++) {
-                const uint8_t *here[2] = {row[k][0] + i / 2, row[k][1] + i / 2};
-                const uint8_t *scales[2] = {scale[k][0] + i / FP4_GROUP, scale[k][1] + i / FP4_GROUP};
-                chains[k] = add_group(here, scales, x + i, chains[k]);
-            }
-            continue;
-        }
-        put_rows_avx2(w, first, rows, i, FP4_GROUP, some[0], FP4_GROUP);
         for (size_t k = 0; k < PAIRS; k++)
-            for (size_t n = 0; n < FP4_GROUP; n += LANES) {
+            chains[k] = add_group(row[2 * k] + g * FP4_GROUP / 2, row[2 * k + 1] + g * FP4_GROUP / 2,
+                                  _mm256_permutevar8x32_ps(all, which[k]), x + g * FP4_GROUP, chains[k]);
+    }
+    for (size_t r = 0; r < rows; r++)
+        out[r] = end_row(r % 2 == 0 ? _mm256_castps256_ps128(chains[r / 2]) : _mm256_extractf128_ps(chains[r / 2], 1), NULL, 0, NULL);
+}
+
+/* The same of any other weight, which is expanded first. */
+TARGET static void dot_rows(const matrix *w, size_t first, size_t rows, const float *x, float *out) {
+    __m256 chains[PAIRS];
+    size_t width = w->width, whole = width / SOME * SOME;
+    uint16_t some[2 * PAIRS][SOME];
+    for (size_t k = 0; k < PAIRS; k++)
+        chains[k] = _mm256_setzero_ps();
+    for (size_t i = 0; i < whole; i += SOME) {
+        put_rows_avx2(w, first, rows, i, SOME, some[0], SOME);
+        for (size_t k = 0; k < PAIRS; k++)
+            for (size_t n = 0; n < SOME; n += LANES) {
                 __m256i both = both_of(some[smaller(2 * k, rows - 1)] + n, some[smaller(2 * k + 1, rows - 1)] + n);
                 chains[k] = add_eight(both, _mm256_set1_ps(1), four_twice(x + i + n), four_twice(x + i + n + 4), chains[k]);
             }
     }
     if (whole < width)
-        put_rows_avx2(w, first, rows, whole, width - whole, some[0], FP4_GROUP);
+        put_rows_avx2(w, first, rows, whole, width - whole, some[0], SOME);
     for (size_t r = 0; r < rows; r++) {
         __m128 each = r % 2 == 0 ? _mm256_castps256_ps128(chains[r / 2]) : _mm256_extractf128_ps(chains[r / 2], 1);
         out[r] = end_row(each, some[r], width - whole, x + whole);
@@ -105,7 +123,7 @@ TARGET void dot_turns(const matrix *w, size_t first, size_t rows, int64_t chain,
     (void)chain;
     straighten(packed, w->width, x);
     for (size_t r = 0; r < rows; r += 2 * PAIRS)
-        dot_rows(w, first + r, smaller(2 * PAIRS, rows - r), x, out + r);
+        (w->kind == MOE_MXFP4 ? dot_mxfp4_rows : dot_rows)(w, first + r, smaller(2 * PAIRS, rows - r), x, out + r);
 }
 
 #endif
