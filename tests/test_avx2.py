@@ -44,7 +44,7 @@ def add_in_vectors(products: torch.Tensor) -> torch.Tensor:
     whole, pairs = width // step * step, width // pair * pair
     sums = torch.zeros(*products.shape[:-1], VECTORS, LANES)
     for begin in range(0, whole, step):
-        sums += products[..., begin : begin + step].unflatten(-1, (VECTORS, LANES))
+        sums += products[..., begin : begin + step].reshape(sums.shape)
     total = fold(fold(sums.transpose(-1, -2)))
     rest = torch.zeros(*products.shape[:-1], LANES)
     for begin in range(whole, pairs, LANES):
