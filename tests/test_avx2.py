@@ -111,3 +111,16 @@ def test_float8_expands_as_torch_does_with_any_scale(pool: NativePool, scale: fl
     pool.lib.moe_expand_fp8(pool.handle, 128, weight.data_ptr(), scales.data_ptr(), 3, 256, found.data_ptr())
     wanted = (weight.float() * scales.repeat_interleave(128, 1)).bfloat16()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_mxfp4_expands_with_every_power(pool: NativePool) -> None:
+    """Also where its numbers are no normal ones, or infinite, and for every pair of them."""
+    weights = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(255, 1)  # 16 groups for each power
+    scales = torch.arange(255, dtype=torch.uint8).repeat_interleave(16)
+    found = torch.empty(len(weights), 32, dtype=torch.bfloat16)
+    pool.lib.moe_expand(pool.handle, weights.data_ptr(), scales.data_ptr(), len(weights), 32, 0, found.data_ptr())
+    sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    table = torch.cat([sizes, -sizes])
+    numbers = torch.stack([weights & 15, weights >> 4], -1).flatten(1).long()
+    wanted = (table[numbers].double() * 2.0 ** (scales.double()[:, None] - 127)).float().bfloat16()
+    assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))

@@ -49,7 +49,7 @@ void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, siz
         if (w->kind == MOE_PLAIN)
             memcpy(out, (const uint16_t *)w->numbers + at, inputs * sizeof *out);
         else if (w->kind == MOE_MXFP4)
-            expand_mxfp4_avx2(numbers + at / 2, scales + at / FP4_GROUP, inputs, 1, out);
+            expand_mxfp4_f32(numbers + at / 2, scales + at / FP4_GROUP, inputs, 1, out);
         else if (w->kind == MOE_FP8) {
             const fp8_blocks blocks = {w->scales, w->group};
             put_fp8(numbers + row * w->width, scales_of(&blocks, row, w->width), start, inputs, out);

@@ -286,8 +286,8 @@ enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 
 /* Likewise where it has vectors of eight float32, and what multiplies and adds them at once (tiles_f32.c,
- * turns.c, dot_lossless_f32.c, dot_fp8_f32.c, dot_madd.c). put_rows_avx2:
- * `inputs` of some rows of any weight, from `start` on, a multiple of PAD, as bfloat16, `stride` numbers apart: rows of lossless
+ * turns.c, dot_lossless_f32.c, released_f32.c, dot_madd.c). put_rows_avx2:
+ * `inputs` of some rows of any weight, from `start` on, where a group begins, as bfloat16, `stride` numbers apart: rows of lossless
  * ones by fours. */
 #if defined(__x86_64__)
 #define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
@@ -300,6 +300,8 @@ enum { MADD8_BYTES = 68, MADD4_BYTES = 192 }; /* of x for 32 weights, and for 64
 expand_bytes expand_int8_f32;
 expand_nibbles expand_int4_f32;
 dot_packed dot_lossless_f32;
+void expand_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
+dot_nibbles dot_mxfp4_f32;
 dot_blocks dot_fp8_f32;
 void expand_fp8_f32(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, uint16_t *out);
 void put_fp8(const uint8_t *row, const float *scales, size_t start, size_t inputs, uint16_t *out);

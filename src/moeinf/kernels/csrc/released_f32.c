@@ -1,9 +1,5 @@
-/* float8 in blocks with a scale each, where the processor has vectors of eight float32: expanded a part of a row at a time, into
- * memory that the nearest cache holds, and multiplied there as bfloat16 is.
- *
- * A weight is (1 + m/8) 2^(e - 7), or m/8 2^-6 where e is 0. Rounding does not depend on powers of two, so a block has eight
- * fractions times its scale, rounded, to whose exponent e is added, and eight numbers where it is 0: all found by one look-up
- * for each byte of a bfloat16. */
+/* Weights that were released packed, where the processor has vectors of eight float32: expanded to bfloat16 a row or less at a
+ * time, into memory that the nearest cache holds, and multiplied there as bfloat16 is. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -12,6 +8,47 @@
 
 #define TARGET AVX2_TARGET
 
+/* MXFP4. A weight is looked up, and the power of its group added to its exponent, where that is within what bfloat16 has. */
+enum { LEAST_POWER = 3, MOST_POWER = 250, ONE = 127 };
+
+static void expand_group_slowly(const uint8_t *w, uint8_t scale, uint16_t *out) {
+    for (int i = 0; i < FP4_GROUP; i++)
+        out[i] = to_bf16(FP4_VALUES[i % 2 ? w[i / 2] >> 4 : w[i / 2] & 15] * from_e8m0(scale));
+}
+
+TARGET static inline void expand_group(const uint8_t *w, uint8_t scale, uint16_t *out) {
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m256i lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)FP4_BYTES));
+    const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(FP4_BYTES + 16)));
+    const __m256i zero = _mm256_setzero_si256(), power = _mm256_set1_epi16((int16_t)((scale - ONE) * 128));
+    __m128i bytes = _mm_loadu_si128((const __m128i *)w);
+    __m128i even = _mm_and_si128(bytes, nibble), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+    __m256i places = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+    __m256i low = _mm256_shuffle_epi8(lower, places), high = _mm256_shuffle_epi8(upper, places);
+    __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+    __m256i is_zero[2] = {_mm256_cmpeq_epi16(_mm256_slli_epi16(first, 1), zero), _mm256_cmpeq_epi16(_mm256_slli_epi16(second, 1), zero)};
+    first = _mm256_add_epi16(first, _mm256_andnot_si256(is_zero[0], power));
+    second = _mm256_add_epi16(second, _mm256_andnot_si256(is_zero[1], power));
+    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(first, second, 0x20));
+    _mm256_storeu_si256((__m256i *)(out + FP4_GROUP / 2), _mm256_permute2x128_si256(first, second, 0x31));
+}
+
+TARGET void expand_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out) {
+    for (size_t i = 0; i < rows * width; i += FP4_GROUP, scales++)
+        (*scales >= LEAST_POWER && *scales <= MOST_POWER ? expand_group : expand_group_slowly)(w + i / 2, *scales, out + i);
+}
+
+TARGET void dot_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
+    uint16_t row[width];
+    for (size_t r = 0; r < rows; r++) {
+        expand_mxfp4_f32(w + r * width / 2, scales + r * (width / FP4_GROUP), width, 1, row);
+        dot_bf16_f32(row, width, 1, packed, out + r);
+    }
+}
+
+/* float8. A weight is (1 + m/8) 2^(e - 7), or m/8 2^-6 where e is 0. Rounding does not depend on powers of two, so a block has
+ * eight fractions times its scale, rounded, to whose exponent e is added, and eight numbers where it is 0: all found by one
+ * look-up for each byte of a bfloat16. */
 enum { AT_ONCE_BYTES = 32, SMALLEST = 1, LARGEST = 254 - 14, NAN_BYTE = 0x7f };
 
 /* Of the bfloat16 that numbers of a block become: lower and upper bytes, by m, and by 8 + m where e is 0. */
