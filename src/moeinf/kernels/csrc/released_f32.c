@@ -35,7 +35,10 @@ TARGET static inline void expand_group(const uint8_t *w, uint8_t scale, uint16_t
 
 TARGET void expand_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out) {
     for (size_t i = 0; i < rows * width; i += FP4_GROUP, scales++)
-        (*scales >= LEAST_POWER && *scales <= MOST_POWER ? expand_group : expand_group_slowly)(w + i / 2, *scales, out + i);
+        if (*scales >= LEAST_POWER && *scales <= MOST_POWER)
+            expand_group(w + i / 2, *scales, out + i);
+        else
+            expand_group_slowly(w + i / 2, *scales, out + i);
 }
 
 TARGET void dot_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
