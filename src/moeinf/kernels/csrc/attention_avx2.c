@@ -1,9 +1,9 @@
 /* Attention's loops with AVX2, in the order that attention.c says. */
 #include "attention.h"
+#include "avx2.h"
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
 #include <math.h>
 
 #define TARGET AVX2_TARGET
@@ -22,11 +22,6 @@ TARGET static inline __m256 exponential(__m256 x) {
     return _mm256_andnot_ps(is_zero, _mm256_castsi256_ps(_mm256_cvttps_epi32(bits)));
 }
 
-TARGET static inline __m256 widen(const uint16_t *values) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
 /* Scores of AT_A_TIME keys for each of `heads` queries [heads, size], written behind each other from `place` on in the
  * heads' blocks. */
 TARGET static inline __attribute__((always_inline)) void score_some(const uint16_t *const *keys, size_t size,
@@ -37,7 +32,7 @@ TARGET static inline __attribute__((always_inline)) void score_some(const uint16
     for (size_t h = 0; h < heads; h++)
         sums[h][0] = sums[h][1] = _mm256_setzero_ps();
     for (size_t i = 0; i < size; i += LANES) {
-        __m256 k0 = widen(keys[0] + i), k1 = widen(keys[1] + i), k2 = widen(keys[2] + i), k3 = widen(keys[3] + i);
+        __m256 k0 = widen_avx2(keys[0] + i), k1 = widen_avx2(keys[1] + i), k2 = widen_avx2(keys[2] + i), k3 = widen_avx2(keys[3] + i);
         __m256 first[2] = {_mm256_permute2f128_ps(k0, k1, 0x20), _mm256_permute2f128_ps(k2, k3, 0x20)};
         __m256 second[2] = {_mm256_permute2f128_ps(k0, k1, 0x31), _mm256_permute2f128_ps(k2, k3, 0x31)};
 #pragma GCC unroll 4
@@ -72,12 +67,6 @@ TARGET static void score(const head *each, size_t heads, const float *queries, c
     }
 }
 
-TARGET static inline float fold(__m256 sums) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
     float *scores = head->chances, most = head->most;
     __m256 largest = _mm256_set1_ps(most), even = _mm256_setzero_ps(), odd = even;
@@ -106,7 +95,7 @@ TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
         *sums = _mm256_add_ps(*sums, chances);
         _mm256_storeu_ps(scores + t, chances);
     }
-    float sum = fold(_mm256_add_ps(even, odd));
+    float sum = fold_avx2(_mm256_add_ps(even, odd));
     for (; t < count; t++) {
         scores[t] = (float)exp(scores[t] - most);
         sum += scores[t];
@@ -133,8 +122,8 @@ TARGET static inline __attribute__((always_inline)) void weigh_some(const head *
     for (; t + AT_A_TIME <= count; t += AT_A_TIME)
         for (size_t v = 0; v < vectors; v++) {
             const uint16_t *value = values + t * apart + begin + v * LANES;
-            __m256 v0 = widen(value), v1 = widen(value + apart), v2 = widen(value + 2 * apart);
-            __m256 v3 = widen(value + 3 * apart);
+            __m256 v0 = widen_avx2(value), v1 = widen_avx2(value + apart), v2 = widen_avx2(value + 2 * apart);
+            __m256 v3 = widen_avx2(value + 3 * apart);
 #pragma GCC unroll 4
             for (size_t h = 0; h < heads; h++) {
                 const float *chances = each[h].chances + t;
@@ -148,7 +137,7 @@ TARGET static inline __attribute__((always_inline)) void weigh_some(const head *
     for (size_t h = 0; h < heads; h++)
         for (size_t v = 0; v < vectors; v++) {
             for (size_t left = count; left > t; left--) {
-                __m256 value = widen(values + (left - 1) * apart + begin + v * LANES);
+                __m256 value = widen_avx2(values + (left - 1) * apart + begin + v * LANES);
                 totals[h][v] = _mm256_fmadd_ps(value, _mm256_set1_ps(each[h].chances[left - 1]), totals[h][v]);
             }
             _mm256_storeu_ps(each[h].total + begin + v * LANES, totals[h][v]);

@@ -35,7 +35,7 @@ AVX2_TARGET static inline __m256i join(__m256i first, __m256i second) {
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
 }
 
-AVX2_TARGET void expand_int8_f32(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
+AVX2_TARGET void expand_int8_avx2(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, uint16_t *out) {
     enum { STEP = 2 * LANES };
     size_t i = 0;
     for (; i + STEP <= width; i += STEP) {
@@ -50,7 +50,7 @@ AVX2_TARGET void expand_int8_f32(const uint8_t *w, const uint16_t *scales, size_
 }
 
 /* What the 16 numbers stand for in a group is computed once, and looked up. */
-AVX2_TARGET void expand_int4_f32(const uint8_t *w, const uint8_t *scales, size_t start, size_t inputs, uint16_t *out) {
+AVX2_TARGET void expand_int4_avx2(const uint8_t *w, const uint8_t *scales, size_t start, size_t inputs, uint16_t *out) {
     const __m256 low = _mm256_loadu_ps(INT4_VALUES), high = _mm256_loadu_ps(INT4_VALUES + LANES);
     const __m128i nibble = _mm_set1_epi8(15), even = _mm_set1_epi16(0xff);
     float unit = unit_of(scales);

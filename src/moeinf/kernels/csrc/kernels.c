@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "avx2.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -32,8 +32,10 @@
 #define LANES 8
 #include "kernels.inc"
 
-void dot_bf16_f32(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out) {
-    dot_bf16_avx2(w, width, rows, packed, out);
+float dot_row_avx2(const uint16_t *w, size_t width, const void *packed) {
+    float out;
+    dot_bf16_avx2(w, width, 1, packed, &out);
+    return out;
 }
 
 /* Rows of one kind after the other, of which the loops above take what they can. */
@@ -49,15 +51,15 @@ void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, siz
         if (w->kind == MOE_PLAIN)
             memcpy(out, (const uint16_t *)w->numbers + at, inputs * sizeof *out);
         else if (w->kind == MOE_MXFP4)
-            expand_mxfp4_f32(numbers + at / 2, scales + at / FP4_GROUP, inputs, 1, out);
+            expand_mxfp4_avx2(numbers + at / 2, scales + at / FP4_GROUP, inputs, 1, out);
         else if (w->kind == MOE_FP8) {
             const fp8_blocks blocks = {w->scales, w->group};
-            put_fp8(numbers + row * w->width, scales_of(&blocks, row, w->width), start, inputs, out);
+            put_fp8_avx2(numbers + row * w->width, scales_of(&blocks, row, w->width), start, inputs, out);
         } else if (w->kind == MOE_INT8) {
             const uint16_t *halves = (const uint16_t *)w->scales + row * ceil_div(w->width, w->group) + start / w->group;
-            expand_int8_f32(numbers + at, halves, inputs, w->group, out);
+            expand_int8_avx2(numbers + at, halves, inputs, w->group, out);
         } else
-            expand_int4_f32(numbers + row * ceil_div(w->width, 2), scales + row * int4_factor_bytes(w->width), start, inputs, out);
+            expand_int4_avx2(numbers + row * ceil_div(w->width, 2), scales + row * int4_factor_bytes(w->width), start, inputs, out);
     }
 }
 

@@ -285,32 +285,31 @@ moe_order order_tiles(size_t x, size_t width);
 enum { VNNI_BYTES = 384 }; /* of x for a vector of weights */
 #endif
 
-/* Likewise where it has vectors of eight float32, and what multiplies and adds them at once (tiles_f32.c,
- * turns.c, dot_lossless_f32.c, released_f32.c, dot_madd.c). put_rows_avx2:
- * `inputs` of some rows of any weight, from `start` on, where a group begins, as bfloat16, `stride` numbers apart: rows of lossless
- * ones by fours. */
+/* What avx2 has loops of its own for, in files of that name; the others are its in kernels.inc. put_rows_avx2: `inputs` of some
+ * rows of any weight, from `start` on, where a group begins, as bfloat16, `stride` numbers apart; rows of lossless ones by fours.
+ * dot_row_avx2: dot_bf16 of one row. */
 #if defined(__x86_64__)
 #define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
 void put_rows_avx2(const matrix *w, size_t first, size_t rows, size_t start, size_t inputs, uint16_t *out, size_t stride);
-void pack_madd8(const float *values, size_t count, void *packed);
-void pack_madd4(const float *values, size_t count, void *packed);
-dot_bytes dot_madd8;
-dot_nibbles dot_madd4;
-enum { MADD8_BYTES = 68, MADD4_BYTES = 192 }; /* of x for 32 weights, and for 64 */
-expand_bytes expand_int8_f32;
-expand_nibbles expand_int4_f32;
-dot_packed dot_lossless_f32;
-void expand_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
-dot_nibbles dot_mxfp4_f32;
-dot_blocks dot_fp8_f32;
-void expand_fp8_f32(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, uint16_t *out);
-void put_fp8(const uint8_t *row, const float *scales, size_t start, size_t inputs, uint16_t *out);
-void dot_bf16_f32(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out);
+void pack_int8_avx2(const float *values, size_t count, void *packed);
+void pack_int4_avx2(const float *values, size_t count, void *packed);
+dot_bytes dot_int8_avx2;
+dot_nibbles dot_int4_avx2;
+enum { EIGHTS_BYTES = 68, FOURS_BYTES = 192 }; /* of x for 32 weights, and for 64 */
+expand_bytes expand_int8_avx2;
+expand_nibbles expand_int4_avx2;
+dot_packed dot_lossless_avx2;
+void expand_mxfp4_avx2(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out);
+dot_nibbles dot_mxfp4_avx2;
+dot_blocks dot_fp8_avx2;
+void expand_fp8_avx2(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, uint16_t *out);
+void put_fp8_avx2(const uint8_t *row, const float *scales, size_t start, size_t inputs, uint16_t *out);
+float dot_row_avx2(const uint16_t *w, size_t width, const void *packed);
 dot_matrix dot_turns;
-size_t f32_bytes(size_t width);
-void pack_f32(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
-void put_f32(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed);
-void multiply_f32(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed, size_t tile,
+size_t tile_bytes_avx2(size_t width);
+void pack_tile_avx2(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed);
+void put_tile_avx2(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed);
+void multiply_avx2(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed, size_t tile,
                   size_t tiles, float *sums);
 #else
 #define AVX2_TARGET

@@ -2,11 +2,9 @@
  * turn. So it does with experts that lie that way in their module and as rows of outputs once they are packed (gpt-oss's in
  * MXFP4). The chains of a row are lanes of a vector, which holds two rows; of those, PAIRS are computed side by side, since each
  * addition waits for the one before. */
-#include "kernels.h"
+#include "avx2.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #define TARGET AVX2_TARGET
 
@@ -58,10 +56,10 @@ static void write_powers(const uint8_t *const *scales, size_t groups, float *pow
             powers[g * 2 * PAIRS + r] = from_e8m0(scales[r][g]);
 }
 
-/* What is behind whole vectors belongs to the first chain. */
-TARGET static float end_row(__m128 chains, const uint16_t *w, size_t count, const float *x) {
+/* The end of row r of them, of which `count` inputs are left: those that fill no turn belong to the first chain. */
+TARGET static float end_row(const __m256 *chains, size_t r, const uint16_t *w, size_t count, const float *x) {
     float each[TURNS];
-    _mm_storeu_ps(each, chains);
+    _mm_storeu_ps(each, r % 2 == 0 ? _mm256_castps256_ps128(chains[r / 2]) : _mm256_extractf128_ps(chains[r / 2], 1));
     for (size_t i = 0; i < count; i++)
         each[i / TURNS * TURNS == count / TURNS * TURNS ? 0 : i % TURNS] += from_bf16(w[i]) * x[i];
     return each[0] + each[1] + each[2] + each[3];
@@ -92,7 +90,7 @@ TARGET static void dot_mxfp4_rows(const matrix *w, size_t first, size_t rows, co
                                   _mm256_permutevar8x32_ps(all, which[k]), x + g * FP4_GROUP, chains[k]);
     }
     for (size_t r = 0; r < rows; r++)
-        out[r] = end_row(r % 2 == 0 ? _mm256_castps256_ps128(chains[r / 2]) : _mm256_extractf128_ps(chains[r / 2], 1), NULL, 0, NULL);
+        out[r] = end_row(chains, r, NULL, 0, NULL);
 }
 
 /* The same of any other weight, which is expanded first. */
@@ -112,10 +110,8 @@ TARGET static void dot_rows(const matrix *w, size_t first, size_t rows, const fl
     }
     if (whole < width)
         put_rows_avx2(w, first, rows, whole, width - whole, some[0], SOME);
-    for (size_t r = 0; r < rows; r++) {
-        __m128 each = r % 2 == 0 ? _mm256_castps256_ps128(chains[r / 2]) : _mm256_extractf128_ps(chains[r / 2], 1);
-        out[r] = end_row(each, some[r], width - whole, x + whole);
-    }
+    for (size_t r = 0; r < rows; r++)
+        out[r] = end_row(chains, r, some[r], width - whole, x + whole);
 }
 
 TARGET void dot_turns(const matrix *w, size_t first, size_t rows, int64_t chain, const void *packed, float *out) {

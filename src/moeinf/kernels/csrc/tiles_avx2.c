@@ -3,11 +3,9 @@
  * An output of one x is VECTORS vectors of sums, too many to stay in registers. But they do not depend on each other: so x and
  * weights are laid out with what belongs to the first vector in front, then what belongs to the second one, and of these
  * OUTPUTS outputs and XS x at a time stay in registers, over DEPTH inputs. Packed weights are expanded on the way. */
-#include "kernels.h"
+#include "avx2.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #define TARGET AVX2_TARGET
 
@@ -18,7 +16,7 @@ static inline size_t row_floats(size_t width) {
     return (width + LANES - 1) / LANES * LANES + 16;
 }
 
-size_t f32_bytes(size_t width) {
+size_t tile_bytes_avx2(size_t width) {
     return row_floats(width) * sizeof(float);
 }
 
@@ -29,26 +27,21 @@ static inline float *place(void *packed, size_t width, size_t row, size_t i) {
     return i < whole ? x + (i % STEP / LANES * blocks + i / STEP) * LANES : x + i;
 }
 
-TARGET static inline __m256 widen(const uint16_t *values) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-TARGET void pack_f32(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed) {
+TARGET void pack_tile_avx2(const uint16_t *const *x, size_t width, size_t rows, size_t tile, void *packed) {
     for (size_t r = 0; r < tile; r++) {
         if (r >= rows) {
-            memset((float *)packed + r * row_floats(width), 0, f32_bytes(width));
+            memset((float *)packed + r * row_floats(width), 0, tile_bytes_avx2(width));
             continue;
         }
         size_t i = 0;
         for (; i + LANES <= width; i += LANES)
-            _mm256_storeu_ps(place(packed, width, r, i), widen(x[r] + i));
+            _mm256_storeu_ps(place(packed, width, r, i), widen_avx2(x[r] + i));
         for (float *last = place(packed, width, r, i); i < width; i++)
             *last++ = from_bf16(x[r][i]);
     }
 }
 
-TARGET void put_f32(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed) {
+TARGET void put_tile_avx2(const float *values, size_t first, size_t count, size_t width, size_t tile, size_t row, void *packed) {
     (void)tile;
     for (size_t i = 0; i < count; i += LANES)
         memcpy(place(packed, width, row, first + i), values + i, smaller(LANES, count - i) * sizeof *values);
@@ -65,7 +58,7 @@ TARGET static void write_panel(const uint16_t *w, size_t stride, size_t rows, si
         for (size_t o = 0; o < OUTPUTS; o++) {
             const uint16_t *from = w + smaller(o, rows - 1) * stride + b * STEP;
             for (size_t v = 0; v < VECTORS; v++)
-                _mm256_store_ps(to->weights[v][b][o], widen(from + v * LANES));
+                _mm256_store_ps(to->weights[v][b][o], widen_avx2(from + v * LANES));
         }
 }
 
@@ -128,7 +121,7 @@ TARGET static inline __m128 add_rest(uint16_t (*rest)[STEP], size_t count, const
     for (size_t o = 0; o < OUTPUTS; o++) {
         sums[o] = _mm256_setzero_ps();
         for (size_t v = 0; v < vectors; v++)
-            sums[o] = _mm256_fmadd_ps(widen(rest[o] + v * LANES), _mm256_loadu_ps(x + v * LANES), sums[o]);
+            sums[o] = _mm256_fmadd_ps(widen_avx2(rest[o] + v * LANES), _mm256_loadu_ps(x + v * LANES), sums[o]);
     }
     total = _mm_add_ps(total, fold(sums));
     for (size_t i = vectors * LANES; i < count; i++) {
@@ -150,7 +143,7 @@ static const uint16_t *find_rows(const matrix *w, size_t row, size_t rows, size_
     return some[0];
 }
 
-/* The order of turns.c: OUTPUTS pairs of outputs at a time, whose chains are the halves of a vector; as many sums as above. */
+/* The order of turns_avx2.c: OUTPUTS pairs of outputs at a time, whose chains are the halves of a vector. */
 typedef struct {
     float weights[DEPTH / TURNS / 4][OUTPUTS][LANES];
 } pairs;
@@ -161,13 +154,14 @@ enum { TURNED = DEPTH / 4, SOME_ROWS = 2 * OUTPUTS };
 TARGET static void write_pairs(const uint16_t *w, size_t stride, size_t rows, size_t inputs, pairs *to) {
     for (size_t i = 0; i < inputs; i += LANES)
         for (size_t o = 0; o < OUTPUTS; o++) {
-            __m256 one = widen(w + smaller(2 * o, rows - 1) * stride + i), other = widen(w + smaller(2 * o + 1, rows - 1) * stride + i);
+            __m256 one = widen_avx2(w + smaller(2 * o, rows - 1) * stride + i);
+            __m256 other = widen_avx2(w + smaller(2 * o + 1, rows - 1) * stride + i);
             _mm256_store_ps(to->weights[i / TURNS][o], _mm256_permute2f128_ps(one, other, 0x20));
             _mm256_store_ps(to->weights[i / TURNS + 1][o], _mm256_permute2f128_ps(one, other, 0x31));
         }
 }
 
-/* `x` are these inputs of as many x as `count`, `stride` apart; they lie in eights, `apart` numbers from each other. */
+/* Adds the products of these inputs, which lie in eights, and `count` x. */
 TARGET static inline __attribute__((always_inline)) void turn_some(const pairs *w, size_t start, size_t inputs, const float *x,
                                                                    size_t width, size_t count, sums_of_x *sums) {
     __m256 each[XS][OUTPUTS];
@@ -228,7 +222,7 @@ TARGET static void multiply_turns(const matrix *w, size_t first, size_t outputs,
     }
 }
 
-TARGET void multiply_f32(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed,
+TARGET void multiply_avx2(const matrix *w, size_t first, size_t outputs, const moe_order *order, const void *packed,
                          size_t tile, size_t tiles, float *out) {
     size_t width = w->width, whole = width / STEP * STEP, stride = row_floats(width), count = tiles * tile;
     const float *x = packed;
@@ -245,8 +239,10 @@ TARGET void multiply_f32(const matrix *w, size_t first, size_t outputs, const mo
             size_t inputs = smaller(DEPTH, whole - start), blocks = inputs / STEP;
             const uint16_t *from = find_rows(w, row, rows, start, inputs, some, &apart);
             write_panel(from, apart, rows, blocks, &panel);
-            for (size_t v = 0; v < VECTORS; v++)
-                add(panel.weights[v], blocks, x + (v * (whole / STEP) + start / STEP) * LANES, stride, count, start == 0, sums[v]);
+            for (size_t v = 0; v < VECTORS; v++) {
+                const float *here = x + (v * (whole / STEP) + start / STEP) * LANES;
+                add(panel.weights[v], blocks, here, stride, count, start == 0, sums[v]);
+            }
         }
         if (whole < width) {
             const uint16_t *from = find_rows(w, row, rows, whole, width - whole, some, &apart);

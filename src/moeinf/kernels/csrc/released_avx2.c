@@ -1,10 +1,8 @@
 /* Weights that were released packed, where the processor has vectors of eight float32: expanded to bfloat16 a row or less at a
  * time, into memory that the nearest cache holds, and multiplied there as bfloat16 is. */
-#include "kernels.h"
+#include "avx2.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #define TARGET AVX2_TARGET
 
@@ -23,17 +21,16 @@ TARGET static inline void expand_group(const uint8_t *w, uint8_t scale, uint16_t
     const __m256i zero = _mm256_setzero_si256(), power = _mm256_set1_epi16((int16_t)((scale - ONE) * 128));
     __m128i bytes = _mm_loadu_si128((const __m128i *)w);
     __m128i even = _mm_and_si128(bytes, nibble), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
-    __m256i places = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+    __m256i places = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
     __m256i low = _mm256_shuffle_epi8(lower, places), high = _mm256_shuffle_epi8(upper, places);
     __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
-    __m256i is_zero[2] = {_mm256_cmpeq_epi16(_mm256_slli_epi16(first, 1), zero), _mm256_cmpeq_epi16(_mm256_slli_epi16(second, 1), zero)};
-    first = _mm256_add_epi16(first, _mm256_andnot_si256(is_zero[0], power));
-    second = _mm256_add_epi16(second, _mm256_andnot_si256(is_zero[1], power));
+    first = _mm256_add_epi16(first, _mm256_andnot_si256(_mm256_cmpeq_epi16(_mm256_slli_epi16(first, 1), zero), power));
+    second = _mm256_add_epi16(second, _mm256_andnot_si256(_mm256_cmpeq_epi16(_mm256_slli_epi16(second, 1), zero), power));
     _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(first, second, 0x20));
     _mm256_storeu_si256((__m256i *)(out + FP4_GROUP / 2), _mm256_permute2x128_si256(first, second, 0x31));
 }
 
-TARGET void expand_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out) {
+TARGET void expand_mxfp4_avx2(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, uint16_t *out) {
     for (size_t i = 0; i < rows * width; i += FP4_GROUP, scales++)
         if (*scales >= LEAST_POWER && *scales <= MOST_POWER)
             expand_group(w + i / 2, *scales, out + i);
@@ -41,11 +38,11 @@ TARGET void expand_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t wid
             expand_group_slowly(w + i / 2, *scales, out + i);
 }
 
-TARGET void dot_mxfp4_f32(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
+TARGET void dot_mxfp4_avx2(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
     uint16_t row[width];
     for (size_t r = 0; r < rows; r++) {
-        expand_mxfp4_f32(w + r * width / 2, scales + r * (width / FP4_GROUP), width, 1, row);
-        dot_bf16_f32(row, width, 1, packed, out + r);
+        expand_mxfp4_avx2(w + r * width / 2, scales + r * (width / FP4_GROUP), width, 1, row);
+        out[r] = dot_row_avx2(row, width, packed);
     }
 }
 
@@ -104,7 +101,7 @@ TARGET static void expand_block(const uint8_t *w, const tables *tables, float sc
     expand_slowly(w + i, scale, count - i, out + i);
 }
 
-TARGET void put_fp8(const uint8_t *row, const float *scales, size_t start, size_t inputs, uint16_t *out) {
+TARGET void put_fp8_avx2(const uint8_t *row, const float *scales, size_t start, size_t inputs, uint16_t *out) {
     for (size_t i = start; i < start + inputs;) {
         size_t count = smaller(start + inputs - i, FP8_BLOCK - i % FP8_BLOCK);
         tables tables = make_tables(scales[i / FP8_BLOCK]);
@@ -113,12 +110,12 @@ TARGET void put_fp8(const uint8_t *row, const float *scales, size_t start, size_
     }
 }
 
-void expand_fp8_f32(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, uint16_t *out) {
+void expand_fp8_avx2(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, uint16_t *out) {
     for (size_t r = first; r < first + rows; r++, out += width)
-        put_fp8(w + r * width, scales_of(blocks, r, width), 0, width, out);
+        put_fp8_avx2(w + r * width, scales_of(blocks, r, width), 0, width, out);
 }
 
-TARGET void dot_fp8_f32(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, const void *packed,
+TARGET void dot_fp8_avx2(const uint8_t *w, const fp8_blocks *blocks, size_t width, size_t first, size_t rows, const void *packed,
                         float *out) {
     size_t count = ceil_div(width, FP8_BLOCK);
     tables all[count];
@@ -134,7 +131,7 @@ TARGET void dot_fp8_f32(const uint8_t *w, const fp8_blocks *blocks, size_t width
             size_t i = b * FP8_BLOCK;
             expand_block(w + (first + r) * width + i, &all[b], scales[b], smaller(FP8_BLOCK, width - i), row + i);
         }
-        dot_bf16_f32(row, width, 1, packed, out + r);
+        out[r] = dot_row_avx2(row, width, packed);
     }
 }
 

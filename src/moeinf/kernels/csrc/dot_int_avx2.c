@@ -2,11 +2,10 @@
  * bits (AVX2). Those of 8 bits are widened. Those of 4 bits are looked up in place: of the four that share a half-word, each
  * becomes a place alone in it, and a table without signs, whose first number is 0, leaves the upper byte 0; what that adds to
  * the sum is taken off beforehand. */
+#include "avx2.h"
 #include "whole_numbers.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #define TARGET AVX2_TARGET
 
@@ -17,7 +16,7 @@ typedef struct {
     int16_t numbers[GROUP];
     float factor;
 } eights;
-_Static_assert(sizeof(eights) == MADD8_BYTES, "kernels.h tells others how large they are");
+_Static_assert(sizeof(eights) == EIGHTS_BYTES, "kernels.h tells others how large they are");
 
 /* x for STEP weights of 4 bits: those of each place in a half-word. */
 typedef struct {
@@ -25,9 +24,9 @@ typedef struct {
     int32_t begin[LANES];
     float factors[LANES];
 } fours;
-_Static_assert(sizeof(fours) == MADD4_BYTES, "kernels.h tells others how large they are");
+_Static_assert(sizeof(fours) == FOURS_BYTES, "kernels.h tells others how large they are");
 
-void pack_madd8(const float *values, size_t count, void *packed) {
+void pack_int8_avx2(const float *values, size_t count, void *packed) {
     eights *to = packed;
     memset(to, 0, PAD / GROUP * sizeof *to);
     for (size_t first = 0; first < count; first += GROUP, to++) {
@@ -39,7 +38,7 @@ void pack_madd8(const float *values, size_t count, void *packed) {
     }
 }
 
-void pack_madd4(const float *values, size_t count, void *packed) {
+void pack_int4_avx2(const float *values, size_t count, void *packed) {
     fours *all = packed;
     memset(all, 0, PAD / STEP * sizeof *all);
     for (size_t first = 0; first < count; first += GROUP) {
@@ -56,15 +55,10 @@ void pack_madd4(const float *values, size_t count, void *packed) {
     }
 }
 
-TARGET static inline float fold(__m256 sums) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 /* GROUP weights of each of `together` rows, which share what is read of x. */
 TARGET static inline __attribute__((always_inline)) void add_eights(const uint8_t *const *w, size_t i, float (*scales)[SCALES],
-                                                                    size_t scale, size_t together, const eights *x, __m256 *sums) {
+                                                                    size_t scale, size_t together, const eights *x,
+                                                                    __m256 *sums) {
     __m256i x0 = _mm256_loadu_si256((const __m256i *)x->numbers), x1 = _mm256_loadu_si256((const __m256i *)(x->numbers + WORDS));
     __m256 factor = _mm256_broadcast_ss(&x->factor);
 #pragma GCC unroll 2
@@ -115,7 +109,7 @@ TARGET static inline __attribute__((always_inline)) void dot_eights(const uint8_
             memcpy(last, row[r] + at, smaller(GROUP, width - at));
             add_eights(&only, 0, some + r, (at - i) / group, 1, x + at / GROUP, sums + r);
         }
-        out[r * apart] = fold(sums[r]);
+        out[r * apart] = fold_avx2(sums[r]);
     }
 }
 
@@ -128,7 +122,7 @@ TARGET static inline __attribute__((always_inline)) void dot_all(const uint8_t *
         dot_eights(w + r * width, scales + r * row_scales, width, group, 1, 0, x, out + r);
 }
 
-TARGET void dot_madd8(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows, const void *packed,
+TARGET void dot_int8_avx2(const uint8_t *w, const uint16_t *scales, size_t width, size_t group, size_t rows, const void *packed,
                       float *out) {
     if (group == GROUP)
         dot_all(w, scales, width, GROUP, rows, packed, out);
@@ -193,11 +187,11 @@ TARGET static inline __attribute__((always_inline)) void dot_fours(const uint8_t
             memcpy(last_factors, factors[r] + i / INT4_GROUP, row_scales - UNIT_BYTES - i / INT4_GROUP);
             add_fours(only, only + 1, 0, 1, x, table, sums + r);
         }
-        out[r * apart] = fold(sums[r]) * unit_of(scales + r * apart * row_scales);
+        out[r * apart] = fold_avx2(sums[r]) * unit_of(scales + r * apart * row_scales);
     }
 }
 
-TARGET void dot_madd4(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
+TARGET void dot_int4_avx2(const uint8_t *w, const uint8_t *scales, size_t width, size_t rows, const void *packed, float *out) {
     size_t part = rows / TOGETHER, row_bytes = (width + 1) / 2, row_scales = int4_factor_bytes(width);
     for (size_t r = 0; r < part; r++)
         dot_fours(w + r * row_bytes, scales + r * row_scales, width, TOGETHER, part, packed, out + r);

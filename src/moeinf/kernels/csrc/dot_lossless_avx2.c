@@ -2,11 +2,10 @@
  *
  * A word of a panel has four columns of one row, so lanes are rows, and weights are read as they lie. Each of the columns that
  * torch adds up side by side has a vector of sums for every eight rows: 4 KiB for a panel, which the nearest cache holds. */
+#include "avx2.h"
 #include "panels.h"
 
 #if defined(__x86_64__)
-
-#include <immintrin.h>
 
 #define TARGET AVX2_TARGET
 
@@ -108,7 +107,7 @@ TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, cons
     }
 }
 
-TARGET void dot_lossless_f32(const lossless *w, size_t width, size_t first, size_t count, const void *packed, float *out) {
+TARGET void dot_lossless_avx2(const lossless *w, size_t width, size_t first, size_t count, const void *packed, float *out) {
     for (size_t r = first, end = first + count; r < end;) {
         size_t inside = r % PANEL_ROWS, some = smaller(end - r, PANEL_ROWS - inside);
         float panel[PANEL_ROWS];
