@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moeinf.kernels.native import NativePool, telling_rows
+from moeinf.kernels import ExpertMaths
+from moeinf.kernels.native import NativeMaths, NativePool, telling_rows
 from moeinf.kernels.orders import IN_TURN, OWN, Order
 from moeinf.lossless import pack
-from test_native import LIBRARY, VARIANTS
+from moeinf.quantized import Quantizer
+from test_native import LIBRARY, VARIANTS, Experts, compute_rows, make_expert, make_layout, quantized
 
 VECTORS, LANES, TURNS = 8, 8, 4
 WIDTHS = [8, 24, 33, 64, 72, 96, 130, 512, 1100, 2056]
@@ -124,3 +126,22 @@ def test_mxfp4_expands_with_every_power(pool: NativePool) -> None:
     numbers = torch.stack([weights & 15, weights >> 4], -1).flatten(1).long()
     wanted = (table[numbers].double() * 2.0 ** (scales.double()[:, None] - 127)).float().bfloat16()
     assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
+
+
+@pytest.mark.parametrize(("experts_in", "group"), [("int8", 32), ("int8", 64), ("int4", 16)])
+@pytest.mark.parametrize(("hidden_size", "inner"), [(96, 65), (288, 130)])
+def test_a_prompt_s_quantised_experts_are_torch_s(
+    pool: NativePool, experts_in: str, group: int, hidden_size: int, inner: int
+) -> None:
+    if not pool.adds_as_torch_does:
+        pytest.skip("torch adds in another order on this processor")
+    module = Experts()
+    plain = make_layout(module, hidden_size, inner, torch.bfloat16)
+    quantizer = Quantizer(plain, False, experts_in, group)
+    generator = torch.Generator().manual_seed(0)
+    tensors = quantized(make_expert(plain, generator), quantizer)
+    native, by_torch = NativeMaths(module, quantizer.layout, pool), ExpertMaths(module, quantizer.layout.quantization)
+    for rows in (2, 3, 40):
+        hidden, weights = torch.randn(rows, hidden_size, generator=generator).bfloat16(), torch.ones(rows, 1)
+        wanted = compute_rows(by_torch, hidden, tensors, weights)
+        assert torch.equal(compute_rows(native, hidden, tensors, weights), wanted)

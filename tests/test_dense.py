@@ -13,7 +13,8 @@ from torch import nn
 from moeinf.errors import IntegrityError
 from moeinf.kernels import dense
 from moeinf.kernels.dense import compute_packed, speed_up
-from moeinf.kernels.native import MOST_ROWS, LinearLayer, NativePool
+from moeinf.kernels.native import LinearLayer, NativePool
+from moeinf.kernels.orders import MOST_ROWS
 from moeinf.kernels.packed import LosslessLinear
 from moeinf.lossless import pack
 from test_native import LIBRARY, TORCH_S, VARIANTS
@@ -69,7 +70,7 @@ def test_what_torch_adds_in_another_order_is_left_to_it(inputs: int, outputs: in
     layer = nn.Linear(inputs, outputs, bias=False).bfloat16()
     assert speed_up(layer, pool) == 0
     larger = nn.Linear(inputs, outputs + 4096 // inputs + 1, bias=False).bfloat16()
-    assert speed_up(larger, pool) == (inputs >= pool.least_inputs)
+    assert speed_up(larger, pool) == (inputs >= pool.known.least_inputs)
     pool.close()
 
 
@@ -285,7 +286,7 @@ def test_few_tokens_are_computed_from_what_is_packed(monkeypatch: pytest.MonkeyP
         expected = [layer(x) for x in map(torch.Tensor.bfloat16, (torch.ones(tokens, 256) for tokens in PROMPTS))]
         monkeypatch.setattr(NativePool, "unpack", lambda *_: pytest.fail("it was unpacked"))
         for tokens, wanted in zip(PROMPTS, expected, strict=True):
-            if tokens <= min(MOST_ROWS, pool.most_rows):
+            if tokens <= min(MOST_ROWS, pool.known.rows):
                 assert torch.equal(packed(torch.ones(tokens, 256).bfloat16()), wanted)
     pool.close()
 

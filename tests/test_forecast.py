@@ -12,7 +12,7 @@ from machines import GB, MIB, make_machine, make_manifest, make_shape, random_ma
 from moeinf import forecast
 from moeinf.errors import CapacityError
 from moeinf.forecast import PUBLISHED, Correction, HitCurve, PastRun, Situation, correction, foretell
-from moeinf.kernels import native, orders
+from moeinf.kernels import orders
 from moeinf.ledger import MemoryPlan, make_plan
 from moeinf.machine import MathsRate
 from moeinf.manifest import ExpertLayout, Quantization, TensorSpec
@@ -284,8 +284,9 @@ def test_where_the_library_multiplies_any_number_of_rows_a_long_prompt_is_sooner
 
 def test_what_is_tried_is_what_the_library_tries() -> None:
     assert forecast.MOST_TRIED_BYTES == orders.MOST_BYTES
-    assert native._ALIKE_INPUTS["avx512amx"] == forecast.ALIKE_INPUTS
-    assert native._KNOWN_ROWS["avx512amx"] == forecast.FEW_ROWS
+    assert orders.KNOWN["avx512amx"].alike_inputs == forecast.ALIKE_INPUTS
+    assert orders.KNOWN["avx512amx"].rows == forecast.FEW_ROWS
+    assert forecast.FEW_TOKENS == orders.MOST_ROWS
 
 
 def test_a_prompt_reads_every_expert_it_needs_once_per_piece() -> None:

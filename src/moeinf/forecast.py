@@ -81,7 +81,7 @@ EXPANDING_NATIVELY = {"lossless": 2.1, "int8": 0.5, "int4": 0.5, "fp8": 1.0, "mx
 """As much where the library expands it."""
 
 FEW_TOKENS = 64
-"""For as many a packed linear layer is computed from what is packed (kernels.native.MOST_ROWS), or for any number
+"""For as many a packed linear layer is computed from what is packed (kernels.orders.MOST_ROWS), or for any number
 (Processor.multiplies_any_rows)."""
 
 _KINDS = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}

@@ -24,8 +24,8 @@ from torch import nn
 from moeinf.ledger import WHOLE_BYTES
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
-from .native import LEAST_PRODUCTS, MOST_ROWS, LinearLayer, NativePool, telling_rows
-from .orders import OWN, Order
+from .native import LEAST_PRODUCTS, LinearLayer, NativePool, telling_rows
+from .orders import MOST_ROWS, OWN, Order
 from .packed import LosslessLinear
 
 __all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
@@ -155,7 +155,7 @@ class NativeLinear(_Native):
 
     def is_exact(self, found: Found) -> bool:
         """Whether layers of this shape come out the same, for one row and for some, which is tried once for each."""
-        is_small = self._inputs * self._outputs <= LEAST_PRODUCTS or self._inputs < self._pool.least_inputs
+        is_small = self._inputs * self._outputs <= LEAST_PRODUCTS or self._inputs < self._pool.known.least_inputs
         if self._outputs == 1 or is_small:
             return False
         shape = (self._inputs, self._outputs, self._has_bias)
@@ -167,7 +167,7 @@ class NativeLinear(_Native):
 
     def _try(self) -> tuple[int, Order]:
         """So many rows come out the same, 0 if none does, in this order."""
-        most = self._pool.most_linear_rows
+        most = self._pool.known.linear_rows
         tried = min(MOST_ROWS, most)
         rows = telling_rows(self._last_outputs(), tried)
         single = torch.split(rows[:_TRIALS], 1)
@@ -197,7 +197,7 @@ class NativeLinear(_Native):
         """Whether an output is the same whatever else is computed with it: of wider matrices torch adds up one row in
         another order than many.
         """
-        return self._pool.adds_rows_alike(self._inputs)
+        return self._most_rows > 1 and self._pool.adds_rows_alike(self._inputs)
 
     def takes(self, x: torch.Tensor) -> bool:
         return x.dim() > 0 and x.shape[-1] == self._inputs and 0 < x.numel() <= self._most_rows * self._inputs

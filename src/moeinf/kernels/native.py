@@ -9,7 +9,6 @@ elsewhere they are left to torch, for which it expands packed weights, but for q
 from __future__ import annotations
 
 import ctypes
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,12 +25,11 @@ from torch import nn
 from moeinf.manifest import LOSSLESS, PANEL_INPUTS, PANEL_ROWS, ExpertLayout, Quantization, TensorSpec
 from moeinf.shared_library import NotNativeError, Signature, load_library
 
-from .orders import IN_TURN, MOST_BYTES, OWN, STEP, Kind, Order, Orders, step_of
+from .orders import KNOWN, MOST_BYTES, OWN, Kind, Known, Order, Orders
 from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, route
 
 __all__ = [
     "LEAST_PRODUCTS",
-    "MOST_ROWS",
     "ExpandingMaths",
     "LinearLayer",
     "NativeLayer",
@@ -53,12 +51,6 @@ _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 """The numbers of moe.h."""
 
-MOST_ROWS = 64
-"""As many rows of a linear layer are multiplied sooner than by torch (docs/experiments.md)."""
-
-_ANY_ROWS = "avx2"
-"""The variant that multiplies any number of rows sooner."""
-
 LEAST_PRODUCTS = 1 << 12
 """So few of them, and those of a single output, torch adds up in another order, which a trial can miss
 (docs/experiments.md)."""
@@ -67,24 +59,8 @@ _FEW_ROWS = 8
 """As many rows of a quantised expert are computed one by one where there are no products of many rows
 (docs/quantization.md)."""
 
-_TORCH_S_ORDERS = ("avx2", "avx512bf16", "avx512amx")
-"""The variants whose products of bfloat16 torch has, too."""
-
-_KNOWN_ROWS, _LEAST_INPUTS = {"avx512amx": 32}, {"avx512amx": 64}
-"""How torch adds up the products of more rows, or of fewer inputs, is not known of these variants
-(docs/experiments.md)."""
-
 _THREAD_OUTPUTS = 64
 """With fewer for each of torch's threads, threads may share inputs instead."""
-
-_ALIKE_INPUTS = {"avx2": sys.maxsize, "avx512bf16": 1024, "avx512amx": 448}
-"""Up to so many inputs the order of a product does not depend on how many rows it has, if its steps do not."""
-
-_IN_COLUMNS = ("avx2", "avx512bf16")
-"""Those of them that add weights [in, out] up as torch does."""
-
-_OTHER_IN_COLUMNS = "avx2"
-"""The one whose order of such weights is another than that of others."""
 
 _TRIED = (256, 1100)
 """A matrix wider than two chains of csrc/dot_pairs.c."""
@@ -205,20 +181,21 @@ def computes_any_rows(layout: ExpertLayout) -> bool:
 def may_compute_any_rows(layout: ExpertLayout) -> bool:
     """Whether it might, by what the processor has: for those who must know before the first product."""
     try:
-        orders = set(variants()).intersection(_TORCH_S_ORDERS)
+        orders = KNOWN.keys() & variants()
     except NotNativeError:
         return False
     return bool(orders) and all(_takes_any_rows(variant, layout) for variant in orders)
 
 
 def _takes_any_rows(variant: str | None, layout: ExpertLayout) -> bool:
-    return not layout.is_exact or variant not in _KNOWN_ROWS or layout.largest_bytes <= MOST_BYTES
+    is_known = variant not in KNOWN or KNOWN[variant].knows_any_rows
+    return not layout.is_exact or is_known or layout.largest_bytes <= MOST_BYTES
 
 
 @cache
 def variant_of_torch(path: Path | None = None) -> str | None:
     """The one that adds products of bfloat16 as torch does on this processor; None if there is none."""
-    for variant in set(variants(path)).intersection(_TORCH_S_ORDERS):
+    for variant in KNOWN.keys() & variants(path):
         pool = NativePool(1, variant, path)
         try:
             if pool.adds_as_torch_does:
@@ -254,9 +231,9 @@ class NativePool:
 
     def __init__(self, threads: int, variant: str | None = None, path: Path | None = None) -> None:
         self.lib = load_library(_FUNCTIONS, path)
-        known = variants(path)
         self.variant = variant or best_variant(path)
-        self.handle: int | None = self.lib.moe_open(threads, known.index(self.variant))
+        self.known = KNOWN.get(self.variant, Known())
+        self.handle: int | None = self.lib.moe_open(threads, variants(path).index(self.variant))
         if self.handle is None:
             raise NotNativeError(f"the native library could not start {threads} threads")
         self._end = weakref.finalize(self, self.lib.moe_close, self.handle)
@@ -268,14 +245,9 @@ class NativePool:
     def adds_as_torch_does(self) -> bool:
         """Whether products of bfloat16 are added in the order in which torch adds them on this processor."""
         weight = torch.randn(_TRIED, generator=torch.Generator().manual_seed(0)).bfloat16()
-        if self.variant not in _TORCH_S_ORDERS:
+        if self.variant not in KNOWN:
             return False
         return self.find_order(weight, 1, [OWN]) is not None
-
-    @property
-    def most_rows(self) -> int:
-        """Products of as many rows are added as torch adds them, if those of one row are."""
-        return _KNOWN_ROWS.get(self.variant, sys.maxsize)
 
     def order(self, rows: int, kind: Kind, weight: Callable[[], torch.Tensor]) -> Order | None:
         """In which torch adds up so many rows' products with a matrix of this kind, of which `weight` is one; None if
@@ -286,29 +258,18 @@ class NativePool:
     def known_order(self, kind: Kind) -> Order:
         """Torch's, if `knows_order`."""
         *_, is_transposed = kind
-        return IN_TURN if is_transposed and self.variant == _OTHER_IN_COLUMNS else OWN
+        return (self.known.columns if is_transposed else None) or OWN
 
     def knows_order(self, rows: int, kind: Kind) -> bool:
         """Whether that is the library's own, as far as it is any: what this says is still to be tried."""
         outputs, inputs, _ = kind
-        if self.variant not in _KNOWN_ROWS or self.adds_rows_alike(inputs):
+        if self.known.knows_any_rows or self.adds_rows_alike(inputs):
             return True
-        return 1 < rows <= self.most_rows and outputs >= _THREAD_OUTPUTS * torch.get_num_threads()
+        return 1 < rows <= self.known.rows and outputs >= _THREAD_OUTPUTS * torch.get_num_threads()
 
     def adds_rows_alike(self, inputs: int) -> bool:
         """Whether an output of so many inputs is the same whatever else is computed with it, if it is torch's."""
-        is_even = self.variant not in _KNOWN_ROWS or step_of(inputs) == STEP
-        return is_even and inputs <= _ALIKE_INPUTS.get(self.variant, 0)
-
-    @property
-    def most_linear_rows(self) -> int:
-        """As many rows of a linear layer are multiplied sooner than by torch, and added up alike."""
-        return self.most_rows if self.variant == _ANY_ROWS else min(MOST_ROWS, self.most_rows)
-
-    @property
-    def least_inputs(self) -> int:
-        """The same of products of as many inputs."""
-        return _LEAST_INPUTS.get(self.variant, 1)
+        return self.variant in KNOWN and self.known.adds_rows_alike(inputs)
 
     def find_order(self, weight: torch.Tensor, rows: int, among: Iterable[Order]) -> Order | None:
         """The first order in which `multiply` of so many rows by `weight` [out, in] gives what torch gives, to the last
@@ -316,7 +277,7 @@ class NativePool:
         """
         ends = list(dict.fromkeys([*range(PANEL_ROWS), *range(-PANEL_ROWS, 0)]))[: len(weight)]
         some = weight[ends].contiguous()
-        if some.shape[1] < self.least_inputs:
+        if some.shape[1] < self.known.least_inputs:
             return None
         count = -(-_FEW_TELLING // rows) * rows
         telling = torch.split(telling_rows(some, min(count, _TELLING))[torch.arange(count) % _TELLING], rows)
@@ -383,7 +344,7 @@ class NativePool:
     ) -> torch.Tensor:
         """`F.linear` of `rows` [n, in] and `weight` [out, in], both in bfloat16 and contiguous, or `weight`
         lossless with its `uppers`; added in that `order`, of which OWN is torch's where the pool `adds_as_torch_does`,
-        up to `most_rows`. Only in variants that have products of many rows.
+        up to as many rows as are `known`. Only in variants that have products of many rows.
         """
         inputs = rows.shape[1]
         outputs = len(weight) * (1 if uppers is None else PANEL_ROWS)
@@ -474,7 +435,7 @@ class NativeMaths(ExpandingMaths):
         """Whether for so many rows the products that it makes with the expert's matrices are torch's, to the last bit,
         in bfloat16.
         """
-        if self.layer.is_transposed and self.pool.variant not in _IN_COLUMNS:
+        if self.layer.is_transposed and self.pool.known.columns is None:
             return False
         orders = self.orders(rows, tensors)
         if orders is None:

@@ -7,13 +7,15 @@ product of each size, of rows that show its order, and the library computes all 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["IN_TURN", "MOST_BYTES", "OWN", "STEP", "Order", "Orders", "step_of"]
+__all__ = ["IN_TURN", "KNOWN", "MOST_BYTES", "MOST_ROWS", "OWN", "STEP", "Known", "Order", "Orders", "step_of"]
 
 STEP = 32
 """Inputs that one instruction adds up, at most."""
@@ -38,6 +40,42 @@ OWN = Order(0, 0)
 """The library's own."""
 IN_TURN = Order(-1, 0)
 """That of weights [in, out] where oneDNN does not multiply: four chains take inputs in turn (MOE_IN_TURN)."""
+
+MOST_ROWS = 64
+"""As many rows of a linear layer are multiplied sooner than by oneDNN (docs/experiments.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of torch's order where it is that of one of the library's sets of instructions.
+
+    `rows`: of more of them nothing is. `least_inputs`: nor of fewer. `alike_inputs`: up to so many, an output does not
+    depend on how many rows there are, if its steps do not. `columns`: the order of weights [in, out], None if the
+    library has no such product of plain ones. `linear_rows`: as many rows of a linear layer are multiplied sooner than
+    by torch.
+    """
+
+    rows: int = sys.maxsize
+    least_inputs: int = 1
+    alike_inputs: int = sys.maxsize
+    columns: Order | None = OWN
+    linear_rows: int = MOST_ROWS
+
+    def adds_rows_alike(self, inputs: int) -> bool:
+        """Whether an output of so many inputs is the same whatever else is computed with it."""
+        return inputs <= self.alike_inputs and (self.knows_any_rows or step_of(inputs) == STEP)
+
+    @property
+    def knows_any_rows(self) -> bool:
+        return self.rows == sys.maxsize
+
+
+KNOWN = {
+    "avx2": Known(columns=IN_TURN, linear_rows=sys.maxsize),
+    "avx512bf16": Known(alike_inputs=1024),
+    "avx512amx": Known(rows=32, least_inputs=64, alike_inputs=448, columns=None, linear_rows=32),
+}
+"""By the names of these sets (docs/experiments.md). Whether the order is torch's on a machine is tried."""
 
 Kind = tuple[int, int, bool]
 """Of a matrix: its outputs, its inputs, and whether it lies [in, out]."""
