@@ -4,6 +4,8 @@
 
 #include "library.h"
 
+#include <math.h>
+
 enum { BLOCK = 512, AT_A_TIME = 4, MOST_HEADS = 4 /* whose totals are in registers together */ };
 
 /* One head over the blocks so far. */
@@ -12,6 +14,22 @@ typedef struct {
     float *chances; /* of the block */
     float *total;   /* [size] */
 } head;
+
+/* The end of take_in, which found the maximum and, from the chances before `from`, that sum. */
+static inline void end_block(head *head, float most, float sum, size_t from, size_t count, size_t size) {
+    float *scores = head->chances;
+    for (size_t t = from; t < count; t++) {
+        scores[t] = (float)exp(scores[t] - most);
+        sum += scores[t];
+    }
+    for (size_t t = 0; t < count; t++)
+        scores[t] = rounded(scores[t], MOE_BF16);
+    float shrink = (float)exp(head->most - most);
+    head->sum = fmaf(shrink, head->sum, sum);
+    head->most = most;
+    for (size_t i = 0; i < size; i++)
+        head->total[i] *= shrink;
+}
 
 /* score: scores of `count` keys, `apart` numbers from each other, for all heads that share them, queries being [heads, size].
  * Past `count` there is room in the block. take_in: the scores of a block become chances, rounded, and the head's maximum and

@@ -4,7 +4,6 @@
 
 #if defined(__x86_64__)
 
-#include <math.h>
 
 #define TARGET AVX2_TARGET
 
@@ -96,17 +95,7 @@ TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
         _mm256_storeu_ps(scores + t, chances);
     }
     float sum = fold_avx2(_mm256_add_ps(even, odd));
-    for (; t < count; t++) {
-        scores[t] = (float)exp(scores[t] - most);
-        sum += scores[t];
-    }
-    for (t = 0; t < count; t++)
-        scores[t] = rounded(scores[t], MOE_BF16);
-    float shrink = (float)exp(head->most - most);
-    head->sum = fmaf(shrink, head->sum, sum);
-    head->most = most;
-    for (size_t i = 0; i < size; i++)
-        head->total[i] *= shrink;
+    end_block(head, most, sum, t, count, size);
 }
 
 /* Adds the values of a block, weighed, to the totals of `heads` heads; vectors from `begin` on, `vectors` of them. */

@@ -4,7 +4,6 @@
 #ifdef HAS_DOT_PAIRS
 
 #include <immintrin.h>
-#include <math.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,fma")))
 
@@ -101,17 +100,7 @@ TARGET static void take_in(head *head, float scale, size_t count, size_t size) {
     sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0x4e));
     sums = _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
     float sum = _mm512_cvtss_f32(sums);
-    for (; t < count; t++) {
-        scores[t] = (float)exp(scores[t] - most);
-        sum += scores[t];
-    }
-    for (t = 0; t < count; t++)
-        scores[t] = rounded(scores[t], MOE_BF16);
-    float shrink = (float)exp(head->most - most);
-    head->sum = fmaf(shrink, head->sum, sum);
-    head->most = most;
-    for (size_t i = 0; i < size; i++)
-        head->total[i] *= shrink;
+    end_block(head, most, sum, t, count, size);
 }
 
 /* Adds the values of a block, weighed, to the totals of `heads` heads; vectors from `begin` on, `vectors` of them. */
