@@ -9,7 +9,6 @@
  * torch computes these with scalar loops, one head after the other. Here heads that share keys share the reading. */
 #include "attention.h"
 
-
 enum { ALONE = 1 << 16 /* products that are not worth a wake-up */ };
 
 typedef struct {

@@ -4,7 +4,6 @@
 
 #if defined(__x86_64__)
 
-
 #define TARGET AVX2_TARGET
 
 enum { LANES = 8, MOST_VECTORS = 2 };
