@@ -248,7 +248,7 @@ int moe_experts(moe_pool *pool, const moe_layer *layer, int count, const void *c
     step.down.block = (size_t)layer->down_block;
     step.up.chain = layer->up_chain;
     step.down.chain = layer->down_chain;
-    if ((step.up.chain != 0 || step.down.chain != 0) && pool->kernels->dot_chains == NULL)
+    if (!has_chains(pool->kernels, step.up.chain) || !has_chains(pool->kernels, step.down.chain))
         return -2;
     if (!reserve(pool, lay_out(&step, NULL)))
         return -1;

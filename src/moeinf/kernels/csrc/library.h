@@ -22,6 +22,11 @@ enum { MOST_TOGETHER = 3 };
 int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *layers, const void *x,
                  void *const *outputs);
 
+/* Whether it has products of one x in this order (moe_order). */
+static inline bool has_chains(const kernels *kernels, int64_t chain) {
+    return chain == 0 || (kernels->dot_chains != NULL && kernels->takes_turns == (chain == MOE_IN_TURN));
+}
+
 static inline float rounded(float value, int dtype) {
     return dtype == MOE_BF16 ? from_bf16(to_bf16(value)) : value;
 }

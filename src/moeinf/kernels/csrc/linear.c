@@ -38,7 +38,7 @@ int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *la
     const kernels *kernels = pool->kernels;
     size_t inputs = (size_t)layers[0]->inputs, packed = kernels->pairs.bytes, tickets = 0;
     for (size_t i = 0; i < count; i++)
-        if (layers[i]->order.chain != 0 && kernels->dot_chains == NULL)
+        if (!has_chains(kernels, layers[i]->order.chain))
             return -2;
     if (!reserve(pool, padded(inputs) / PAD * packed))
         return -1;
