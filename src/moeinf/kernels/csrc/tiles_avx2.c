@@ -65,15 +65,29 @@ TARGET static void write_panel(const uint16_t *w, size_t stride, size_t rows, si
 /* Sums of OUTPUTS outputs of all x, vector by vector. */
 typedef float sums_of_x[OUTPUTS][LANES];
 
-/* Adds the products of one vector of `blocks` steps and `count` x, which are `stride` apart. */
-TARGET static inline __attribute__((always_inline)) void add_some(float (*w)[OUTPUTS][LANES], size_t blocks, const float *x,
-                                                                  size_t stride, size_t count, int begins, sums_of_x *sums) {
-    __m256 each[XS][OUTPUTS];
+/* Those of `count` x, a constant, into registers, as 0 if they begin; and back. */
+TARGET static inline __attribute__((always_inline)) void load_sums(sums_of_x *sums, size_t count, int begins,
+                                                                   __m256 each[XS][OUTPUTS]) {
 #pragma GCC unroll 3
     for (size_t k = 0; k < count; k++)
 #pragma GCC unroll 4
         for (size_t o = 0; o < OUTPUTS; o++)
             each[k][o] = begins ? _mm256_setzero_ps() : _mm256_load_ps(sums[k][o]);
+}
+
+TARGET static inline __attribute__((always_inline)) void store_sums(__m256 each[XS][OUTPUTS], size_t count, sums_of_x *sums) {
+#pragma GCC unroll 3
+    for (size_t k = 0; k < count; k++)
+#pragma GCC unroll 4
+        for (size_t o = 0; o < OUTPUTS; o++)
+            _mm256_store_ps(sums[k][o], each[k][o]);
+}
+
+/* Adds the products of one vector of `blocks` steps and `count` x, which are `stride` apart. */
+TARGET static inline __attribute__((always_inline)) void add_some(float (*w)[OUTPUTS][LANES], size_t blocks, const float *x,
+                                                                  size_t stride, size_t count, int begins, sums_of_x *sums) {
+    __m256 each[XS][OUTPUTS];
+    load_sums(sums, count, begins, each);
     for (size_t b = 0; b < blocks; b++) {
         __m256 values[XS];
 #pragma GCC unroll 3
@@ -87,11 +101,7 @@ TARGET static inline __attribute__((always_inline)) void add_some(float (*w)[OUT
                 each[k][o] = _mm256_fmadd_ps(weight, values[k], each[k][o]);
         }
     }
-#pragma GCC unroll 3
-    for (size_t k = 0; k < count; k++)
-#pragma GCC unroll 4
-        for (size_t o = 0; o < OUTPUTS; o++)
-            _mm256_store_ps(sums[k][o], each[k][o]);
+    store_sums(each, count, sums);
 }
 
 TARGET static void add(float (*w)[OUTPUTS][LANES], size_t blocks, const float *x, size_t stride, size_t count, int begins,
@@ -165,11 +175,7 @@ TARGET static void write_pairs(const uint16_t *w, size_t stride, size_t rows, si
 TARGET static inline __attribute__((always_inline)) void turn_some(const pairs *w, size_t start, size_t inputs, const float *x,
                                                                    size_t width, size_t count, sums_of_x *sums) {
     __m256 each[XS][OUTPUTS];
-#pragma GCC unroll 3
-    for (size_t k = 0; k < count; k++)
-#pragma GCC unroll 4
-        for (size_t o = 0; o < OUTPUTS; o++)
-            each[k][o] = start == 0 ? _mm256_setzero_ps() : _mm256_load_ps(sums[k][o]);
+    load_sums(sums, count, start == 0, each);
     for (size_t i = 0; i < inputs; i += LANES) {
         const float *eight = place((void *)x, width, 0, start + i);
         for (size_t half = 0; half < 2; half++) {
@@ -186,11 +192,7 @@ TARGET static inline __attribute__((always_inline)) void turn_some(const pairs *
             }
         }
     }
-#pragma GCC unroll 3
-    for (size_t k = 0; k < count; k++)
-#pragma GCC unroll 4
-        for (size_t o = 0; o < OUTPUTS; o++)
-            _mm256_store_ps(sums[k][o], each[k][o]);
+    store_sums(each, count, sums);
 }
 
 TARGET static void multiply_turns(const matrix *w, size_t first, size_t outputs, const float *x, size_t count, float *out) {
