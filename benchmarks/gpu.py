@@ -357,7 +357,7 @@ def pull(check: Check, shape: str) -> str:
     check.call("-m", "moeinf.testing", name, str(checkpoint), "--layers", layers)
     stored = json.loads(check.call("-m", "moeinf", "list", "--json"))
     if checkpoint.name not in [model["name"] for model in stored["models"]]:
-        check.call("-m", "moeinf", "pull", str(checkpoint), "--name", checkpoint.name)
+        check.call("-m", "moeinf", "pull", str(checkpoint), "--name", checkpoint.name, "--experts", "bf16")
     return checkpoint.name
 
 

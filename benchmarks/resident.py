@@ -51,8 +51,8 @@ def main() -> None:
     os.environ["MOEINF_HOME"] = str(folder / "home")
     write_checkpoint(SHAPES[arguments.shape].config(), folder / arguments.shape, arguments.shape)
     if not (folder / "home/models" / arguments.shape).exists():
-        pull = [sys.executable, "-m", "moeinf", "pull", str(folder / arguments.shape), "--name", arguments.shape, "-q"]
-        subprocess.run(pull, check=True)
+        pull = ["pull", str(folder / arguments.shape), "--name", arguments.shape, "--experts", "bf16", "-q"]
+        subprocess.run([sys.executable, "-m", "moeinf", *pull], check=True)
     import moeinf
 
     prompt = [5 + token % 90 for token in range(arguments.prompt)]

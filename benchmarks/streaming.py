@@ -38,7 +38,7 @@ def prepare(shape: str, experts: str | None, folder: Path, store: Store) -> str:
     if name not in store.names():
         checkpoint = folder / shape
         write_checkpoint(config_of(shape), checkpoint, shape)
-        moeinf("pull", str(checkpoint), "--name", name, *(["--experts", experts] if experts else []), home=store.home)
+        moeinf("pull", str(checkpoint), "--name", name, "--experts", experts or "bf16", home=store.home)
     return name
 
 

@@ -28,6 +28,12 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def as_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Store what the command line pulls as it was released, whatever this machine computes from."""
+    monkeypatch.setattr("moeinf.kernels.computes_from_packed", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which `tiny` is pulled: a random Qwen3-MoE of 2 layers of 8 experts, 2 per token."""

@@ -205,6 +205,18 @@ def test_pull_quietly_and_as_json(cli: CommandLine, checkpoint: Path) -> None:
     assert stderr.startswith("shard: ")
 
 
+@pytest.mark.parametrize(
+    ("is_fast", "precision"), [(True, "bfloat16, packed without loss"), (False, "bfloat16")], ids=["fast", "slow"]
+)
+def test_pull_packs_unasked_where_that_is_computed_from(
+    is_fast: bool, precision: str, cli: CommandLine, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeinf.kernels.computes_from_packed", lambda: is_fast)
+    planned = json.loads(cli.run("pull", str(checkpoint), "--dry-run", "--json")[0])
+    pulled = json.loads(cli.run("pull", str(checkpoint), "--json")[0])
+    assert planned["precision"] == pulled["precision"] == precision
+
+
 def test_pull_dry_run(cli: CommandLine, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     cli.check(f"""

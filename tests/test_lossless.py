@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from moeinf import lossless
 from moeinf.errors import IntegrityError, MoeinfError, UnpackableError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
 from moeinf.fused import write_fused
-from moeinf.kernels import ExpertMaths, Tensors
+from moeinf.kernels import ExpertMaths, Tensors, is_native_exactly
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.kernels.orders import OWN, Order
 from moeinf.lossless import LosslessPacker, pack, read_expert, unpack
@@ -34,7 +36,7 @@ from moeinf.manifest import (
 )
 from moeinf.metamodel import model_shape
 from moeinf.panels import lossless_layout
-from moeinf.pull import plan_pull, pull
+from moeinf.pull import plan_pull, preview, pull
 from moeinf.quantized import dequantize, fill_randomly
 from moeinf.quantizing import quantize_model
 from moeinf.shared_library import load_library
@@ -42,6 +44,7 @@ from moeinf.store import Store, StoredModel
 from outputs import outputs
 from packing import edit
 from standin import use_device
+from test_densefile import Interrupted
 from test_native import KINDS, LIBRARY, VARIANTS, Experts, compute, compute_rows, make_expert, make_layout
 
 LOSSLESS = ExpertForm.read("lossless", None)
@@ -235,6 +238,79 @@ def test_what_a_pull_will_take_is_known_before(store: Store, tmp_path: Path) -> 
     plain = pull(str(tmp_path), store=store, name="plain", dtype="bfloat16")
     config = make_config("qwen3_moe")
     assert model_shape(config, there) == model_shape(config, plain.manifest)
+
+
+def always() -> bool:
+    return True
+
+
+def test_what_is_released_plain_is_packed_unasked(store: Store, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    source = str(tmp_path)
+    foreseen = preview(source, store=store, packs=always).manifest
+    plan = plan_pull(source, store=store, packs=always)
+    model = pull(source, store=store, packs=always)
+    there = model.manifest
+    assert model.name == plan.name == tmp_path.name
+    assert plan.store_bytes == there.num_experts * there.layout.file_bytes + there.dense_bytes
+    assert plan.precision == there.precision == "bfloat16, packed without loss"
+    assert foreseen == dataclasses.replace(there, files={})
+    assert pull(source, store=store, packs=always) == pull(source, store=store) == model
+    assert pull(source, store=store, experts="lossless") == model
+    with pytest.raises(UsageError, match=r"is here already, and is .* in bfloat16, lossless experts"):
+        pull(source, store=store, experts="bf16")
+    assert pull(source, store=store, experts="bf16", packs=always, force=True).manifest.precision == "bfloat16"
+
+
+def test_a_model_that_is_pulled_again_stays_as_it_is(store: Store, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    plain, packed = both(tmp_path, store)
+    for model in (plain, packed):
+        assert pull(model.name, store=store, packs=always, force=True).manifest == model.manifest
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "precision"),
+    [
+        ("qwen3_moe", {"dtype": "float32"}, "bfloat16 converted to float32"),
+        ("gpt_oss", {}, "bfloat16"),  # its experts lie [in, out]
+        ("qwen3_moe", {"experts": "int8"}, "int8 experts (groups of 64), from bfloat16"),
+    ],
+)
+def test_what_cannot_or_need_not_be_packed_is_not(
+    family: str, options: dict[str, str], precision: str, store: Store, tmp_path: Path
+) -> None:
+    make_checkpoint(family, tmp_path)
+    more: dict[str, Any] = dict(options)
+    assert plan_pull(str(tmp_path), store=store, packs=always, **more).precision == precision
+    assert pull(str(tmp_path), store=store, packs=always, **more).manifest.precision == precision
+
+
+def test_a_gpu_computes_from_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what conftest.py sets for all tests
+    from moeinf.kernels import computes_from_packed
+
+    assert computes_from_packed() == is_native_exactly("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", always)
+    assert not computes_from_packed()
+
+
+def test_the_demo_is_never_packed(store: Store) -> None:
+    assert pull("demo", store=store, packs=always).manifest.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("is_as_before", [True, False])
+def test_a_pull_that_was_interrupted_goes_on_where_experts_are_packed_alike(
+    is_as_before: bool, store: Store, tmp_path: Path
+) -> None:
+    make_checkpoint("qwen3_moe", tmp_path)
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        pull(str(tmp_path), store=store, name="model", packs=always, progress=Interrupted())
+    model = pull(str(tmp_path), store=store, name="model", packs=lambda: is_as_before, notify=notes.append)
+    assert store.verify("model") == []
+    assert (model.manifest.layout.quantization is not None) == is_as_before
+    assert notes[0].startswith("going on with an" if is_as_before else "an unfinished pull of model was of another")
 
 
 def spoil(folder: Path) -> None:

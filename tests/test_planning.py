@@ -62,14 +62,19 @@ def without_files(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, files={})
 
 
-def test_a_folder_is_known_as_if_it_were_pulled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
+def test_a_folder_is_known_as_if_it_were_pulled(
+    is_packed: bool, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeinf.kernels.computes_from_packed", lambda: is_packed)
     store = Store(tmp_path)
     before = find_subject(str(checkpoints["org/sharded"]), store)
-    pull(str(checkpoints["org/sharded"]), store=store)
+    pull(str(checkpoints["org/sharded"]), store=store, packs=lambda: is_packed)
     after = find_subject("sharded", store)
     assert before.traces is None
     assert after.traces == store.path("sharded") / TRACES_FOLDER
     assert (before.name, before.shape) == (after.name, after.shape)
+    assert (before.manifest.layout.quantization is not None) == is_packed
     assert before.manifest == without_files(after.manifest)
 
 

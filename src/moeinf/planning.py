@@ -58,7 +58,9 @@ def find_subject(model: str, store: Store) -> Subject:
     try:
         stored = store.resolve(model)
     except ModelNotFoundError:
-        seen = preview(model, store=store)
+        from .kernels import computes_from_packed
+
+        seen = preview(model, store=store, packs=computes_from_packed)
         with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
             Path(folder, CONFIG_NAME).write_text(seen.config, encoding="utf-8")
             shape = model_shape(load_config(Path(folder)).config, seen.manifest)

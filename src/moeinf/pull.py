@@ -56,8 +56,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Preview", "PullPlan", "plan_pull", "preview", "pull", "resolve"]
 
+Packs = Callable[[], bool]
+"""Whether to pack without loss what was released plain. Asked late, if at all: to know, torch may have to be loaded."""
+
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COPY_BYTES = 4 * MIB
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ def pull(
     dtype: str = "auto",
     experts: str | None = None,
     group: int | None = None,
+    packs: Packs = _never,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
     notify: Callable[[str], None] = lambda _: None,
@@ -116,15 +124,15 @@ def pull(
     `source` is a folder, an alias, a hub id with or without `@revision`, or the name of a model that is here. What is
     here already from the same source is returned as it is, unless `force` asks for it anew. A pull that did not finish
     is continued if its source is still the same. `experts` "lossless" writes them packed, if they are bfloat16
-    (docs/lossless.md); "int8" or "int4" quantised, in groups of `group` (docs/quantization.md); "bf16" expanded, where
-    they are released packed, in a model that is bfloat16. Beside packed experts, dense weights are packed without loss.
-    `notify` gets a sentence about what a person might not expect.
+    (docs/lossless.md); "int8" or "int4" quantised, in groups of `group` (docs/quantization.md); "bf16" plain, in a
+    model that is bfloat16; None as they were released, but packed without loss if `packs()` and they can be. Beside
+    packed experts, dense weights are packed without loss. `notify` gets a sentence about what one might not expect.
 
     Raises UsageError when the name is taken by another model, CapacityError when the disk is too small (before any
     weights are downloaded, where that can be known), MoeinfError while another process pulls or uses the model, and
     what hub, checkpoint, conversion and sharding raise.
     """
-    request = _read_request(source, store, name, revision, dtype, experts, group)
+    request = _read_request(source, store, name, revision, dtype, experts, group, packs)
     if not force and (model := _existing(request, store)):
         notify(f"{model.name} is here already, from {model.manifest.source.repo}")
         return model
@@ -137,8 +145,8 @@ def pull(
         _begin(incoming, origin, request, force, notify)
         # the download and, at the least, as much again in the store, or half of it where four bytes become two
         least_bytes = origin.blind_bytes * 2 if request.dtype == "auto" else origin.blind_bytes * 3 // 2
-        if request.form is not None:
-            least_bytes = origin.blind_bytes * (32 + request.form.bits) // 32
+        if (form := request.form or request.form_if_packable) is not None:
+            least_bytes = origin.blind_bytes * (32 + form.bits) // 32
         require_room(least_bytes - _bytes_in(incoming.source))
         checkpoint = origin.read(incoming.source, progress)
         plan = _plan(checkpoint, request.dtype)
@@ -174,6 +182,7 @@ def plan_pull(
     dtype: str = "auto",
     experts: str | None = None,
     group: int | None = None,
+    packs: Packs = _never,
     force: bool = False,
 ) -> PullPlan:
     """What `pull` would do, from the start; what an unfinished pull has already is not taken off.
@@ -181,7 +190,7 @@ def plan_pull(
     Nothing in the store changes; from the hub, configuration and index are fetched, but no weights. Raises what `pull`
     raises before it writes, except for CapacityError.
     """
-    request = _read_request(source, store, name, revision, dtype, experts, group)
+    request = _read_request(source, store, name, revision, dtype, experts, group, packs)
     if not force and (model := _existing(request, store)):
         return _plan_of_stored(model, _free_bytes(store.models))
     _require_pullable(request, source, store)
@@ -196,7 +205,8 @@ def plan_pull(
         _require_readable(_manifest(origin.source, stored))
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
-    guess = sum(sizes) if request.form is None else sum(sizes) * request.form.bits // 15
+    form = request.form or request.form_if_packable
+    guess = sum(sizes) if form is None else sum(sizes) * form.bits // 15
     in_flight_bytes = _in_flight_bytes(sizes)
     return PullPlan(
         name=request.name,
@@ -213,7 +223,7 @@ def plan_pull(
     )
 
 
-def preview(source: str, *, store: Store) -> Preview:
+def preview(source: str, *, store: Store, packs: Packs = _never) -> Preview:
     """What `pull` would write, known without weights, as if all dense weights could be packed that are to be: from the
     hub, configuration and index are fetched, no more.
 
@@ -221,7 +231,7 @@ def preview(source: str, *, store: Store) -> Preview:
     """
     from .densefile import as_packed
 
-    request = _read_request(source, store, None, None, "auto", None, None)
+    request = _read_request(source, store, None, None, "auto", None, None, packs)
     origin = find_origin(request.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
@@ -256,8 +266,9 @@ def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> St
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """`form`: of quantised experts; others are stored as they were released, or plain if `is_plain`. With a
-    `calibration`, a model can only be found here: a pull makes none.
+    """`form`: of packed experts; others are stored as they were released, or plain if `is_plain`. Those that were
+    released plain are packed without loss if `packs()`. With a `calibration`, a model can only be found here: a pull
+    makes none.
     """
 
     reference: Reference
@@ -265,7 +276,13 @@ class _Request:
     dtype: str
     form: ExpertForm | None
     is_plain: bool
+    packs: Packs
     calibration: str
+
+    @property
+    def form_if_packable(self) -> ExpertForm | None:
+        """What experts become that were released plain, if they can."""
+        return ExpertForm.read(LOSSLESS, None) if self.packs() else None
 
     def is_met_by(self, there: Manifest) -> bool:
         """Whether this has its experts as is asked for."""
@@ -276,6 +293,8 @@ class _Request:
             return quantization is None
         if quantization is None and self.form is not None:
             return self.form.kind == LOSSLESS and is_not_packable(there)
+        if self.form is None and quantization is not None and quantization.is_lossless:
+            return True
         return ExpertForm.of(quantization) == self.form and not is_expanded_on_request(there)
 
 
@@ -287,6 +306,7 @@ def _read_request(
     dtype: str,
     experts: str | None,
     group: int | None,
+    packs: Packs,
 ) -> _Request:
     form = None if experts in (None, "bf16") else ExpertForm.read(experts, group)
     if form is None and group is not None:
@@ -305,7 +325,10 @@ def _read_request(
         dtype = released_dtype(stored.manifest)
     if revision is not None:
         reference = _at_revision(reference, revision)
-    request = _Request(reference, name or _default_name(reference, form), dtype, form, is_plain, calibration)
+    if experts is not None or stored is not None or reference.is_demo:
+        packs = _never
+    default_name = _default_name(reference, form)
+    request = _Request(reference, name or default_name, dtype, form, is_plain, packs, calibration)
     if name is not None:
         return request
     found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
@@ -422,11 +445,14 @@ class _Stored:
     def of(cls, plan: Plan, request: _Request) -> _Stored:
         if request.form is not None:
             return cls(plan, request.form.encoder(plan.layout, is_transposed=plan.is_transposed))
-        if plan.packing is None or request.is_plain:
-            return cls(plan, None, is_on_request=plan.packing is not None)
-        from .quantized import Packer
+        if plan.packing is not None and not request.is_plain:
+            from .quantized import Packer
 
-        return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing, plan.pieces))
+            return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing, plan.pieces))
+        if (form := request.form_if_packable) is not None:
+            with suppress(UnsupportedError):
+                return cls(plan, form.encoder(plan.layout, is_transposed=plan.is_transposed))
+        return cls(plan, None, is_on_request=plan.packing is not None)
 
     @property
     def expert_paths(self) -> Iterator[str]:
@@ -531,6 +557,8 @@ def _begin(incoming: Incoming, origin: Origin, request: _Request, force: bool, n
     key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
     if request.form is not None:
         key["experts"] = dataclasses.asdict(request.form)
+    elif request.form_if_packable is not None:
+        key["experts"] = "packed without loss, or as released"
     elif not request.is_plain:
         key["experts"] = "as released"
     if not force:

@@ -45,6 +45,7 @@ __all__ = [
     "TokenMaths",
     "choose_device_maths",
     "choose_maths",
+    "computes_from_packed",
     "is_native_exactly",
     "may_take_long_prompts",
     "speed_up_dense",
@@ -112,6 +113,13 @@ def is_native_exactly(kernels: str) -> bool:
     Dense weights that are packed without loss then stay so.
     """
     return kernels != "torch" and can_add_as_torch_does()
+
+
+def computes_from_packed() -> bool:
+    """Whether an engine that is told nothing computes from weights that are packed without loss, as fast as it reads
+    them or nearly so: not on a GPU, which has them unpacked for each product.
+    """
+    return is_native_exactly("auto") and not torch.cuda.is_available()
 
 
 def takes_long_prompts(kernels: str, layout: ExpertLayout) -> bool:

@@ -3,17 +3,16 @@
 
 #include <stdbool.h>
 
-enum { UPPERS = 256, TABLE = 16, NONE = TABLE };
+enum { UPPERS = 256, TABLE = 16, NONE = TABLE, CODES = 0x0f0f0f0f };
 
 /* The most frequent upper bytes, of equally many the smaller ones first; returns how many weights have others. */
 static size_t choose_table(const uint16_t *w, size_t count, uint8_t *table) {
-    size_t counts[2][UPPERS] = {{0}}; /* neighbours are often alike, and one would wait for the other */
-    for (size_t i = 0; i + 1 < count; i += 2) {
-        counts[0][w[i] >> 8]++;
-        counts[1][w[i + 1] >> 8]++;
-    }
+    size_t counts[4][UPPERS] = {{0}}; /* neighbours are often alike, and one would wait for the other */
+    for (size_t i = 0; i + 3 < count; i += 4)
+        for (size_t k = 0; k < 4; k++)
+            counts[k][w[i + k] >> 8]++;
     for (size_t k = 0; k < UPPERS; k++)
-        counts[0][k] += counts[1][k];
+        counts[0][k] += counts[1][k] + counts[2][k] + counts[3][k];
     bool is_taken[UPPERS] = {false};
     for (size_t place = 0; place < TABLE; place++) {
         size_t best = UPPERS;
@@ -34,23 +33,35 @@ static void insert(uint32_t exception, uint32_t *begin, uint32_t *end) {
     *end = exception;
 }
 
+/* Four bytes, in the lower halves of words of 16 bits or alone, as they lie in a panel, PANEL_ORDER. */
+static uint32_t word_of(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3) {
+    return (b0 & 255) | (b2 & 255) << 8 | (b1 & 255) << 16 | b3 << 24;
+}
+
+static uint32_t look_up(const uint8_t *index, const uint16_t *w) {
+    return word_of(index[w[0] >> 8], index[w[1] >> 8], index[w[2] >> 8], index[w[3] >> 8]);
+}
+
+/* A row of a panel; returns the end of its exceptions. */
+static uint32_t *pack_row(const uint16_t *w, size_t column, size_t r, const uint8_t *index, uint8_t *panel,
+                          uint32_t *exceptions, uint32_t *end) {
+    uint32_t lowers[] = {word_of(w[0], w[1], w[2], w[3]), word_of(w[4], w[5], w[6], w[7])};
+    uint32_t low = look_up(index, w), high = look_up(index, w + 4), codes = (low & CODES) | (high & CODES) << 4;
+    memcpy(panel + 4 * r, lowers, sizeof *lowers);
+    memcpy(panel + 64 + 4 * r, lowers + 1, sizeof *lowers);
+    memcpy(panel + 128 + 4 * r, &codes, sizeof codes);
+    for (size_t c = 0; (low | high) & ~CODES && c < PANEL_INPUTS; c++)
+        if (index[w[c] >> 8] == NONE)
+            insert((uint32_t)((column + c) << 12 | r << 8 | w[c] >> 8), exceptions, end++);
+    return end;
+}
+
 /* A panel of eight columns; returns the end of its exceptions. */
 static uint32_t *pack_panel(const uint16_t *w, size_t width, size_t column, const uint8_t *index, uint8_t *panel,
                             uint32_t *exceptions) {
     uint32_t *end = exceptions;
-    for (size_t r = 0; r < PANEL_ROWS; r++, w += width) {
-        uint8_t codes[PANEL_INPUTS];
-        for (size_t c = 0; c < PANEL_INPUTS; c++) {
-            codes[c] = index[w[c] >> 8];
-            panel[c / 4 * 64 + 4 * r + PANEL_ORDER[c % 4]] = (uint8_t)w[c];
-            if (codes[c] == NONE) {
-                insert((uint32_t)((column + c) << 12 | r << 8 | w[c] >> 8), exceptions, end++);
-                codes[c] = 0;
-            }
-        }
-        for (size_t c = 0; c < 4; c++)
-            panel[128 + 4 * r + PANEL_ORDER[c]] = (uint8_t)(codes[c] | codes[c + 4] << 4);
-    }
+    for (size_t r = 0; r < PANEL_ROWS; r++)
+        end = pack_row(w + r * width, column, r, index, panel, exceptions, end);
     return end;
 }
 
