@@ -90,6 +90,7 @@ import importlib.metadata, json, sys
 import torch
 if not torch.cuda.is_available():
     sys.exit("there is no GPU that torch can use")
+from moeinf.settings import tune_libraries
 from moeinf.shared_library import NotNativeError, load_library
 try:
     import triton
@@ -258,6 +259,7 @@ class Check:
         self.failures: list[str] = []
         self.env = {**os.environ, "MOEINF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT / "src")}
         self.env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}  # all there is to read is made here
+        self.env |= {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}  # as moeinf has it: what it is compared with attends alike
         self._results = results
         self._until = None if minutes is None else time.monotonic() + 60 * minutes
 

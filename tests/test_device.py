@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import moeinf
+import moeinf.device as device_module
 from families import make_checkpoint
 from moeinf.cli.answers import describe_plan, describe_stats
-from moeinf.device import find_device
+from moeinf.device import CudaDevice, find_device
 from moeinf.engine import Engine
 from moeinf.errors import CapacityError, MoeinfError, UnsupportedError, UsageError
 from moeinf.misses import HostStep, MissChoice, Way
@@ -55,6 +57,54 @@ def check_integrity(engine: Engine) -> None:
     tier = engine.runtime._fetcher
     assert isinstance(tier, HostTier)
     tier.check_integrity()
+
+
+class FakeDriver:
+    """CUDA's way to register host memory, of which it takes so many calls."""
+
+    def __init__(self, takes: int) -> None:
+        self.takes = takes
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, _flags: int) -> int:  # noqa: N802  # CUDA's name
+        if len(self.registered) == self.takes:
+            return 2
+        self.registered[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        return 0 if self.registered.pop(address, None) else 1
+
+
+@pytest.mark.parametrize("takes", [3, 2, 0])
+def test_host_memory_is_registered_in_parts_of_whole_slots_or_not_at_all(
+    takes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, rows = FakeDriver(takes), torch.empty(5, 4096, dtype=torch.uint8)
+    monkeypatch.setattr(device_module, "_REGISTERED_BYTES", 3 * 4096 - 1)
+    monkeypatch.setattr(device_module, "_cuda", SimpleNamespace(cudart=lambda: driver))
+    gpu = object.__new__(CudaDevice)  # which asks a driver for its stream
+    gpu._forget_error = lambda: None  # type: ignore[method-assign]
+    assert gpu.pin(rows) == (takes == 3)
+    begin = rows.data_ptr()
+    parts = {begin: 8192, begin + 8192: 8192, begin + 16384: 4096}
+    assert driver.registered == (parts if takes == 3 else {})
+    gpu.unpin(rows)
+    assert driver.registered == {}
+
+
+def test_a_gpu_that_is_full_while_the_model_is_loaded_is_no_crash(
+    tiny: str, device: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def somebody_was_quicker(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moeinf.hooks.move", somebody_was_quicker)
+        with pytest.raises(CapacityError, match="ran out of memory while the model was loaded"):
+            moeinf.load(tiny, device="cuda")
+    with moeinf.load(tiny, device="cuda"):
+        pass
 
 
 def test_without_cuda_a_gpu_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_the_right_experts_are_named_where_all_is_known(family: str, home: Path,
         chosen: dict[int, list[int]] = {}
 
         def computed(layer: int, output: torch.Tensor) -> None:
-            named[layer + 1] = gate.predict(layer, output)
+            named[layer + 1] = gate.predict(layer, lambda: output)
 
         for layer, module in enumerate(modules.values()):
             module.register_forward_hook(lambda _, args, output, layer=layer: computed(layer, output))

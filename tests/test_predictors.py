@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 
 import moeinf
 from moeinf.collection import ActivationCollection, RequestCounter
 from moeinf.gate import GatePredictor
-from moeinf.predictors import CombinedPredictor, EamPredictor, NoPredictor
+from moeinf.predictors import Added, CombinedPredictor, EamPredictor, NoPredictor
 from moeinf.routing_memory import RoutingMemory
 
 
@@ -105,7 +104,7 @@ def test_where_one_cannot_tell_the_other_is_asked() -> None:
         def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
             pass
 
-        def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+        def predict(self, layer: int, added: Added | None = None) -> list[int]:
             return self.answers[layer]
 
     first, second = Says([1], []), Says([2], [3])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 from moeinf.cache import ExpertCache, Outcome
 from moeinf.errors import MoeinfError
 from moeinf.policies.plain import LruPolicy
+from moeinf.predictors import Added
 from moeinf.prefetch import PrefetchCounters, Prefetcher, WarmUp
 from moeinf.steps import Arrival
 from moeinf.transfer import Urgency
@@ -29,7 +29,7 @@ class Script:
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         pass
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         self.asked += 1
         return self.named
 

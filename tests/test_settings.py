@@ -80,9 +80,11 @@ def test_home_and_debug() -> None:
 
 
 def test_libraries_are_told_what_suits_where_nobody_has_said_otherwise() -> None:
-    said, unsaid = {"GOMP_SPINCOUNT": "7"}, dict[str, str]()
+    said = {"GOMP_SPINCOUNT": "7", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}
+    unsaid: dict[str, str] = {}
     for environ in (said, unsaid):
         tune_libraries(environ)
+    assert [environ.pop("TORCH_CUDNN_SDPA_DEPRIORITIZED") for environ in (said, unsaid)] == ["0", "1"]
     assert (said, unsaid) == ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "1000"})
 
 

@@ -32,7 +32,7 @@ from .prompts import text_digest
 from .rates import Rates, measure_rates
 from .replay import check_replay, recorded_layer
 from .scores import Measured, Score, belady_hit_rate, mark_same_tokens
-from .settings import EngineOptions, home_path, tune_libraries
+from .settings import EngineOptions, attend_alike, home_path, tune_libraries
 from .store import TRACES_FOLDER, StoredModel
 from .systems import Job, Request, Run, Survey
 from .trace import ModelIdentity, Trace
@@ -318,9 +318,11 @@ class _EndedError(MoeinfError):
 def _work(asked: dict[str, Any], limit: int | None) -> Any:
     """What a worker answers, in a cgroup of its own if there is a `limit`. Raises what it raised, or `_EndedError`.
 
-    What suits moeinf's libraries may not suit those of others, who get the environment as it is.
+    What suits moeinf's libraries may not suit those of others, who get the environment as it is, but for what attention
+    is computed by: the same for all, or the same tokens could not be expected.
     """
     environ = dict(os.environ)
+    attend_alike(environ)
     if Job.from_json(asked["job"]).system == "moeinf":
         tune_libraries(environ)
     with memory_limit(limit) if limit is not None else contextlib.nullcontext() as group:

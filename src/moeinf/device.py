@@ -7,17 +7,20 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from .errors import UnsupportedError, UsageError
+from .units import GIB
 
 __all__ = ["Copy", "CudaDevice", "Device", "find_device", "is_out_of_memory"]
 
 _cuda: Any = torch.cuda  # half of it is untyped
 _ELSEWHERE = "give --device cpu to compute on the processor"
+_REGISTERED_BYTES = 64 * GIB
+"""Of host memory at a time: drivers since R580 refuse 512 GiB in a call (vLLM #51080)."""
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 """What libraries say that take a GPU's memory past torch, when there is none."""
 
@@ -61,12 +64,12 @@ class Device(Protocol):
     def free(self) -> None:
         """Let others have the memory that nothing here uses any more."""
 
-    def pin(self, memory: torch.Tensor) -> bool:
-        """Let the device reach this host memory by itself, until `unpin`. Whether that could be had; without it copies
-        are slower, and nobody else can go on meanwhile.
+    def pin(self, rows: torch.Tensor) -> bool:
+        """Let the device reach the rows of this host memory by itself, a copy not being of more than one, until
+        `unpin`. Whether that could be had; without it copies are slower, and nobody else can go on meanwhile.
         """
 
-    def unpin(self, memory: torch.Tensor) -> None:
+    def unpin(self, rows: torch.Tensor) -> None:
         """The memory is the system's alone again. No copy from it may be under way."""
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
@@ -100,6 +103,7 @@ class CudaDevice:
         self._copies: Any = _cuda.Stream(self.place)
 
     def memory(self) -> tuple[int, int]:
+        self.free()  # what torch keeps for itself would not be free
         return torch.cuda.mem_get_info(self.place)
 
     def peak_bytes(self) -> int:
@@ -114,16 +118,24 @@ class CudaDevice:
     def free(self) -> None:
         _cuda.empty_cache()
 
-    def pin(self, memory: torch.Tensor) -> bool:
+    def pin(self, rows: torch.Tensor) -> bool:
         # torch's own pinned memory comes in powers of two, which for most of the host's memory is too much to waste.
-        failed = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        if failed:
-            self._forget_error()
-        return not failed
+        pinned: list[torch.Tensor] = []
+        for part in _parts(rows):
+            if int(_cuda.cudart().cudaHostRegister(part.data_ptr(), part.nbytes, 0)):
+                self._forget_error()
+                self._unpin(pinned)
+                return False
+            pinned.append(part)
+        return True
 
-    def unpin(self, memory: torch.Tensor) -> None:
-        if int(_cuda.cudart().cudaHostUnregister(memory.data_ptr())):
-            self._forget_error()
+    def unpin(self, rows: torch.Tensor) -> None:
+        self._unpin(_parts(rows))
+
+    def _unpin(self, parts: Iterable[torch.Tensor]) -> None:
+        for part in parts:
+            if int(_cuda.cudart().cudaHostUnregister(part.data_ptr())):
+                self._forget_error()
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         begin, end = (_cuda.Event(enable_timing=True) for _ in range(2))
@@ -140,6 +152,11 @@ class CudaDevice:
             torch.zeros(1, device=self.place)
         except RuntimeError:
             torch.zeros(1, device=self.place)
+
+
+def _parts(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Whole rows, as many together as are registered in one call."""
+    return torch.split(rows, max(1, _REGISTERED_BYTES // max(1, rows[0].nbytes)))
 
 
 def find_device(name: str) -> Device | None:

@@ -29,7 +29,7 @@ from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, CollectionFile
 from .compiling import compile_layers, load_compiler
 from .densefile import DenseFiles, read_plain
-from .device import Device
+from .device import Device, is_out_of_memory
 from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .gate import GatePredictor, first_decoder_layer
@@ -257,6 +257,8 @@ class Engine:
                     save()
             self.runtime.close()
             hooks.give_back(self.model)
+            if self.device is not None:
+                self.device.free()
 
     def _prefetch_stats(self) -> PrefetchStats:
         runtime = self.runtime
@@ -301,7 +303,15 @@ def load(
         store = Store()
         stored = resolve(str(model), store)
         stack.enter_context(store.hold(stored.name))
-        engine = _load(stored, options, dtype, stack)
+        try:
+            engine = _load(stored, options, dtype, stack)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CapacityError(
+                "the GPU ran out of memory while the model was loaded: something else took what was free",
+                hint="end what else uses it, or give --device-memory less than is free then",
+            ) from error
         engine._on_close = stack.pop_all()
         engine.learns = not _is_wide(dtype, stored.manifest)
         return engine

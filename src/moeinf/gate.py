@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .metamodel import output_collector
+from .predictors import Added
 
 __all__ = ["GatePredictor", "first_decoder_layer"]
 
@@ -83,7 +84,7 @@ class GatePredictor:
             self._right[layer].count(tokens[-1], self._named)
         self._asked, self._named = -1, []
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         if self._news is not None:
             self._news()
             self._news = None
@@ -97,7 +98,7 @@ class GatePredictor:
         if not right.is_worth_asking():
             return []
         self._asked = following
-        expected = self._changes[following].expect(self._state, added if entry.norm else None)
+        expected = self._changes[following].expect(self._state, added() if added is not None and entry.norm else None)
         computed_by = experts.moeinf
         experts.moeinf = (self, following)
         collector = output_collector.set(None)  # what routers gave is collected for who asks, and this is no answer

@@ -47,6 +47,10 @@ _CODE_BYTES, _MORE_CODE_BYTES = 14 * MIB, 11 * MIB
 """Of it, code of libraries that nothing used before the model was loaded, and what belongs to it; and what there is
 more of it where attention is of another kind than most, or torch computes the experts of prompts (docs/experiments.md).
 """
+_PAGE_BYTES, _PINNED_PAGE_BYTES = 4 * KIB, 16
+"""For each page that a GPU reaches by itself, its driver keeps so much more of host memory (NVIDIA
+open-gpu-kernel-modules #1234).
+"""
 _COMPILER_BYTES = 96 * MIB
 """What torch's compiler takes while it compiles, and what it keeps of that (docs/experiments.md)."""
 _PROGRAM_BYTES = 400 * KIB
@@ -365,7 +369,8 @@ def _plan_host(
             hint=f"give it --host-memory {-(-least // MIB)}MiB or more",
         )
     most = max(fewest, min(most_slots, manifest.num_experts))
-    return HostPlan(budget, workspace, min(most, (budget - workspace) // size), size)
+    fitting = (budget - workspace) * _PAGE_BYTES // (size * (_PAGE_BYTES + _PINNED_PAGE_BYTES))
+    return HostPlan(budget, workspace, min(most, max(fewest, fitting)), size)
 
 
 def _budget(asked: str | None, free_bytes: int) -> int:

@@ -6,7 +6,7 @@ never a different output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,10 @@ from .routing_memory import RoutingMemory
 __all__ = ["CombinedPredictor", "EamPredictor", "NoPredictor", "Predictor"]
 
 
+Added = Callable[[], torch.Tensor]
+"""Works out what experts of a layer have added to a token's state."""
+
+
 class Predictor(Protocol):
     """What the prefetcher asks of a predictor. Experts are numbers within their layer."""
 
@@ -27,11 +31,11 @@ class Predictor(Protocol):
         the last tokens are told.
         """
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         """Experts that the MoE layer which runs after `layer` may choose for the one token that is in `layer` now, the
         likeliest first; after the last layer, what the first one may choose for the next token, and before the first,
-        as layer -1, for the token that has just entered the model. Empty where it cannot tell. `added` is what experts
-        of `layer` have added so far [1, H], if that is known.
+        as layer -1, for the token that has just entered the model. Empty where it cannot tell. `added` gives what
+        experts of `layer` have added so far [1, H], if there are any.
         """
 
 
@@ -41,7 +45,7 @@ class NoPredictor:
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         pass
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         return []
 
 
@@ -76,7 +80,7 @@ class EamPredictor:
         if self._feeds_memory:
             self._memory.observe(layer, tokens)
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         if layer < 0 or not self._memory.has_past:
             return []
         following = (layer + 1) % len(self._sizes)
@@ -98,5 +102,5 @@ class CombinedPredictor:
     def observe(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         self._first.observe(layer, tokens)
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         return self._first.predict(layer, added) or self._second.predict(layer)

@@ -13,10 +13,8 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-import torch
-
 from .cache import ExpertCache
-from .predictors import Predictor
+from .predictors import Added, Predictor
 from .steps import Arrival
 from .transfer import Fetcher, Urgency
 from .trials import Trials
@@ -131,8 +129,8 @@ class Prefetcher:
         self._held.clear()
         self._named = []
 
-    def look_ahead(self, layer: int, added: torch.Tensor | None = None) -> None:
-        """MoE layer `layer` has asked for its experts, and they have `added` so much so far: ask for those that the
+    def look_ahead(self, layer: int, added: Added | None = None) -> None:
+        """MoE layer `layer` has asked for its experts, which have `added` so much so far: ask for those that the
         next one may choose; after the last one that is the first, for the next token, and so it is for the token that
         has entered the model, as layer -1. What is named now takes the place of what was named before.
         """

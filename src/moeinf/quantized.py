@@ -27,6 +27,8 @@ from .tensorfile import encode_expert_header
 __all__ = ["Encoder", "Packer", "Quantizer", "dequantize", "fill_randomly", "quantize"]
 
 _CHUNK_WEIGHTS = 1 << 18
+_LAUNCHED_WEIGHTS = 1 << 22
+"""On a GPU, where each operation costs a launch, and caches do not matter."""
 _FEEDBACK_WEIGHTS = 1 << 22
 """Rows together, for choosing input by input takes a few operations per input of each part."""
 _LARGEST_FLOAT16 = 65504.0
@@ -194,7 +196,7 @@ def dequantize(
         expand = _expand_float8_rows
     else:
         expand = _expand_mxfp4_rows if quantization.is_released else _dequantize_rows
-    rows = max(1, _CHUNK_WEIGHTS // max(1, width))
+    rows = max(1, (_CHUNK_WEIGHTS if numbers.device.type == "cpu" else _LAUNCHED_WEIGHTS) // max(1, width))
     parts = (torch.split(tensor, rows) for tensor in (numbers, factors, by_rows))
     for some, theirs, into in zip(*parts, strict=True):
         expand(some, theirs, quantization, into)

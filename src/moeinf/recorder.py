@@ -104,7 +104,7 @@ class Recorder:
         """The experts of a layer, whose choice was recorded, have given this for one token."""
         step = self._step
         if self._foresight is not None and step is not None and layer < self._last_layer:
-            step.foreseen[layer + 1] = self._foresight.predict(layer, output)
+            step.foreseen[layer + 1] = self._foresight.predict(layer, lambda: output)
 
     def pack(self) -> None:
         """Pack what lies unpacked."""

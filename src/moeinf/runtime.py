@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -275,14 +276,15 @@ class ExpertRuntime:
             with self._on_host(layer, hidden, place) if self._misses else _ALL_FETCHED as on_host:
                 asked = sorted(place.keys() - on_host.keys if on_host else place)
                 here = step.lease(asked)
-                if len(here) == len(asked):  # the disk is idle
+                if len(here) == len(place):  # the disk is idle
                     self._prefetcher.look_ahead(layer)
                 if here:
                     token.compute([place[key] for key in here], [self._tensors(key) for key in here])
-                if len(here) < len(asked):  # until these are read there is time to see what the others add
-                    self._prefetcher.look_ahead(layer, token.total([place[key] for key in here]) if here else None)
-                if on_host:
+                if on_host:  # while the device computes those that it has
                     token.receive([place[key] for key in on_host.keys], on_host.rows())
+                if len(here) < len(place):  # until the rest is read there is time to see what these add
+                    there = [place[key] for key in (*here, *(on_host.keys if on_host else ()))]
+                    self._prefetcher.look_ahead(layer, partial(token.total, there) if there else None)
                 for key in step.arriving():
                     token.compute([place[key]], [self._tensors(key)])
         except BaseException:

@@ -25,6 +25,7 @@ __all__ = [
     "MANY_PROGRAMS",
     "TRANSFORMERS",
     "EngineOptions",
+    "attend_alike",
     "check_transformers",
     "home_path",
     "is_debug",
@@ -50,6 +51,7 @@ in speed. Else few are: linear layers meet one number of rows per prompt (docs/e
 
 _CONFIG = "config.toml"
 _SPINS = "GOMP_SPINCOUNT"
+_OWN_ATTENTION = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 _TORCHS = "LRU_CACHE_CAPACITY"
 _PROGRAMS = {_TORCHS: 2, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 1}
 """Of what torch keeps half is enough: what it has dropped, oneDNN still has."""
@@ -133,6 +135,14 @@ def tune_libraries(environ: MutableMapping[str, str] = os.environ) -> None:
     from native threads and from other programs; so often they look is enough (docs/experiments.md).
     """
     environ.setdefault(_SPINS, "1000")
+    attend_alike(environ)
+
+
+def attend_alike(environ: MutableMapping[str, str]) -> None:
+    """Say in `environ` that torch's own attention goes before cuDNN's on a GPU, where nobody has said otherwise, before
+    torch is first asked for attention: cuDNN makes a plan for each number of tokens (docs/gpu.md).
+    """
+    environ.setdefault(_OWN_ATTENTION, "1")
 
 
 def check_transformers() -> None:

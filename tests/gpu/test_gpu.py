@@ -14,25 +14,29 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import moeinf
 from families import EVERY_KIND, make_checkpoint
 from moeinf.device import CudaDevice, find_device
 from moeinf.engine import Engine
 from moeinf.errors import CapacityError, UsageError
+from moeinf.kvcache import make_cache
+from moeinf.metamodel import CACHE
 from moeinf.policies import POLICIES
 from moeinf.pull import pull
-from moeinf.settings import DEFAULT_POLICY
+from moeinf.settings import DEFAULT_POLICY, tune_libraries
 from moeinf.store import Store
 from moeinf.transfer import Urgency
 from readers import SlowReader, use_reader
 from test_exact import NEW_TOKENS, PROMPT
 from twotiers import Bench
+
+tune_libraries()  # transformers attends by what moeinf attends by
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
@@ -49,21 +53,43 @@ def device() -> CudaDevice:
     return CudaDevice(0)
 
 
-def reference(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, list[int]]:
-    """Logits and greedy tokens of the checkpoint in plain transformers, on the GPU."""
+class Expected(NamedTuple):
+    """Logits of the prompt, those of its last token behind a KV cache of the others, and greedy tokens."""
+
+    logits: torch.Tensor
+    last: torch.Tensor
+    tokens: list[int]
+
+
+def last_logits(model: Any, prompt: torch.Tensor, cache: Any) -> torch.Tensor:
+    model(prompt[:, :-1], use_cache=True, **{CACHE: cache})
+    logits: torch.Tensor = model(prompt[:, -1:], use_cache=True, **{CACHE: cache}).logits
+    return logits
+
+
+def reference(folder: Path, dtype: torch.dtype) -> Expected:
+    """What the checkpoint gives in plain transformers, on the GPU."""
     auto: Any = AutoModelForCausalLM  # untyped
     model = auto.from_pretrained(folder, dtype=dtype, experts_implementation="eager").to("cuda")
     prompt = PROMPT.to("cuda")
     with torch.inference_mode():
         made = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-        return model(prompt).logits, made[0, PROMPT.shape[1] :].tolist()
+        last = last_logits(model, prompt, DynamicCache(config=text_config(model)))
+        return Expected(model(prompt).logits, last, made[0, PROMPT.shape[1] :].tolist())
 
 
-def check(engine: Engine, expected: tuple[torch.Tensor, list[int]]) -> None:
+def text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def check(engine: Engine, expected: Expected) -> None:
     with torch.inference_mode():
-        assert torch.equal(engine.model(PROMPT.to("cuda")).logits, expected[0])
+        prompt = PROMPT.to("cuda")
+        assert torch.equal(engine.model(prompt).logits, expected.logits)
+        cache = make_cache(text_config(engine.model), engine.plan.context)
+        assert torch.equal(last_logits(engine.model, prompt, cache), expected.last)
     engine.generation_config.eos_token_id = None
-    assert list(engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens) == expected[1]
+    assert list(engine.session().generate(PROMPT[0].tolist(), GREEDY).tokens) == expected.tokens
     engine.runtime.cache.check_integrity()
 
 
@@ -132,7 +158,7 @@ def test_what_rounds_otherwise_gives_nearly_the_same(
     kernels: str, compile_: str, family: str, home: Path, tmp_path: Path
 ) -> None:
     make_checkpoint(family, tmp_path, "float32")
-    logits, _ = reference(tmp_path, torch.float32)
+    logits = reference(tmp_path, torch.float32).logits
     pull(str(tmp_path), store=Store(home), name="model")
     for experts in ("50%", "100%"):
         options = {"device": "cuda", "experts": experts, "kernels": kernels, "compile": compile_}

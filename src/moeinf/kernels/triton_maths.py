@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ def slot_linear(
     num_out, num_in = weights.shape[out], weights.shape[into]
     output = torch.empty(len(slots), num_out, dtype=rows.dtype, device=rows.device)
     kernel: Any = _slot_linear
-    kernel[(triton.cdiv(num_out, _BLOCK_OUT), len(slots))](
+    _launch(
+        kernel,
+        (triton.cdiv(num_out, _BLOCK_OUT), len(slots)),
         rows,
         weights,
         weights if biases is None else biases,
@@ -140,7 +143,9 @@ def grouped_linear(
     num_out, num_in = weights.shape[out], weights.shape[into]
     output = torch.empty(len(sources), num_out, dtype=rows.dtype, device=rows.device)
     kernel: Any = _grouped_linear
-    kernel[(len(blocks) * triton.cdiv(num_out, _GROUPED_OUT),)](
+    _launch(
+        kernel,
+        (len(blocks) * triton.cdiv(num_out, _GROUPED_OUT),),
         rows,
         weights,
         weights if biases is None else biases,
@@ -197,10 +202,23 @@ def add_up(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """
     output = torch.empty(len(places), rows.shape[1], dtype=rows.dtype, device=rows.device)
     kernel: Any = _add_up
-    kernel[(len(places) * triton.cdiv(rows.shape[1], _SUMMED),)](
-        rows, places, output, num_places=places.shape[1], num_columns=rows.shape[1], block=_SUMMED
+    _launch(
+        kernel,
+        (len(places) * triton.cdiv(rows.shape[1], _SUMMED),),
+        rows,
+        places,
+        output,
+        num_places=places.shape[1],
+        num_columns=rows.shape[1],
+        block=_SUMMED,
     )
     return output
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], rows: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launch it where `rows`, its first argument, is: Triton goes by the thread's current device."""
+    with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():
+        kernel[grid](rows, *arguments, **constants)
 
 
 class TritonMaths(ExpertMaths):

@@ -27,7 +27,7 @@ from moeinf.manifest import ExpertLayout, Manifest, MoeLayer, Source, TensorSpec
 from moeinf.metamodel import CACHE, causal_lm_class, is_experts_module
 from moeinf.native_reader import open_reader
 from moeinf.policies import make_policy
-from moeinf.predictors import Predictor
+from moeinf.predictors import Added, Predictor
 from moeinf.runtime import ExpertRuntime
 from moeinf.settings import DEFAULT_POLICY
 from moeinf.steps import Arrival
@@ -86,7 +86,7 @@ class _Asked:
         self.observe = predictor.observe
         self.times: list[float] = []
 
-    def predict(self, layer: int, added: torch.Tensor | None = None) -> list[int]:
+    def predict(self, layer: int, added: Added | None = None) -> list[int]:
         begin = time.perf_counter()
         if self._predictor.predict(layer, added):
             self.times.append(time.perf_counter() - begin)
