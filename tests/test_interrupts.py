@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moeinf.interrupts import KeptInterrupt
+from moeinf.interrupts import KeptInterrupt, kept_interrupt
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,20 @@ def handler() -> Iterator[None]:
 
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_it_is_kept_for_a_while() -> None:
+    done: list[str] = []
+
+    @kept_interrupt()
+    def import_something() -> None:
+        press()
+        done.append("imported")
+
+    with pytest.raises(KeyboardInterrupt):
+        import_something()
+    assert done == ["imported"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("ask", [KeptInterrupt.check, KeptInterrupt.release])

@@ -68,6 +68,13 @@ def test_a_result_in_each_mode(mode: Mode, shown: str) -> None:
     assert (stdout.getvalue(), stderr.getvalue()) == (shown, "")
 
 
+def test_a_result_without_names_is_shown_when_quiet_too() -> None:
+    output, stdout, _ = on_files(Mode.QUIET)
+    output.result(DATA, lines=["a line"])
+    output.result(DATA, lines=["another"], names=[])
+    assert stdout.getvalue() == "a line\n"
+
+
 def test_json_is_json_in_any_encoding() -> None:
     data = io.BytesIO()
     stream = io.TextIOWrapper(data, "latin-1", errors="replace")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -716,6 +717,16 @@ def test_two_pulls_of_one_model_at_once(fake: FakeHub, store: Store, whole: dict
             pull(SHARDED, store=store)
         other.kill()
     assert contents(pull(SHARDED, store=store).path) == whole
+
+
+def test_who_runs_the_demo_while_it_is_brought_waits(store: Store) -> None:
+    """Nobody has asked for a pull."""
+    with ThreadPoolExecutor(1) as threads:
+        with store.incoming("demo"):
+            waiting = threads.submit(pull, "demo", store=store)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+        assert waiting.result(60).name == "demo"
 
 
 def let_another_pull_come_first(monkeypatch: pytest.MonkeyPatch, source: str, store: Store, name: str) -> None:

@@ -9,8 +9,21 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["KeptInterrupt"]
+__all__ = ["KeptInterrupt", "kept_interrupt"]
+
+
+@contextmanager
+def kept_interrupt() -> Iterator[None]:
+    """While this is open, one Ctrl-C is kept: for imports, of which libraries make something else of it."""
+    kept = KeptInterrupt()
+    kept.hold()
+    try:
+        yield
+    finally:
+        kept.release()
 
 
 class KeptInterrupt:

@@ -41,6 +41,7 @@ from .forms import (
     released_dtype,
 )
 from .incoming import DenseWriter, Incoming
+from .interrupts import kept_interrupt
 from .manifest import LOSSLESS, MANIFEST_NAME, SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossless_gain
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
@@ -61,6 +62,8 @@ Packs = Callable[[], bool]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COPY_BYTES = 4 * MIB
+_DEMO_PATIENCE_S = 60.0
+"""For another process that brings the demo: whoever runs it has asked for no pull, and it takes seconds."""
 
 
 def _never() -> bool:
@@ -139,7 +142,8 @@ def pull(
     _require_pullable(request, source, store)
     origin = find_origin(request.reference, store.disk)
     require_room = partial(_require_room, request.name, store.models)
-    with store.incoming(request.name) as incoming:
+    patience_s = _DEMO_PATIENCE_S if request.reference.is_demo else 0.0
+    with store.incoming(request.name, patience_s=patience_s) as incoming:
         if not force and (model := _existing(request, store)):
             return model  # another process pulled it meanwhile
         _begin(incoming, origin, request, force, notify)
@@ -409,9 +413,10 @@ def _require_pullable(request: _Request, source: str, store: Store) -> None:
 
 def _plan(checkpoint: Checkpoint, dtype: str) -> Plan:
     check_transformers()
-    from .conversion import plan_conversion
+    with kept_interrupt():
+        from .conversion import plan_conversion
 
-    return plan_conversion(checkpoint, dtype)
+        return plan_conversion(checkpoint, dtype)
 
 
 def _plan_of_stored(model: StoredModel, free_bytes: int) -> PullPlan:

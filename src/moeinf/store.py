@@ -211,15 +211,16 @@ class Store:
             self._empty_trash()
 
     @contextmanager
-    def incoming(self, name: str, doing: str = "pulling") -> Iterator[Incoming]:
+    def incoming(self, name: str, doing: str = "pulling", *, patience_s: float = 0.0) -> Iterator[Incoming]:
         """Make or replace the model of this name: nobody else can pull, remove or use it until the context closes, and
-        who tries is told what this process is `doing`.
+        who tries is told what this process is `doing`. Raises MoeinfError if somebody else does, and still does after
+        `patience_s`.
 
         If `Incoming.publish` was called, the model is in its place afterwards. If not, what is written stays for the
         next try.
         """
         self.path(name)
-        with explained(self.models), exclusive_lock(_lock_path(self.home, name), doing):
+        with explained(self.models), exclusive_lock(_lock_path(self.home, name), doing, patience_s=patience_s):
             self._install(name)
             incoming = Incoming(self._incoming / name, self.disk)
             try:

@@ -24,10 +24,10 @@ from .bench import bench
 from .chat import chat
 from .models import list_models, pull, remove, show, verify
 from .options import with_groups
-from .output import BROKEN_PIPE, Output, unexpected
+from .output import BROKEN_PIPE, INTERRUPTED, Output, unexpected
 from .profile import profile
 from .quantize import quality, quantize
-from .run import INTERRUPTED, run
+from .run import run
 from .simulate import simulate
 from .trace import trace
 

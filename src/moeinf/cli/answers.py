@@ -73,16 +73,19 @@ def open_engine(
     model: str, engine_flags: EngineFlags, sampling_flags: SamplingFlags, output: Output
 ) -> Iterator[tuple[str, Engine, Sampling]]:
     """The stored name of `model`, its engine, and how to sample. Warns when the cache is too small to help."""
-    stored = resolve(model, Store(), output)
-    name = stored.name
-    if stored.manifest.source.repo == demo.NAME:
-        output.note(demo.NOTE)
-    if stored.manifest.layout.quantization is not None and not stored.manifest.layout.is_exact:
-        output.note(f"{name} has {stored.manifest.layout.quantization.text}: it does not answer exactly as released")
-    options = engine_flags.resolve()
-    with output.busy(f"loading {name}"):
-        sampling = sampling_flags.resolve()
-        engine = moeinf.load(name, **asdict(options))
+    with output.leaving_at_once():
+        stored = resolve(model, Store(), output)
+        name = stored.name
+        if stored.manifest.source.repo == demo.NAME:
+            output.note(demo.NOTE)
+        if stored.manifest.layout.quantization is not None and not stored.manifest.layout.is_exact:
+            output.note(
+                f"{name} has {stored.manifest.layout.quantization.text}: it does not answer exactly as released"
+            )
+        options = engine_flags.resolve()
+        with output.busy(f"loading {name}"):
+            sampling = sampling_flags.resolve()
+            engine = moeinf.load(name, **asdict(options))
     with engine:
         plan = engine.plan
         if plan.thrashes:

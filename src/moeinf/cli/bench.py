@@ -114,7 +114,7 @@ def bench(
     output.result(
         {**report.to_dict(), **{option: str(path) for option, path in written.items()}},
         lines=[*_lines(report), *map(str, written.values())],
-        names=[str(path) for path in written.values()],
+        names=[str(path) for path in written.values()] or None,
     )
     return 0 if any(score.runs for score in report.scores if score.system == "moeinf") else 1
 

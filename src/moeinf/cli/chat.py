@@ -15,9 +15,8 @@ from moeinf.settings import home_path
 
 from .answers import Interrupts, describe_cut, describe_plan, describe_stats, open_engine
 from .options import EngineFlags, Model, Quiet, SamplingFlags, Stats
-from .output import Mode, Output, unexpected
+from .output import INTERRUPTED, Mode, Output, unexpected
 from .reading import LineReader, Reader, TerminalReader
-from .run import INTERRUPTED
 
 __all__ = ["COMMANDS", "Repl", "chat"]
 

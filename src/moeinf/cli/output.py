@@ -9,7 +9,9 @@ import codecs
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +23,12 @@ from moeinf.progress import NO_PROGRESS, Task, Unit
 
 from .progress import Bars, LineTask
 
-__all__ = ["BROKEN_PIPE", "Mode", "Output", "columns", "unexpected"]
+__all__ = ["BROKEN_PIPE", "INTERRUPTED", "Mode", "Output", "columns", "unexpected"]
 
 BROKEN_PIPE = 141
 """Exit code when nobody reads what we write: what a program has that a SIGPIPE ends."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 _UNSAFE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 _UNSAFE[ord("\r")] = ""
@@ -65,12 +69,14 @@ class Output:
         """Whether a person sits in front of it: input and both outputs are a terminal."""
         return self._stdin.isatty() and self._stdout.isatty() and self._stderr.isatty()
 
-    def result(self, data: Mapping[str, object], *, lines: Sequence[str], names: Sequence[str] = ()) -> None:
-        """Show what was asked for: `data` with a schema number as JSON, `lines` to people, `names` when quiet."""
+    def result(self, data: Mapping[str, object], *, lines: Sequence[str], names: Sequence[str] | None = None) -> None:
+        """Show what was asked for: `data` with a schema number as JSON, `lines` to people, `names` when quiet if it has
+        any.
+        """
         if self.mode is Mode.JSON:
             is_utf8 = codecs.lookup(getattr(self._stdout, "encoding", None) or "utf-8").name == "utf-8"
             lines = [json.dumps({"schema": 1, **data}, ensure_ascii=not is_utf8)]
-        elif self.mode is Mode.QUIET:
+        elif self.mode is Mode.QUIET and names is not None:
             lines = names
         self.write("".join(f"{line}\n" for line in lines))
 
@@ -132,6 +138,27 @@ class Output:
         else:
             self.note(label)
             yield
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """While this is open, Ctrl-C ends the process where it is, since there is nothing to lose: libraries that are
+        being imported take a KeyboardInterrupt for a fault of their own, or miss it.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+
+        def leave(*_: object) -> None:
+            if self._stderr.isatty():
+                os.write(2, b"\r\x1b[2K\x1b[?25h")  # the spinner's line, and the cursor that it hides
+            os._exit(INTERRUPTED)
+
+        signal.signal(signal.SIGINT, leave)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _say(self, text: str, prefix: str = "") -> None:
         plain = f"{prefix}: {text}" if prefix else text

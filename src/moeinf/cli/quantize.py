@@ -156,7 +156,7 @@ def _read_calibration(model: StoredModel, dataset: str, max_prompts: int | None,
 @contextmanager
 def _load(name: str, *, output: Output, options: EngineOptions, dtype: str = "auto") -> Iterator[Engine]:
     """An engine that reads texts, which are no requests of a person."""
-    with output.busy(f"loading {name}"):
+    with output.leaving_at_once(), output.busy(f"loading {name}"):
         engine = moeinf.load(name, dtype=dtype, **asdict(options))
         engine.learns = False
     with engine:

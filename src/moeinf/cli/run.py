@@ -11,12 +11,10 @@ from moeinf.errors import UsageError
 
 from .answers import Interrupts, describe_cut, describe_stats, open_engine
 from .options import EngineFlags, Model, OutputFlags, SamplingFlags, Stats
-from .output import Mode
+from .output import INTERRUPTED, Mode
 from .reading import read_piped_text
 
-__all__ = ["INTERRUPTED", "run"]
-
-INTERRUPTED = 130
+__all__ = ["run"]
 
 
 def run(

@@ -17,8 +17,7 @@ from moeinf.store import TRACES_FOLDER, Store
 
 from .answers import Interrupts, open_engine
 from .options import EngineFlags, Model, OutputFlags, SamplingFlags
-from .output import Output, columns
-from .run import INTERRUPTED
+from .output import INTERRUPTED, Output, columns
 from .simulate import hit_rate_table
 
 if TYPE_CHECKING:
