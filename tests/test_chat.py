@@ -270,6 +270,7 @@ def test_a_missing_chat_is_told_with_those_that_are_there(tmp_path: Path) -> Non
     "content",
     [
         b"not json",
+        b"[" * 100_000,
         b"\xff",
         b"[]",
         b"null",
@@ -282,6 +283,7 @@ def test_a_missing_chat_is_told_with_those_that_are_there(tmp_path: Path) -> Non
         b'{"schema": 1, "system": null, "messages": [{"role": "user"}]}',
         b'{"schema": 1, "system": null, "messages": ["x"]}',
     ],
+    ids=lambda content: content[:60].decode(errors="replace"),
 )
 def test_a_damaged_chat_changes_nothing(tmp_path: Path, content: bytes) -> None:
     conversation = Conversation(FakeEngine(), SAMPLING, system="kept")

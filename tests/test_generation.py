@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -260,11 +263,62 @@ def test_an_empty_prompt_is_refused(engine: Engine) -> None:
         {"max_tokens": 0},
         {"seed": -1},
         {"seed": 1 << 63},
+        {"seed": True},
+        {"seed": 1.5},
+        {"max_tokens": 1.5},
+        {"max_tokens": "5"},
+        {"temperature": "1"},
     ],
 )
-def test_impossible_sampling_is_refused(bad: dict[str, float]) -> None:
+def test_impossible_sampling_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must be"):
-        Sampling(**bad)  # type: ignore[arg-type]
+        Sampling(**bad)
+
+
+@pytest.mark.parametrize("bad", ["abc", [1.5], [None], torch.ones(2, 2, dtype=torch.int64)], ids=str)
+def test_a_prompt_that_is_no_list_of_tokens_is_refused(bad: Any, engine: Engine) -> None:
+    with pytest.raises(UsageError, match="a prompt is a sequence of token numbers"):
+        engine.session().generate(bad, GREEDY)
+
+
+def test_tokens_may_be_of_any_whole_numbers(engine: Engine) -> None:
+    tokens = engine.session().generate(PROMPT, GREEDY).tokens
+    assert engine.session().generate(torch.tensor(PROMPT), GREEDY).tokens == tokens
+    assert engine.session().generate(np.array(PROMPT), GREEDY).tokens == tokens
+
+
+def test_threads_take_turns(engine: Engine) -> None:
+    prompts = [PROMPT[number : number + 20] for number in range(4)]
+    alone = [engine.session().generate(prompt, GREEDY).tokens for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        together = threads.map(lambda prompt: engine.session().generate(prompt, GREEDY).tokens, prompts)
+        assert list(together) == alone
+    engine.runtime.cache.check_integrity()
+
+
+def test_an_answer_asks_for_no_other(engine: Engine) -> None:
+    session = engine.session()
+
+    def ask(_: int) -> None:
+        session.generate(PROMPT, GREEDY)
+
+    with pytest.raises(UsageError, match="an answer asks for another one of its engine"):
+        session.generate(PROMPT, GREEDY, on_token=ask)
+    assert session.generate(PROMPT, GREEDY).tokens == engine.session().generate(PROMPT, GREEDY).tokens
+
+
+def test_a_forked_process_has_no_engine(engine: Engine) -> None:
+    """Its threads are not there: it would wait for them."""
+    if not (child := os.fork()):
+        code = 1
+        try:
+            engine.session().generate(PROMPT, GREEDY)
+        except MoeinfError as error:
+            code = 0 if "belongs to the process that loaded it" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(engine.session().generate(PROMPT, GREEDY).tokens) == 10
 
 
 def test_times_are_taken(engine: Engine) -> None:

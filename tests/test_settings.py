@@ -69,6 +69,17 @@ def test_a_home_that_cannot_be_looked_at_is_none(tmp_path: Path) -> None:
             home_path({"MOEINF_HOME": str(path)})
 
 
+def test_a_home_that_leads_nowhere_is_none(tmp_path: Path) -> None:
+    (tmp_path / "home").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match="a link to what is not there"):
+        home_path({"MOEINF_HOME": str(tmp_path / "home")})
+
+
+def test_a_config_file_may_begin_with_a_mark_of_its_encoding(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('experts = "10%"\n', encoding="utf-8-sig")
+    assert resolve_options({}, environ={}, home=tmp_path) == EngineOptions(experts="10%")
+
+
 def test_none_is_the_default() -> None:
     assert EngineOptions(device=None, policy=None, threads=None) == EngineOptions()  # type: ignore[arg-type]
 

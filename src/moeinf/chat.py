@@ -234,7 +234,7 @@ def load_chat(name: str, conversation: Conversation, home: Path | None = None) -
         except FileNotFoundError:
             saved = ", ".join(sorted(other.stem for other in path.parent.glob("*.json"))) or "none"
             raise UsageError(f"no chat is saved as {name!r}", hint=f"saved chats: {saved}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise IntegrityError(f"{path} is no saved chat: {error}") from error
     conversation.restore(data)
 

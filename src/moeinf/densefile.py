@@ -58,7 +58,7 @@ class DenseFiles:
                 if tuple(entry and (entry.dtype, entry.shape) for entry in there) != lossless_shapes(*sides):
                     raise IntegrityError(
                         f"{folder} has no lossless {name} of {sides[0]} x {sides[1]}",
-                        hint="check the model with `moeinf verify`, then pull it again",
+                        hint="`moeinf verify MODEL` says what is damaged, and how to mend it",
                     )
             self._stack = stack.pop_all()
 

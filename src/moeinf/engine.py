@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -103,6 +104,7 @@ class Engine:
         self.generation_config = generation_config
         self.runtime = runtime
         self.device = device
+        self._turn, self._is_answering = threading.RLock(), False
         self.notes = notes
         self.quality = quality
         self._collection_file = collection_file
@@ -227,6 +229,21 @@ class Engine:
             " are fewer than one layer asks for",
             hint="give it a shorter --context, or end what else uses the GPU",
         )
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While this is open an answer is made; another thread's waits. Raises UsageError where an answer is being made
+        by this thread, and what `ExpertRuntime.require_open` raises.
+        """
+        self.runtime.require_open()
+        with self._turn:
+            if self._is_answering:
+                raise UsageError("an answer asks for another one of its engine", hint="ask when it has ended")
+            self._is_answering = True
+            try:
+                yield
+            finally:
+                self._is_answering = False
 
     def finished(self, timing: Stats) -> Stats:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
@@ -531,7 +548,7 @@ def _load_part(auto: Any, folder: Path, what: str) -> Any:
     except Exception as error:  # they raise what their parsers raise
         raise IntegrityError(
             f"{folder} holds no {what} that transformers can read: {error}",
-            hint="check the model with `moeinf verify`, then pull it again",
+            hint="`moeinf verify MODEL` says what is damaged, and how to mend it",
         ) from error
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from operator import index
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -65,6 +67,10 @@ class Sampling:
         }
         for name, (least, most) in limits.items():
             value = getattr(self, name)
+            is_number = isinstance(value, Real if name in ("temperature", "top_p") else Integral)
+            if value is not None and (isinstance(value, bool) or not is_number):
+                kind = "a number" if name in ("temperature", "top_p") else "a whole number"
+                raise UsageError(f"{name.replace('_', ' ')} must be {kind}, not {value!r}")
             if value is not None and not (value >= least and (most is None or value <= most)):
                 span = f"{least} or more" if most is None else f"from {least} to {most}"
                 raise UsageError(f"{name.replace('_', ' ')} must be {span}, not {value}")
@@ -106,7 +112,7 @@ class Session:
 
     def generate(
         self,
-        input_ids: Sequence[int],
+        input_ids: Iterable[SupportsIndex],
         sampling: Sampling | None = None,
         *,
         on_token: Callable[[int], None] | None = None,
@@ -116,11 +122,14 @@ class Session:
         again.
 
         `on_token` gets each token as it is made. `should_stop` is asked once per token, and between the layers of a
-        long prompt; when it says yes, the token being made is the last. Raises UsageError for an empty input or one
-        that does not fit the context.
+        long prompt; when it says yes, the token being made is the last. While another thread's answer is made, this one
+        waits. Raises UsageError for an empty input or one that does not fit the context.
         """
         sampling = sampling or Sampling()
-        ids = list(input_ids)
+        try:
+            ids = [index(token) for token in input_ids]
+        except TypeError as error:
+            raise UsageError(f"a prompt is a sequence of token numbers: {error}") from error
         room = self._engine.plan.context - len(ids)
         if not ids:
             raise UsageError("there is nothing to continue: the prompt has no tokens")
@@ -132,7 +141,17 @@ class Session:
         words = getattr(self._engine.model.get_input_embeddings(), "num_embeddings", None)
         if words is not None and not 0 <= min(ids) <= max(ids) < words:
             raise UsageError(f"the prompt has tokens that are none of the model's {words:,}")
-        max_tokens = min(sampling.max_tokens or room, room)
+        with self._engine.turn():
+            return self._answer(ids, sampling, min(sampling.max_tokens or room, room), on_token, should_stop)
+
+    def _answer(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        max_tokens: int,
+        on_token: Callable[[int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Completion:
         clock = _Clock(on_token, should_stop)
         self._engine.runtime.reset_counters()
         self._engine.runtime.should_stop = should_stop

@@ -401,7 +401,7 @@ class Manifest:
             if schema not in (SCHEMA, QUANTIZED_SCHEMA, DENSE_SCHEMA):
                 raise UnsupportedError(
                     f"the store was written in schema {schema}, this program reads schemas {SCHEMA} to {DENSE_SCHEMA}",
-                    hint="update moeinf, or pull the model again",
+                    hint="update moeinf, or pull the model again with --force",
                 )
             manifest: Manifest = reader_of(cls)(raw)
             if (schema == SCHEMA) != (manifest.layout.quantization is None):
@@ -413,7 +413,9 @@ class Manifest:
             if schema == DENSE_SCHEMA:
                 _check_packed_dense(manifest.packed_dense, manifest.dense_bytes)
         except ValueError as error:
-            raise IntegrityError(f"{MANIFEST_NAME} is damaged: {error}", hint="pull the model again") from error
+            raise IntegrityError(
+                f"{MANIFEST_NAME} is damaged: {error}", hint="pull the model again with --force"
+            ) from error
         return manifest
 
 

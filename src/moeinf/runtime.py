@@ -8,6 +8,7 @@ whatever order the experts arrived in, so the result depends on nothing but the 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 
 from .cache import CacheCounters, ExpertCache, Outcome
 from .collection import RequestCounter
+from .errors import MoeinfError
 from .kernels import ExpertMaths
 from .manifest import Manifest
 from .memory import return_free_memory
@@ -95,6 +97,7 @@ class ExpertRuntime:
         self.observer: Observer | None = None
         self.counter = counter
         self._is_closed = False
+        self._process = os.getpid()
         self._requests = 0
         self._prompt_left, self._is_prompt = 0, False
         self._lent: list[int] = []
@@ -223,9 +226,11 @@ class ExpertRuntime:
         self._pool.close()
 
     def require_open(self) -> None:
-        """Raises MoeinfError after `close`."""
+        """Raises MoeinfError after `close`, and in a process that was forked since: threads stay behind."""
         if self._is_closed:
             raise is_closed()
+        if os.getpid() != self._process:
+            raise MoeinfError("the engine belongs to the process that loaded it", hint="load it after the fork")
 
     def token_enters(self) -> None:
         """One token enters the model's first decoder layer."""

@@ -118,6 +118,8 @@ def home_path(environ: Mapping[str, str] = os.environ) -> Path:
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UsageError(f"MOEINF_HOME is {path}, a link to what is not there", hint="make that folder") from None
         return path
     except OSError as error:
         raise UsageError(
@@ -245,8 +247,7 @@ def _number(value: object, origin: str) -> int:
 
 def _read_config(path: Path) -> dict[str, object]:
     try:
-        with path.open("rb") as file:
-            config = tomllib.load(file)
+        config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except OSError as error:

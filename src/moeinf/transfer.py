@@ -438,4 +438,4 @@ def read_error(path: Path, error: OSError) -> MoeinfError:
     return MoeinfError(f"{path} cannot be read: {error.strerror}", hint=f"check the disk; {_VERIFY}")
 
 
-_VERIFY = "check the model with `moeinf verify`, then pull it again"
+_VERIFY = "`moeinf verify MODEL` says what is damaged, and how to mend it"

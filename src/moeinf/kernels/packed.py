@@ -39,7 +39,7 @@ class LosslessLinear(nn.Linear):
         if (layer.out_features, layer.in_features) != (rows, width):
             raise IntegrityError(
                 f"a weight of {layer.out_features} x {layer.in_features} is stored as one of {rows} x {width}",
-                hint="pull the model again",
+                hint="`moeinf verify MODEL` says what is damaged, and how to mend it",
             )
         del layer.weight
         layer.__class__ = cls
