@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -189,12 +190,17 @@ def test_transformers_asks_it_for_plain_attention_only(attention: NativeAttentio
     assert torch.equal(sdpa(module, query, key, value, None, scaling=0.3, dropout=0.0)[0], wanted)
     trials = len(asked)
     assert trials > 1
+    assert torch.equal(sdpa(module, query, key, value, None)[0], sdpa(other, query, key, value, None)[0])
+    trials = len(asked)
     mask = torch.ones(1, 1, 1, 20, dtype=torch.bool)
     assert torch.equal(
         sdpa(module, query, key, value, mask, scaling=0.3)[0], sdpa(other, query, key, value, mask, scaling=0.3)[0]
     )
     bias = torch.randn(1, 4, 1, 20).to(torch.bfloat16)
-    sdpa(module, query, key, value, None, scaling=0.3, position_bias=bias)
+    others: list[dict[str, Any]] = [{"position_bias": bias}, {"dropout": 0.5}, {"softcap": 30.0}, {"cache": object()}]
+    for more in others:
+        with suppress(AttributeError, ValueError):  # it has no softcap, and asks more of a cache
+            sdpa(module, query, key, value, None, scaling=0.3, **more)
     assert len(asked) == trials
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,11 @@ from families import EXPERTS, FAMILIES, UNSUPPORTED, VOCAB, make_checkpoint, mak
 from moeinf.checkpoint import Checkpoint
 from moeinf.conversion import Plan, _keeps_experts_apart, _lay_out_experts, plan_conversion
 from moeinf.errors import IntegrityError, UnsupportedError, UsageError
+from moeinf.ledger import ModelShape
 from moeinf.manifest import MoeLayer
-from moeinf.metamodel import CACHE, MetaModel, choose_dtype, load_config
+from moeinf.metamodel import CACHE, MetaModel, choose_dtype, load_config, model_shape
+from moeinf.pull import pull
+from moeinf.store import Store
 
 
 def write_config(folder: Path, config: PreTrainedConfig | None = None, **fields: Any) -> Path:
@@ -151,6 +156,13 @@ def test_experts_per_token_may_differ_by_layer(tmp_path: Path) -> None:
     assert (probe.origin, list(probe.top_k.values())) == ("measured", [1, 3])
 
 
+def test_experts_per_token_are_looked_up_by_layer_where_only_the_configuration_has_them(tmp_path: Path) -> None:
+    meta = meta_model("hunyuan_v1_moe", tmp_path, moe_topk=[1, 3])
+    for module in meta.model.modules():
+        vars(module).pop("top_k", None)
+    assert list(meta._guess_probe().top_k.values()) == [1, 3]
+
+
 @pytest.mark.parametrize(
     "family", ["gpt_oss", "granitemoehybrid", "jamba", "minimax", "mixtral", "deepseek_v3", "zaya"]
 )
@@ -171,6 +183,14 @@ def test_the_kv_cache_of_full_attention_by_hand(tmp_path: Path) -> None:
     assert (probe.token_bytes, probe.fixed_bytes) == (2 * 2 * 2 * 8 * 2, 0)  # layers, k and v, heads, dimensions, bytes
 
 
+@pytest.mark.parametrize(("window", "is_full"), [(600, False), (4000, False), (100_000, True)])
+def test_a_window_is_known_for_one_up_to_a_length(window: int, is_full: bool, tmp_path: Path) -> None:
+    """A longer one is taken for full attention."""
+    small, probe = (meta_model("gpt_oss", tmp_path, sliding_window=size).probe() for size in (16, window))
+    assert probe.token_bytes == small.token_bytes * (2 if is_full else 1)
+    assert (probe.fixed_bytes > small.fixed_bytes) == (not is_full)
+
+
 def test_a_model_that_cannot_run_without_values_is_computed_from_its_configuration(tmp_path: Path) -> None:
     """Rotary embeddings of this kind look at the length of the text."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}
@@ -178,6 +198,33 @@ def test_a_model_that_cannot_run_without_values_is_computed_from_its_configurati
     probe = meta_model("phimoe", tmp_path, rope_parameters=rope).probe()
     assert (probe.origin, probe.token_bytes) == ("computed", 2 * 2 * 2 * 8 * 2)
     assert list(probe.top_k.values()) == [2, 2]
+
+
+def test_what_the_memory_ledger_is_told(home: Path, tmp_path: Path) -> None:
+    """Of heads that share keys and values, of embeddings that are the output layer's too, and of keys and values that
+    are made of latents, beside a dense layer wider than any expert.
+    """
+    found = {}
+    sizes: dict[str, dict[str, Any]] = {"qwen3_moe": {}, "ernie4_5_moe": {}, "deepseek_v3": {"intermediate_size": 112}}
+    for family, others in sizes.items():
+        make_checkpoint(family, tmp_path / family, **others)
+        model = pull(str(tmp_path / family), store=Store(home))
+        found[family] = model_shape(load_config(model.path).config, model.manifest)
+    table = VOCAB * 32 * 2
+    plain = ModelShape(32, 48, VOCAB, 0, 2, layers=3, head_bytes=table, lookup_bytes=table)
+    assert found == {
+        "qwen3_moe": plain,
+        "ernie4_5_moe": dataclasses.replace(plain, lookup_bytes=0),
+        "deepseek_v3": dataclasses.replace(
+            plain,
+            widest=112,
+            score_heads=4,
+            sharing=1,
+            expanded_bytes=4 * (8 + 8 + 8) * 2,
+            kept_layers=3,
+            has_plain_attention=False,
+        ),
+    }
 
 
 # Dtypes
@@ -247,6 +294,14 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path, family: str, name: st
         make_plan(tmp_path)
 
 
+def test_experts_that_are_there_one_by_one_and_together_are_refused(tmp_path: Path) -> None:
+    make_checkpoint("olmoe", tmp_path)
+    together = torch.zeros(EXPERTS, 32, 24, dtype=torch.bfloat16)
+    change_weights(tmp_path, add={"model.layers.1.mlp.experts.down_proj": together})
+    with pytest.raises(IntegrityError, match=r"layers\.1\.mlp\.experts\.down_proj twice, in different forms"):
+        make_plan(tmp_path)
+
+
 def test_tensors_that_nobody_needs_are_listed(tmp_path: Path) -> None:
     make_checkpoint("glm4_moe", tmp_path)
     unneeded = {
@@ -286,6 +341,7 @@ def test_families_that_cannot_work_are_refused_by_name(family: str, tmp_path: Pa
     with pytest.raises(UnsupportedError, match=family) as caught:
         make_plan(write_config(tmp_path, config))
     assert caught.value.exit_code == 7
+    assert ("encoder-decoder" in UNSUPPORTED[family]) == ("encoder-decoder" in str(caught.value))
 
 
 def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
@@ -320,6 +376,19 @@ def test_other_quantisations_are_refused_by_name(method: str | None, tmp_path: P
     assert caught.value.hint is not None
 
 
+def test_a_quantised_text_part_is_refused_too(tmp_path: Path) -> None:
+    text = make_config("qwen3_5_moe_text").to_dict() | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    with pytest.raises(UnsupportedError, match="quantised with awq"):
+        make_plan(write_config(tmp_path, Qwen3_5MoeConfig(text_config=text)))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_an_output_layer_that_is_the_embedding_table_too_is_not_to_be_packed(is_tied: bool, tmp_path: Path) -> None:
+    packable = meta_model("olmoe", tmp_path, hidden_size=256, tie_word_embeddings=is_tied).packable
+    assert ("lm_head.weight" in packable) == (not is_tied)
+    assert packable
+
+
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
@@ -337,12 +406,26 @@ def test_other_quantisations_are_refused_by_name(method: str | None, tmp_path: P
         ({"num_hidden_layers": "two"}, r"config\.json"),
         ({"hidden_act": "evil"}, r"config\.json"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}}, "quantization_config"),
+        ({"text_config": {"hidden_size": 10**12}}, "hidden_size = "),
+        ({"num_attention_heads": [4, 10**7]}, "num_attention_heads = 10000000"),
         ({"model_type": 3}, "no model_type"),
     ],
 )
 def test_configurations_that_cannot_be(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     with pytest.raises((IntegrityError, UnsupportedError), match=complaint):
         make_plan(write_config(tmp_path, make_config("olmoe"), **fields))
+
+
+def test_a_list_may_say_that_a_layer_has_nothing(tmp_path: Path) -> None:
+    loaded = load_config(write_config(tmp_path, make_config("olmoe"), shared_experts=[-1, 2]))
+    assert loaded.config.num_experts == EXPERTS
+
+
+def test_a_configuration_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = write_config(tmp_path) / "config.json"
+    os.truncate(path, 16_000_001)
+    with pytest.raises(IntegrityError, match="too large to be a configuration"):
+        make_plan(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '"text"', "{}", "\udc80"])

@@ -118,10 +118,12 @@ def test_without_cuda_a_gpu_is_refused_with_the_reason(monkeypatch: pytest.Monke
     assert find_device("cpu") is None
     with pytest.raises(UnsupportedError, match="--device cuda: this torch was built without CUDA"):
         find_device("cuda")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", no_driver)
-    with pytest.raises(UnsupportedError, match=r"--device cuda:1: Found no NVIDIA driver on your system\.$"):
-        find_device("cuda:1")
+    for name in ("cuda", "hip"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, name, "13.0")
+            with pytest.raises(UnsupportedError, match=r"--device cuda:1: Found no NVIDIA driver on your system\.$"):
+                find_device("cuda:1")
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,17 +138,21 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(monkeypatch: pyt
             find_device(name)
 
 
+@pytest.mark.parametrize("at", ["CudaDevice", "_compute_something"])
 def test_a_gpu_that_torch_cannot_use_is_left_alone_unless_it_was_asked_for(
-    tiny: str, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+    at: str, tiny: str, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cannot(index: int) -> None:
+    """Which shows when it is first named, or when it first computes."""
+
+    def cannot(_: object) -> None:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nPlease check")
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(moeinf.device, "CudaDevice", cannot)
+    monkeypatch.setattr(moeinf.device, "CudaDevice", lambda index: StandIn())
+    monkeypatch.setattr(moeinf.device, at, cannot)
     with pytest.raises(UnsupportedError, match="--device cuda: CUDA error: no kernel image is available for execution"):
         moeinf.load(tiny, device="cuda")
     with moeinf.load(tiny, kernels="torch") as engine:
@@ -256,7 +262,15 @@ def test_memory_that_runs_out_in_the_middle_costs_slots_and_not_the_answer(
         assert run(engine) == tokens
 
 
-@pytest.mark.parametrize("message", ["no memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no memory",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ],
+)
 def test_libraries_run_out_of_memory_in_words_of_their_own(
     message: str, tiny: str, device: StandIn, tokens: list[int]
 ) -> None:

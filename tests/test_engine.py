@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import transformers
 
 import moeinf
 from families import make_checkpoint
@@ -70,6 +72,20 @@ def test_stats_have_the_promised_keys(tiny: str) -> None:
         stats = engine.session().generate([5, 6, 7], moeinf.Sampling(max_tokens=3)).stats.to_dict()
     assert is_within(shape_of(STATS_OF_THE_CONTRACT), shape_of(stats))
     assert json.loads(json.dumps(stats)) == stats
+
+
+@pytest.mark.parametrize("shows_bars", [True, False])
+def test_transformers_is_as_talkative_afterwards_as_before(shows_bars: bool, tiny: str) -> None:
+    logs: Any = transformers.logging  # half of it is untyped
+    level, showed_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    try:
+        logs.set_verbosity_info()
+        (logs.enable_progress_bar if shows_bars else logs.disable_progress_bar)()
+        with moeinf.load(tiny):
+            assert (logs.get_verbosity(), logs.is_progress_bar_enabled()) == (logs.INFO, shows_bars)
+    finally:
+        logs.set_verbosity(level)
+        (logs.enable_progress_bar if showed_bars else logs.disable_progress_bar)()
 
 
 def test_no_expert_is_read_at_load(tiny: str) -> None:

@@ -95,11 +95,13 @@ def test_nothing_is_named_of_a_layer_that_never_ran_and_for_many_tokens(tiny: st
         modules = list(engine.experts_modules.values())
         for layer, module in enumerate(modules):
             module.register_forward_hook(lambda _, args, output, layer=layer: answers.append(gate.predict(layer)))
+        assert gate.predict(-1) == []
         engine.model(torch.tensor([[7]]))
         engine.model(torch.tensor([[7, 8]]))
         assert not any(answers)
         engine.model(torch.tensor([[7]]))
         assert answers[-2] != []
+        assert gate.predict(0) == []  # the token is behind the last layer
         assert all(module.moeinf[0] is engine.runtime for module in gate._experts)
         gate._right[1]._share, gate._right[1]._refused = 0.0, _RETRY_TOKENS - 1
         engine.model(torch.tensor([[7]]))
@@ -107,3 +109,27 @@ def test_nothing_is_named_of_a_layer_that_never_ran_and_for_many_tokens(tiny: st
         modules[0].register_forward_pre_hook(lambda *_: gate.forget())
         engine.model(torch.tensor([[7]]))
         assert (answers[-2], gate._right[1].is_enough) == ([], True)
+
+
+@pytest.mark.parametrize("family", ["flex_olmo", "zaya"])
+def test_before_the_first_layer_a_router_that_is_given_more_than_a_normed_state_is_not_asked(
+    family: str, home: Path, tmp_path: Path
+) -> None:
+    """In flex_olmo it is given a state without a norm, in zaya what the router before it found too. Later ones go by
+    what the layer before was given.
+    """
+    make_checkpoint(family, tmp_path)
+    pull(str(tmp_path), store=Store(home), name="model")
+    with moeinf.load("model", experts="100%", prefetch="off", kernels="torch") as engine, torch.inference_mode():
+        gate = GatePredictor(engine.model, engine.experts_modules)
+        named: dict[int, list[int]] = {}
+        for layer, module in enumerate(engine.experts_modules.values()):
+            module.register_forward_hook(
+                lambda _, args, output, layer=layer: named.update({layer: gate.predict(layer, lambda: output)})
+            )
+        engine.runtime.token_enters = lambda: named.update({-1: gate.predict(-1)})  # type: ignore[method-assign]
+        engine.model(torch.arange(5, 45)[None])
+        for token in range(60, 64):
+            engine.model(torch.tensor([[token]]))
+            assert named[-1] == []
+            assert named[0] != []

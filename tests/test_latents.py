@@ -17,6 +17,7 @@ import moeinf
 from families import make_checkpoint, make_model
 from moeinf import hooks
 from moeinf.generation import Sampling
+from moeinf.kernels import NativeLinear
 from moeinf.kernels.attention import NativeAttention
 from moeinf.kernels.dense import speed_up
 from moeinf.kernels.native import NativePool
@@ -157,6 +158,45 @@ def test_another_cache_and_none_are_the_familys(pool: NativePool) -> None:
     pair.go_on(pair.caches(), 7)
 
 
+def test_sequences_side_by_side_are_the_familys(pool: NativePool) -> None:
+    pair = Pair("deepseek_v2", pool)
+    alone, together = pair.caches(), pair.caches()
+    ids = torch.randint(4, 100, (2, 7), generator=pair.generator)
+    for caches, given in ((alone, ids[:1]), (together, ids), (together, ids)):
+        with torch.inference_mode():
+            theirs, ours = (
+                each(input_ids=given, use_cache=True, **{CACHE: cache}).logits
+                for each, cache in zip((pair.model, pair.twin), caches, strict=True)
+            )
+        assert torch.equal(ours, theirs)
+
+
+def test_latents_that_the_cache_does_not_hold_are_nobody_s(pool: NativePool) -> None:
+    pair = Pair("deepseek_v2", pool)
+    caches: Any = pair.caches()
+    pair.go_on(caches, 9)
+    native = next(module.expand_kv for module in pair.twin.modules() if hasattr(module, "expand_kv"))
+    native._cache, layer = caches[1], caches[1].layers[0]
+    assert native._find_layer(layer.keys) is layer
+    for latents in (layer.keys.clone(), layer.keys[:, :, :-1], layer.keys[:, :, 1:]):
+        assert native._find_layer(latents) is None
+
+
+def test_an_error_in_attention_leaves_no_cache_behind(pool: NativePool) -> None:
+    pair = Pair("deepseek_v2", pool)
+    caches = pair.caches()
+    pair.go_on(caches, 9)
+    attention = next(module for module in pair.twin.modules() if hasattr(module, "expand_kv"))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    attention.o_proj.forward = fail
+    with torch.inference_mode(), pytest.raises(MemoryError):
+        pair.twin(input_ids=torch.tensor([[5]]), use_cache=True, **{CACHE: caches[1]})
+    assert attention.expand_kv._cache is None
+
+
 @pytest.mark.parametrize("family", sorted(KEPT | OTHERS))
 def test_the_plan_has_room_for_the_whole_context(family: str, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path, **SIZES)
@@ -187,3 +227,24 @@ def test_nothing_is_kept_where_there_is_no_room_or_no_such_attention(pool: Nativ
     assert keep_expanded(make_model("deepseek_v2", **SIZES), 1 << 30) == 0  # torch may add otherwise
     is_kept = keep_expanded(twin("deepseek_v2", **{**SIZES, "kv_lora_rank": 1040}), 1 << 30) > 0
     assert is_kept == pool.adds_rows_alike(1040), "one row of so wide a matrix may be added up otherwise than many"
+
+
+def test_nothing_is_kept_of_attention_that_does_not_expand_alike(
+    pool: NativePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twin() -> PreTrainedModel:
+        model = make_model("deepseek_v2", **SIZES)
+        speed_up(model, pool)
+        return model
+
+    model: Any = twin()
+    assert keep_expanded(twin(), 1 << 30) > 0
+    for module in model.modules():
+        if hasattr(module, "expand_kv"):
+            expand = module.expand_kv
+            module.expand_kv = lambda latents, turned, expand=expand: [
+                states * latents.shape[2] for states in expand(latents, turned)
+            ]
+    assert keep_expanded(model, 1 << 30) == 0
+    monkeypatch.setattr(NativeLinear, "adds_rows_alike", False)
+    assert keep_expanded(twin(), 1 << 30) == 0

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count as count_from
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from moeinf.misses import Costs, MissChoice, Way, share
+from moeinf import misses
+from moeinf.misses import Costs, HostMisses, MissChoice, Way, share
 
 
 def random_costs(chance: random.Random) -> Costs:
@@ -162,3 +168,111 @@ def test_a_step_that_was_disturbed_moves_little() -> None:
     assert choice.costs.link_s == 2.0
     choice.copied(Way.LINK, 1.0)
     assert choice.costs.link_s == 1.5
+
+
+class Tier:
+    """Host memory that has the experts `here`, and a link that copies when the test says so."""
+
+    def __init__(self, *here: int) -> None:
+        self.cache = SimpleNamespace(is_resident=here.__contains__)
+        self.held: list[int] = []
+        self.copies, self.copying_s = 0, 0.0
+
+    def hold(self, key: int) -> int:
+        self.held.append(key)
+        return key
+
+    def let_go(self, key: int) -> None:
+        self.held.remove(key)
+
+    def copy(self, *seconds: float) -> None:
+        self.copies += len(seconds)
+        self.copying_s += sum(seconds)
+
+
+class Maths:
+    """Rows that say of which layer and expert they are."""
+
+    def __init__(self, layer: int, tier: Tier) -> None:
+        self.layer, self.tier = layer, tier
+
+    def rows(self, hidden: torch.Tensor, keys: list[int]) -> torch.Tensor:
+        assert self.tier.held == keys
+        return torch.tensor([[100 * self.layer + key] for key in keys])
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time goes on by a second whenever somebody asks for it."""
+    seconds = count_from(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(misses, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+        yield
+
+
+def make_misses(tier: Any, choice: MissChoice | None) -> HostMisses:
+    maths: Any = [Maths(layer, tier) for layer in range(2)]
+    return HostMisses(tier, maths, choice)
+
+
+HIDDEN = torch.zeros(1, 1)
+
+
+def test_what_the_router_prefers_least_is_computed_and_leased_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, choice = Tier(1, 2, 3, 4), MissChoice()
+    monkeypatch.setattr(choice, "on_host", lambda count: count // 2)
+    with make_misses(tier, choice).step(1, HIDDEN, [4, 5, 2, 1, 3]) as step:
+        assert step is not None
+        assert (step.keys, tier.held, step.behind) == ([1, 3], [1, 3], None)
+        assert step.rows().tolist() == [[101], [103]]
+        assert tier.held == []  # so that whoever waits for the others gets a slot
+    with make_misses(tier, choice).step(0, HIDDEN, [2, 1]) as step:
+        assert tier.held == [1]
+    assert tier.held == []
+
+
+def test_an_idle_link_should_bring_what_the_router_prefers_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, choice = Tier(1, 2, 3), MissChoice()
+    monkeypatch.setattr(choice, "on_host", lambda count: count)
+    for chosen, behind in ((choice, 3), (None, None)):
+        with make_misses(tier, chosen).step(0, HIDDEN, [3, 1]) as step:
+            assert step is not None
+            assert (step.keys, step.behind) == ([3, 1], behind)
+
+
+def test_what_nobody_has_in_host_memory_is_not_computed() -> None:
+    with make_misses(Tier(1), None).step(0, HIDDEN, [2, 3]) as step:
+        assert step is None
+
+
+def test_copies_count_for_the_way_in_which_they_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between steps the processor is idle; beside what it computes they share memory with it."""
+    tier, choice = Tier(1, 2), MissChoice()
+    on_host = 1
+    monkeypatch.setattr(choice, "on_host", lambda _: on_host)
+    lacking = make_misses(tier, choice)
+    tier.copy(0.5, 1.5)
+    with lacking.step(0, HIDDEN, [1, 2]):
+        tier.copy(4.0)
+    assert choice._link_s == {Way.LINK: 1.0, Way.BOTH: 4.0}
+    on_host = 2
+    with lacking.step(0, HIDDEN, [1, 2]):
+        tier.copy(2.0)
+    assert choice._link_s == {Way.LINK: 1.0, Way.BOTH: 3.0}
+    on_host = 0
+    with lacking.step(0, HIDDEN, [1, 2]):
+        tier.copy(0.5)
+    assert choice._link_s == {Way.LINK: 0.75, Way.BOTH: 3.0}
+
+
+@pytest.mark.usefixtures("ticking")
+def test_the_way_there_and_back_and_each_expert_are_timed() -> None:
+    """A second each, for the state, the rows of both experts, and what is sent back."""
+    choice = MissChoice()
+    choice.copied(Way.LINK, 1.0)
+    lacking = make_misses(Tier(1, 2), choice)
+    for _ in range(2):
+        with lacking.step(0, HIDDEN, [1, 2]) as step:
+            assert step is not None
+            step.rows()
+    assert choice.costs == Costs(1.0, 0.5, 1.0, 0.5, trip_s=2.0)

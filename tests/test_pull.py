@@ -265,6 +265,21 @@ def test_what_is_here_is_not_asked_for_again(fake: FakeHub, store: Store) -> Non
     assert plan_pull(SHARDED, store=store).is_stored
 
 
+def test_of_two_models_of_one_source_the_one_that_is_named_is_meant(checkpoints: dict[str, Path], store: Store) -> None:
+    first, second = (pull(str(checkpoints[SINGLE]), store=store, name=name) for name in ("first", "second"))
+    assert pull("second", store=store) == second
+    assert pull("second", store=store, force=True).name == "second"
+    assert store.open("first") == first
+
+
+def test_a_long_name_leaves_room_for_what_its_experts_are(
+    checkpoints: dict[str, Path], tmp_path: Path, store: Store
+) -> None:
+    folder = copy(checkpoints[SINGLE], tmp_path / ("x" * 96))
+    assert plan_pull(str(folder), store=store).name == "x" * 96
+    assert plan_pull(str(folder), store=store, experts="int8").name == "x" * 91 + "-int8"
+
+
 def test_force_pulls_again_from_the_same_place(fake: FakeHub, store: Store, whole: dict[str, bytes]) -> None:
     model = pull(SHARDED, store=store, name="mine")
     (model.path / "config.json").write_text("damaged")
@@ -460,6 +475,34 @@ def test_a_disk_that_is_too_small_is_seen_before_weights_are_fetched(
         pull(str(checkpoints[SINGLE]), store=store)
 
 
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 2), ({"dtype": "bfloat16"}, 1.5), ({"experts": "int8"}, 1.25), ({"experts": "int4"}, 1.125)],
+)
+def test_for_weights_without_an_index_as_much_room_is_asked_as_any_model_takes(
+    options: dict[str, Any], most: float, fake: FakeHub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be of four bytes each. What is downloaded already needs none."""
+    asked: list[float] = []
+
+    def ask(name: str, folder: Path, needed_bytes: int) -> None:
+        asked.append(needed_bytes)
+        raise EnoughError
+
+    size = len(fake.contents(SINGLE)["model.safetensors"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pull_module, "_require_room", ask)
+        with pytest.raises(EnoughError):
+            pull(SINGLE, store=store, **options)
+    interrupt(store, SINGLE, "download", 2, **options)
+    there = sum(path.stat().st_size for path in (store.models / ".incoming").glob("*/source/*"))
+    assert 0 < there < size
+    monkeypatch.setattr(pull_module, "_require_room", ask)
+    with pytest.raises(EnoughError):
+        pull(SINGLE, store=store, **options)
+    assert asked == [most * size, most * size - there]
+
+
 def test_room_is_asked_of_the_disk_where_models_are(
     checkpoints: dict[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,8 +522,8 @@ def test_what_is_written_already_needs_no_room_again(
     fake: FakeHub, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed_bytes = plan_pull(SHARDED, store=store).needed_bytes
-    interrupt(store, SHARDED, "shard", 14)
-    monkeypatch.setattr(pull_module, "_free_bytes", lambda _: needed_bytes * 9 // 10)
+    interrupt(store, SHARDED, "shard", 40)
+    monkeypatch.setattr(pull_module, "_free_bytes", lambda _: needed_bytes // 2)
     assert pull(SHARDED, store=store).name == "sharded-moe"
 
 
@@ -516,7 +559,9 @@ class EnoughError(Exception):
     """The test has seen enough of this pull."""
 
 
-def interrupt(store: Store, source: str, label: str, steps: int, error: type[BaseException] = EnoughError) -> None:
+def interrupt(
+    store: Store, source: str, label: str, steps: int, error: type[BaseException] = EnoughError, **options: Any
+) -> None:
     """A pull that ends with `error` at its `steps`th step of that kind."""
     count = itertools.count(1)
 
@@ -525,7 +570,7 @@ def interrupt(store: Store, source: str, label: str, steps: int, error: type[Bas
             raise error
 
     with pytest.raises(error):
-        pull(source, store=store, progress=Bars(stop))
+        pull(source, store=store, progress=Bars(stop), **options)
 
 
 @pytest.mark.parametrize("error", [EnoughError, KeyboardInterrupt])
@@ -567,6 +612,19 @@ def test_an_interrupted_pull_in_another_dtype_starts_afresh(checkpoints: dict[st
     assert "starts afresh" in said[0]
     assert model.manifest.dtype == "float16"
     assert store.verify(model.name) == []
+
+
+@pytest.mark.parametrize("others", ["int4", "lossless", None])
+def test_an_interrupted_pull_of_experts_in_another_form_starts_afresh(
+    others: str | None, checkpoints: dict[str, Path], store: Store
+) -> None:
+    source = str(checkpoints[SHARDED])
+    interrupt(store, source, "shard", 30, name="mine", experts="int8")
+    said: list[str] = []
+    model = pull(source, store=store, name="mine", experts=others, notify=said.append)
+    assert "starts afresh" in said[0]
+    assert store.verify("mine") == []
+    assert model.manifest.layout.quantization is None or model.manifest.layout.quantization.kind == others
 
 
 def test_an_interrupted_pull_of_a_folder_that_changed_starts_afresh(

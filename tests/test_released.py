@@ -125,6 +125,23 @@ def test_the_expanded_store_is_there_for_who_wants_it(checkpoint: Path, store: S
     assert "--force" in str(caught.value.hint)
 
 
+def test_an_interrupted_pull_of_packed_experts_is_not_continued_with_expanded_ones(
+    checkpoint: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("moeinf.sharding.Sharder.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pull(str(checkpoint), store=store, name="model")
+    said: list[str] = []
+    model = pull(str(checkpoint), store=store, name="model", experts="bf16", notify=said.append)
+    assert "starts afresh" in said[0]
+    assert model.manifest.layout.quantization is None
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_plans_count_packed_bytes(checkpoint: Path, store: Store) -> None:
     """Before anything is downloaded, and what a folder would be."""
     there = preview(str(checkpoint), store=store).manifest

@@ -153,6 +153,23 @@ def test_a_conversation_takes_its_room_back_as_it_grows(wide: str) -> None:
         assert runtime.cache.num_usable == plan.slots_at(21) > 20
 
 
+def test_conversations_side_by_side_each_take_their_room(wide: str) -> None:
+    with moeinf.load(wide, experts="20", context=256) as engine:
+        budget = str(engine.plan.total)
+    with moeinf.load(wide, context=256, host_memory=budget) as engine:
+        engine.generation_config.eos_token_id = None
+        lent: list[int] = []
+        lend = engine.runtime.lend
+        engine.runtime.lend = lambda count: (lent.append(count), lend(count))[1]  # type: ignore[method-assign,func-returns-value]
+        first, second = engine.session(), engine.session()
+        for session, held in ((first, 31), (second, 62), (first, 62)):
+            lent.clear()
+            session.generate(PROMPT[:20], GREEDY)
+            assert lent[2:] == sorted(lent[2:]), "behind the prompt no step gives room back"
+            assert engine.runtime.cache.num_usable == engine.plan.slots_at(held)
+        assert engine.plan.slots_at(62) < engine.plan.slots_at(31)
+
+
 def test_of_somebody_s_own_kv_cache_the_whole_room_is_left(wide: str) -> None:
     with moeinf.load(wide, experts="20", context=256) as engine:
         budget = str(engine.plan.total)
@@ -272,6 +289,23 @@ def test_ctrl_c_waits_until_nothing_is_half_done(wide: str, prefetch: str, monke
                 assert run(engine, PROMPT[:5]) == expected
                 engine.runtime._settle(())
                 assert sum(engine.runtime.cache._leases) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_kept_no_longer_than_a_step_whatever_came_of_it(wide: str) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise MemoryError
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with moeinf.load(wide, experts="8") as engine, torch.inference_mode():
+            engine.model(torch.tensor([PROMPT[:5]]))
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            engine.runtime._maths[1].expert = fail  # type: ignore[method-assign,assignment]
+            with pytest.raises(MemoryError):
+                engine.model(torch.tensor([PROMPT[:5]]))
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
 

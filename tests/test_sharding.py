@@ -133,6 +133,14 @@ def test_every_family_is_stored_as_transformers_loads_it(family: str, tmp_path: 
     check_against_transformers(folder, out, plan)
 
 
+def test_experts_from_the_tenth_on_have_their_numbers(tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "store"
+    make_checkpoint("olmoe", folder, num_experts=12)
+    plan = shard(folder, out)
+    assert plan.layers[0].num_experts == 12
+    check_against_transformers(folder, out, plan)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("family", ["bailing_hybrid", "deepseek_v4", "gpt_oss", "mixtral", "zaya"])
 def test_another_dtype_is_what_transformers_makes_of_it(family: str, dtype: str, tmp_path: Path) -> None:
@@ -246,12 +254,33 @@ def test_bands_of_any_number_of_rows_make_the_same(
     check_expanded(plan, tmp_path / "store", tensors, BLOCK, BLOCK)
 
 
-def test_one_scale_for_a_whole_tensor(float8_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weight", "scales"),
+    [((slice(None), slice(-BLOCK)), (slice(None), slice(-1))), ((slice(None),), (slice(-1),))],
+    ids=["columns", "scales"],
+)
+def test_float8_blocks_of_another_shape_are_named(
+    weight: tuple[slice, ...], scales: tuple[slice, ...], float8_folder: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        packed = to_float8_blocks(tensors, BLOCK, BLOCK)
+        cut = {name: packed[name][weight], f"{name}_scale_inv": packed[f"{name}_scale_inv"][scales]}
+        return packed | {each: tensor.contiguous() for each, tensor in cut.items()}
+
+    edit(float8_folder, change)
+    with pytest.raises(IntegrityError, match=f"{name} .*cannot be made of {name}"):
+        shard(float8_folder, tmp_path / "store")
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_one_scale_for_a_whole_tensor(shape: tuple[int, ...], float8_folder: Path, tmp_path: Path) -> None:
     edit_config(float8_folder, quantization_config={"quant_method": "fp8", "weight_block_size": None})
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         packed = to_float8_blocks(tensors, 1024, 1024)
-        return {n: t.reshape(()) if n.endswith("scale_inv") else t for n, t in packed.items()}
+        return {n: t.reshape(shape) if n.endswith("scale_inv") else t for n, t in packed.items()}
 
     tensors = edit(float8_folder, change)
     plan = shard(float8_folder, tmp_path / "store")
@@ -281,6 +310,14 @@ def test_numbers_without_their_scales_are_not_taken_for_weights(tmp_path: Path) 
     make_checkpoint("granitemoe", folder)
     edit(folder, lambda tensors: {n: t.to(torch.float8_e4m3fn) if t.dim() == 3 else t for n, t in tensors.items()})
     with pytest.raises(UnsupportedError, match="packed as F8_E4M3"):
+        shard(folder, tmp_path / "store")
+
+
+def test_dense_numbers_without_their_scales_are_not_taken_for_weights(tmp_path: Path) -> None:
+    folder, name = tmp_path / "model", "model.embed_tokens.weight"
+    make_checkpoint("olmoe", folder)
+    edit(folder, lambda tensors: {**tensors, name: tensors[name].to(torch.float8_e4m3fn)})
+    with pytest.raises(UnsupportedError, match=f"{name} is packed as F8_E4M3"):
         shard(folder, tmp_path / "store")
 
 
@@ -316,6 +353,30 @@ def test_files_may_come_in_any_order_and_go_as_soon_as_they_are_finished(tmp_pat
         sharder.finish()
     assert not list(folder.glob("*.safetensors"))
     assert contents(again) == expected
+
+
+def test_a_file_that_is_finished_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the disk would keep its bytes when it is removed."""
+    folder = sharded_folder(tmp_path)
+    checkpoint = Checkpoint.from_folder(folder)
+    plan = plan_conversion(checkpoint)
+    (tmp_path / "store").mkdir()
+    closed, close = set(), TensorFile.close
+
+    def note(file: TensorFile) -> None:
+        closed.add(file.path.name)
+        close(file)
+
+    monkeypatch.setattr(TensorFile, "close", note)
+    with Sharder(plan, FolderSink(tmp_path / "store")) as sharder:
+        sharder.add_file(folder / checkpoint.weight_files[-1])
+    assert closed == {checkpoint.weight_files[-1]}
+    closed.clear()
+    with Sharder(plan, FolderSink(tmp_path / "store")) as sharder:
+        for name in checkpoint.weight_files:
+            sharder.add_file(folder / name)
+            assert closed == set(sharder.finished_files())
+        sharder.finish()
 
 
 def test_nothing_is_finished_before_all_that_needs_it_is_written(tmp_path: Path) -> None:
@@ -394,6 +455,15 @@ def test_weights_of_the_wrong_shape(tmp_path: Path, family: str, name: str, comp
     with pytest.raises(IntegrityError, match=complaint) as caught:
         shard(folder, tmp_path / "store")
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(-1, None), (None, -1)])
+def test_a_dense_matrix_that_lacks_a_row_or_a_column(rows: int | None, columns: int | None, tmp_path: Path) -> None:
+    folder, name = tmp_path / "model", "model.embed_tokens.weight"
+    make_checkpoint("olmoe", folder)
+    edit(folder, lambda tensors: {**tensors, name: tensors[name][:rows, :columns]})
+    with pytest.raises(IntegrityError, match=rf"{name} \(shape \[128, 32\]\) cannot be made of"):
+        shard(folder, tmp_path / "store")
 
 
 def test_a_scalar_is_no_vector(tmp_path: Path) -> None:

@@ -254,6 +254,7 @@ def test_resolve_by_name_alias_hub_id_revision_and_folder(tmp_path: Path, monkey
     put(home, "one", make_manifest("mistralai/Mixtral-8x7B-v0.1"))
     put(home, "two", make_manifest("org/two@v1.0", "abcdef0" + "1" * 33))
     put(home, "three", make_manifest(str(folder), None))
+    put(home, "longer", make_manifest("org/two-longer"))
     store = Store(home)
     expected = {
         "one": ["one", "mixtral", "mistralai/Mixtral-8x7B-v0.1"],
@@ -332,6 +333,14 @@ def test_a_folder_without_a_manifest_is_no_model(tmp_path: Path) -> None:
     assert Store(tmp_path).names() == []
     with pytest.raises(IntegrityError, match="no whole model"):
         Store(tmp_path).resolve("mine")
+
+
+def test_files_are_neither_models_nor_unfinished(tmp_path: Path) -> None:
+    put(tmp_path)
+    store = Store(tmp_path)
+    for folder in (store.models, store.models / ".incoming"):
+        (folder / "stray").touch()
+    assert (store.names(), store.without_manifest(), store.unfinished()) == (["tiny"], [], [])
 
 
 def test_list_names_folders_that_are_no_models(line: CommandLine) -> None:
@@ -416,12 +425,17 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     (folder / "traces").mkdir()
     (folder / "traces" / "one.safetensors").write_text("learned")
+    (folder / "experts" / "traces").mkdir()
+    for stray in ("traces/one.safetensors", "moeinf.json"):
+        (folder / "experts" / stray).write_text("lost")
     assert {problem.path: problem.what for problem in store.verify("tiny")} == {
         expert_path(0, 1): "has other bytes than were written",
         expert_path(0, 2): "5 B (5 bytes) instead of 4352 bytes",
         expert_path(1, 0): "is missing",
         "config.json": "cannot be read: Is a directory",
         "notes.txt": "does not belong to the model",
+        "experts/traces/one.safetensors": "does not belong to the model",
+        "experts/moeinf.json": "does not belong to the model",
     }
 
 
@@ -443,6 +457,21 @@ def test_verify_counts_every_byte(tmp_path: Path) -> None:
     assert recorder.done == recorder.total == Store(tmp_path).open("tiny").manifest.stored_bytes
 
 
+def test_nobody_may_change_a_model_while_it_is_verified(tmp_path: Path) -> None:
+    class Changing:
+        @contextmanager
+        def task(self, label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Changing]:
+            with pytest.raises(MoeinfError, match="tiny is busy: this process is using it"):
+                Store(tmp_path).remove("tiny")
+            yield self
+
+        def advance(self, amount: int) -> None:
+            pass
+
+    put(tmp_path)
+    assert Store(tmp_path).verify("tiny", Changing()) == []
+
+
 def test_many_may_use_a_model_but_nobody_may_change_it_meanwhile(tmp_path: Path) -> None:
     put(tmp_path)
     store = Store(tmp_path)
@@ -457,6 +486,17 @@ def test_many_may_use_a_model_but_nobody_may_change_it_meanwhile(tmp_path: Path)
         process.kill()
         process.wait()
         store.remove("tiny")
+
+
+def test_a_model_that_somebody_is_putting_in_place_is_left_to_him(tmp_path: Path) -> None:
+    put(tmp_path)
+    new = make_manifest(commit="d" * 40)
+    with Store(tmp_path).incoming("tiny") as incoming:
+        incoming.begin(KEY)
+        fill(incoming, new)
+        assert Store(tmp_path).open("tiny").manifest.source.commit == "c" * 40
+        assert incoming.model.is_dir()
+    assert Store(tmp_path).open("tiny").manifest.source.commit == "d" * 40
 
 
 def test_a_busy_model_says_who_has_it(tmp_path: Path) -> None:
@@ -555,6 +595,30 @@ def test_a_model_that_may_not_be_looked_into_keeps_no_other_from_being_found(
     store = Store(tmp_path)
     assert store.names() == ["private", "tiny"]
     assert store.without_manifest() == []
+
+
+@pytest.mark.parametrize("closed", [".incoming", "half"])
+def test_a_pull_that_may_not_be_looked_into_keeps_no_model_from_being_found(
+    closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path)
+    stop_after(tmp_path, 1, name="half")
+    stat, listdir = os.stat, os.listdir
+
+    def as_guest(function: Callable[..., Any]) -> Callable[..., Any]:
+        def refusing(path: Any, **how: Any) -> Any:
+            if closed in Path(path, "x" if function is listdir else "").parts[:-1]:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, **how)
+
+        return refusing
+
+    monkeypatch.setattr(os, "stat", as_guest(stat))
+    monkeypatch.setattr(os, "listdir", as_guest(listdir))
+    store = Store(tmp_path)
+    assert store.names() == ["tiny"]
+    with store.hold("tiny"):
+        pass
 
 
 def test_a_disk_that_is_read_only_or_full_is_told_apart(tmp_path: Path) -> None:
@@ -665,6 +729,45 @@ def test_whatever_operation_fails_a_removed_model_is_whole_or_gone(for_ever: boo
     assert number > 5
 
 
+class NotingDisk(FileSystem):
+    """A disk that notes what becomes of the names in a folder, in order, and whether that is durable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        if source.parent == self.folder:
+            self.notes.append(f"{source.name} goes")
+        elif target.parent == self.folder:
+            self.notes.append(f"{target.name} comes")
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        if path == self.folder:
+            self.notes.append("durable")
+
+    def remove_tree(self, path: Path) -> None:
+        if path.parent in (self.folder / ".trash", self.folder / ".incoming"):
+            self.notes.append(f"{path.parent.name} is emptied")
+        super().remove_tree(path)
+
+
+def test_models_come_and_go_for_good_before_anything_is_deleted(tmp_path: Path) -> None:
+    """Or a power failure could bring a model back of which files are gone."""
+    put(tmp_path)
+    disk = NotingDisk(tmp_path / "models")
+    put(tmp_path, disk=disk)
+    begun = disk.notes.index("tiny goes")
+    assert disk.notes[begun:] == [
+        "tiny goes", "durable", "tiny comes", "durable", ".incoming is emptied", ".trash is emptied",
+    ]  # fmt: skip
+    disk.notes.clear()
+    Store(tmp_path, disk=disk).remove("tiny")
+    assert disk.notes == ["tiny goes", "durable", ".trash is emptied"]
+
+
 def test_what_was_learned_about_a_model_survives_its_replacement(tmp_path: Path) -> None:
     put(tmp_path)
     traces = tmp_path / "models" / "tiny" / "traces"
@@ -719,6 +822,17 @@ def test_an_unfinished_pull_of_something_else_is_started_afresh(tmp_path: Path) 
         assert not incoming.begin({**KEY, "commit": "d" * 40})
         assert not incoming.is_done(expert_path(0, 0))
         assert tree(incoming.model) == {}
+
+
+def test_a_pull_that_was_published_is_put_in_place_before_the_next_one_begins(tmp_path: Path) -> None:
+    """As if nobody had looked into the store after a crash."""
+    put(tmp_path)
+    models = tmp_path / "models"
+    (models / ".incoming" / "tiny").mkdir()
+    (models / "tiny").rename(models / ".incoming" / "tiny" / "model")
+    with Store(tmp_path).incoming("tiny") as incoming:
+        assert not incoming.begin({**KEY, "commit": "d" * 40})
+    assert Store(tmp_path).open("tiny").manifest.source.commit == "c" * 40
 
 
 def test_an_unfinished_pull_can_be_removed(tmp_path: Path) -> None:
