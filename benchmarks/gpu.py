@@ -90,7 +90,6 @@ import importlib.metadata, json, sys
 import torch
 if not torch.cuda.is_available():
     sys.exit("there is no GPU that torch can use")
-from moeinf.settings import tune_libraries
 from moeinf.shared_library import NotNativeError, load_library
 try:
     import triton
