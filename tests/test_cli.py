@@ -726,6 +726,25 @@ def test_a_run_that_was_started_to_ignore_interrupts_does(engine: FakeEngine, st
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("end", ["return 3", "raise SystemExit(3)"])
+def test_pythons_collector_leaves_what_libraries_made_alone(end: str) -> None:
+    code = f"""
+import gc, sys
+from moeinf import __main__, cli
+def run():
+    print(gc.get_threshold()[0] >= 100_000, gc.isenabled(), gc.get_freeze_count())
+    {end}
+cli.main = run
+try:
+    code = __main__.main()
+except SystemExit as left:
+    code = left.code
+print(code, gc.get_freeze_count() > 1_000)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["True True 0", "3 True"]
+
+
 def test_a_terminated_run_leaves_with_143(engine: FakeEngine, stored: CommandLine) -> None:
     engine.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
     stored.check("""
