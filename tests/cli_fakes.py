@@ -90,7 +90,7 @@ class FakeEngine:
         self.save_error = save_error
         self.tokenizer = tokenizer or make_byte_tokenizer()
         self.plan = MemoryPlan(
-            budget=0, dense=0, kv_cache=0, workspace=0, slots=slots, slot_bytes=0, all_experts=5, token_experts=4,
+            budget=slots, dense=0, kv_cache=0, workspace=0, slots=slots, slot_bytes=1, all_experts=5, token_experts=4,
             context=context, token_workspace=0,
         )  # fmt: skip
         self.manifest = SimpleNamespace(max_context=max_context)

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeinf.errors import IntegrityError
-from moeinf.kernels import dense
+from moeinf.kernels import dense, expands_for_a_token
 from moeinf.kernels.dense import compute_packed, speed_up
 from moeinf.kernels.native import LinearLayer, NativePool
 from moeinf.kernels.orders import MOST_ROWS
 from moeinf.kernels.packed import LosslessLinear
 from moeinf.lossless import pack
+from moeinf.manifest import ExpertLayout, TensorSpec
 from test_native import LIBRARY, TORCH_S, VARIANTS
 
 pytestmark = [
@@ -299,6 +300,22 @@ def test_packed_layers_that_come_out_otherwise_are_unpacked(pool: NativePool, mo
     x = torch.randn(1, 1, 64).bfloat16()
     with torch.inference_mode():
         assert torch.equal(packed(x), layer(x))
+
+
+@pytest.mark.skipif(TORCH_S is None, reason="torch may add in another order on such a processor")
+def test_what_was_unpacked_is_given_back_where_a_token_needs_none() -> None:
+    layer, packed = make_packed(256, 96, False)
+    plain = ExpertLayout(4096, (TensorSpec("down_proj", "BF16", (96, 256), 0),))
+    assert expands_for_a_token(packed, [], plain)
+    pool = NativePool(2, TORCH_S, LIBRARY)
+    compute_packed(packed, pool)
+    assert not expands_for_a_token(packed, [], plain)
+    for _ in range(2):
+        assert torch.equal(pool.unpack(packed.panels, packed.uppers), layer.weight)
+        assert pool._scratch.numel() == 256 * 96
+        pool.forget()
+        assert pool._scratch.numel() == 0
+    pool.close()
 
 
 def test_a_weight_of_another_layer_is_refused() -> None:

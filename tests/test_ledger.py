@@ -111,7 +111,7 @@ def test_the_budget_that_is_named_would_do(budget: str, options: dict[str, int |
 def test_a_long_step_borrows_from_slots_what_the_budget_cannot_spare() -> None:
     roomy = plan(8000 * MIB, experts="100")
     assert roomy.lent_slots(2048, 2048) == 0
-    tight = dataclasses.replace(plan(8000 * MIB, host_memory="1GiB"), kv_token=0)
+    tight = dataclasses.replace(plan(8000 * MIB, host_memory="1GiB"), token_room=0, prompt_room=0)
     assert tight.lent_slots(tight.step_tokens, 100) == 0
     for tokens in (128, 1024, 2048):
         lent = tight.lent_slots(tokens, tokens) * tight.slot_bytes
@@ -123,29 +123,56 @@ def test_a_long_step_borrows_from_slots_what_the_budget_cannot_spare() -> None:
 
 def test_experts_have_the_room_of_tokens_that_are_yet_to_come() -> None:
     made = plan(8000 * MIB, host_memory="1GiB", context=8192)
-    assert made.kv_token == make_manifest().kv_token_bytes
-    room = made.kv_cache // made.slot_bytes
-    assert room - 2 <= made.most_slots - made.slots <= room
+    cached = make_manifest().kv_token_bytes
+    assert made.token_room == cached + SHAPE.sharing * cached // 16, (
+        "one layer's is repeated for the heads that share it"
+    )
     assert made.slots_at(0) == made.most_slots
-    assert made.slots_at(made.context) == made.slots
-    for held in range(0, made.context, 100):
+    assert made.slots == made.most_slots - made.lent_slots(2, made.context) < made.last_slots
+    unlent = made.total - made.experts - made.context * made.token_room - made.prompt_room
+    tightest = made.budget
+    for held in range(0, made.context + 1, 64):
         rows = min(held + 128, made.context)  # those of one head lie together, and count by the page
-        touched = made.dense + made.workspace + rows * made.kv_token
-        assert touched + made.slots_at(held) * made.slot_bytes <= made.budget
-        assert made.slots <= made.slots_at(held + 1) <= made.slots_at(held)
-        longer = made.lent_slots(2048, held) * made.slot_bytes
-        touched += (2048 - made.step_tokens) * made.token_workspace
-        assert touched + made.most_slots * made.slot_bytes - longer <= made.budget
+        for tokens in (1, 2, 64, 128, 2048):
+            touched = unlent + rows * made.token_room + (made.prompt_room if tokens > 1 else 0)
+            touched += max(0, tokens - made.step_tokens) * made.token_workspace
+            left = made.budget - touched - (made.most_slots - made.lent_slots(tokens, held)) * made.slot_bytes
+            assert left >= 0
+            tightest = min(tightest, left)
+        assert made.last_slots <= made.slots_at(held + 1) <= made.slots_at(held)
+    assert tightest < made.slot_bytes // 16, "and no more is lent than is needed"
 
 
 def test_experts_have_no_room_that_is_not_theirs() -> None:
-    in_steps = dataclasses.replace(SHAPE, grows_in_place=False)
-    plans = [
-        make_plan(make_manifest(), in_steps, available_bytes=8000 * MIB, host_memory="1GiB"),
-        plan(8000 * MIB, host_memory="1GiB", experts="100"),
-        plan(8000 * MIB),
-    ]
-    assert [made.most_slots - made.slots for made in plans] == [0, 0, 0]
+    anew = make_plan(
+        make_manifest(),
+        dataclasses.replace(SHAPE, grows_in_place=False),
+        available_bytes=8000 * MIB,
+        host_memory="1GiB",
+    )
+    assert anew.most_slots == anew.last_slots > anew.slots, "between prompts alone, when tokens come to another cache"
+    for made in (plan(8000 * MIB, host_memory="1GiB", experts="100"), plan(8000 * MIB)):
+        assert made.most_slots == made.slots
+
+
+@pytest.mark.parametrize(
+    ("takes_tokens", "widening", "room"), [(False, 1, 0), (True, 1, 64 * MIB), (True, 2, 0)], ids=["torch", "", "wide"]
+)
+def test_experts_have_the_room_of_weights_that_only_prompts_unpack(
+    takes_tokens: bool, widening: int, room: int
+) -> None:
+    def prompt_room(manifest: Manifest) -> int:
+        return make_plan(
+            manifest,
+            SHAPE,
+            available_bytes=8000 * MIB,
+            libraries=Libraries(takes_tokens=takes_tokens),
+            widening=widening,
+        ).prompt_room
+
+    manifest = make_manifest()
+    packed = dataclasses.replace(manifest, packed_dense={"lm_head": (32768, 1024)})
+    assert prompt_room(packed) - prompt_room(manifest) == room
 
 
 def test_options_are_kept() -> None:
@@ -318,7 +345,7 @@ def test_libraries_take_less_where_they_keep_few_programs_and_beside_a_narrow_mo
         **fields: Any,
     ) -> int:
         shape = dataclasses.replace(SHAPE, hidden=hidden, widest=2 * hidden, vocabulary=0, **fields)
-        libraries = Libraries(programs, takes_prompts, threads, has_tiles, compiles)
+        libraries = Libraries(programs, takes_prompts, takes_prompts, threads, has_tiles, compiles)
         made = make_plan(make_manifest(), shape, available_bytes=8 * GIB, experts="8", context=512, libraries=libraries)
         return made.workspace - made.step_tokens * made.token_workspace
 

@@ -19,7 +19,7 @@ from moeinf import lossless
 from moeinf.errors import IntegrityError, MoeinfError, UnpackableError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
 from moeinf.fused import write_fused
-from moeinf.kernels import ExpertMaths, Tensors, is_native_exactly
+from moeinf.kernels import ExpertMaths, Tensors, expands_for_a_token, is_native_exactly
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
 from moeinf.kernels.orders import OWN, Order
 from moeinf.lossless import LosslessPacker, pack, read_expert, unpack
@@ -485,6 +485,18 @@ def test_damaged_uppers_do_no_harm(pool: NativePool) -> None:
         if pool.adds_as_torch_does:
             pool.multiply(torch.ones(3, width, dtype=torch.bfloat16), panels, damaged)
             pool.multiply(torch.ones(1, width, dtype=torch.bfloat16), panels, damaged)
+
+
+def test_torch_has_experts_expanded_for_each_token() -> None:
+    module = Experts(**KINDS["silu"])
+    plain = make_layout(module, 64, 48, torch.bfloat16)
+    layout = LosslessPacker(plain, False).layout
+    pool = NativePool(2, path=LIBRARY)
+    native, expanding = NativeMaths(module, layout, pool), ExpandingMaths(module, layout, pool)
+    assert not expands_for_a_token(module, [native, native], layout)
+    assert expands_for_a_token(module, [native, expanding], layout)
+    assert not expands_for_a_token(module, [native, ExpandingMaths(module, plain, pool)], plain)
+    pool.close()
 
 
 def test_random_experts_are_whole_ones() -> None:

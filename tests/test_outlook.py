@@ -102,10 +102,10 @@ def test_the_sentence_says_what_fits_for_a_while() -> None:
     some = make_plan(manifest, shape, available_bytes=1 << 40, host_memory="1500MiB", context=16384)
     most = f"{some.most_slots} of 1,024 experts .* fit in memory, and the others come from the disk"
     assert re.search(most, reason(some.budget))
-    few = some.total - (some.slots - 100) * some.slot_bytes
-    too_few = r"1[3-9]\d of .* fit in memory until the context is full, and then 100, fewer than the 128 that one token"
+    few = some.total - (some.last_slots - 100) * some.slot_bytes
+    too_few = r"2\d\d of .* fit in memory until the context is full, and then 100, fewer than the 128 that one token"
     assert re.search(too_few, reason(few))
-    nearly_all = some.total + (1000 - some.slots) * some.slot_bytes
+    nearly_all = some.total + (1000 - some.last_slots) * some.slot_bytes
     assert reason(nearly_all).endswith("all 1,024 experts fit in memory until the context is full, and then 1,000")
 
 

@@ -144,13 +144,28 @@ def test_a_conversation_takes_its_room_back_as_it_grows(wide: str) -> None:
             assert in_use[-1] == runtime.cache.num_free + runtime.cache.num_resident <= plan.slots_at(len(said) - 1)
             runtime.cache.check_integrity()
         assert in_use == sorted(in_use, reverse=True)
-        assert (in_use[0], in_use[-1]) == (plan.slots_at(59), 20)
+        assert (in_use[0], in_use[-1]) == (plan.slots_at(59), plan.last_slots)
         assert tuple(said[20:32]) == expected
         session.generate(said[:10], GREEDY)  # what was cut off may be held still
-        assert runtime.cache.num_usable == 20
+        assert runtime.cache.num_usable == plan.last_slots
         session.clear()
         session.generate(said[:10], GREEDY)
-        assert runtime.cache.num_usable == plan.slots_at(21) > 20
+        assert runtime.cache.num_usable == plan.slots_at(21) > plan.last_slots
+
+
+def test_a_prompt_takes_back_what_experts_have_between_prompts(wide: str) -> None:
+    with moeinf.load(wide, experts="20", context=256) as engine:
+        budget = str(engine.plan.total)
+    with moeinf.load(wide, context=256, host_memory=budget) as engine, torch.inference_mode():
+        runtime, seen, forgotten = engine.runtime, [], []
+        runtime.observer = lambda _layer, hidden, *_: seen.append((len(hidden), runtime.cache.num_usable))
+        runtime._maths[0].forget = lambda: forgotten.append(runtime.cache.num_usable)  # type: ignore[method-assign]
+        for tokens in (60, 1, 2):
+            engine.model(torch.tensor([PROMPT[:tokens]]))
+            assert runtime.cache.num_usable == engine.plan.most_slots > 40
+        last = engine.plan.last_slots  # how much of the context another's cache holds nobody knows
+        assert seen == [(60, 20)] * 3 + [(1, last)] * 3 + [(2, 20)] * 3
+        assert forgotten == [20, last, 20], "before slots have the memory again"
 
 
 def test_conversations_side_by_side_each_take_their_room(wide: str) -> None:

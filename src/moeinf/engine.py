@@ -35,7 +35,7 @@ from .dtypes import TORCH_DTYPES
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .gate import GatePredictor, first_decoder_layer
 from .generation import Session
-from .kernels import choose_device_maths, choose_maths, speed_up_dense
+from .kernels import choose_device_maths, choose_maths, expands_for_a_token, speed_up_dense
 from .kvcache import continues
 from .latents import keep_expanded
 from .ledger import MemoryPlan, can_cache_files
@@ -387,6 +387,10 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         if not options.compiles:
             hooks.attend(model, speed_up_dense(model, maths))
         keep_expanded(model, plan.expanded)
+        if expands_for_a_token(model, maths, manifest.layout):
+            plan = dataclasses.replace(plan, prompt_room=0)
+        for layer_maths in maths:
+            layer_maths.forget()
     runtime = ExpertRuntime(
         manifest,
         maths,

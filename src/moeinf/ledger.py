@@ -121,11 +121,12 @@ class ModelShape:
 @dataclass(frozen=True, slots=True)
 class Libraries:
     """What the memory that libraries take depends on beside the model: so many `programs` of matrix products are kept
-    at most, the native library `takes_prompts`, or torch computes their experts, so many `threads` compute, torch
-    `has_tiles` to multiply by, and it `compiles` layers.
+    at most, the native library `takes_tokens` one by one, and `takes_prompts`, or torch computes their experts, so many
+    `threads` compute, torch `has_tiles` to multiply by, and it `compiles` layers.
     """
 
     programs: int = MANY_PROGRAMS
+    takes_tokens: bool = False
     takes_prompts: bool = False
     threads: int = 1
     has_tiles: bool = False
@@ -159,8 +160,9 @@ class MemoryPlan:
 
     `workspace` serves steps of up to `step_tokens` tokens; each token more takes `token_workspace`, which slots lend. A
     GPU's slots lend nothing. `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds
-    nothing twice. `expanded` is the part of `kv_cache` for keys and values that were made of latents. Each token of the
-    conversation takes `kv_token` of the KV cache; until it comes, experts may have that room. 0: they may not.
+    nothing twice. `expanded` is the part of `kv_cache` for keys and values that were made of latents. Experts may have
+    what is needed at times alone: `token_room` for each token of the conversation, until it comes, and `prompt_room`,
+    the part of `workspace` that steps of several tokens take. 0: they may not.
     """
 
     budget: int
@@ -176,7 +178,8 @@ class MemoryPlan:
     step_tokens: int = _STEP_TOKENS
     host: HostPlan | None = None
     expanded: int = 0
-    kv_token: int = 0
+    token_room: int = 0
+    prompt_room: int = 0
     libraries: Libraries = Libraries()
 
     @property
@@ -185,8 +188,15 @@ class MemoryPlan:
 
     @property
     def most_slots(self) -> int:
-        """Slots before the conversation begins, those included that are in the KV cache's room."""
-        return min(self.all_experts, self.slots + self._unheld(0) // self.slot_bytes)
+        """Slots before the conversation begins, those included that have room which is needed at times alone."""
+        room = self._room(1, 0)
+        spare = self.budget - self.total if room else 0
+        return min(self.all_experts, self.slots + (spare + room) // self.slot_bytes)
+
+    @property
+    def last_slots(self) -> int:
+        """Slots that a token has when the context is full."""
+        return self.slots_at(self.context)
 
     @property
     def total(self) -> int:
@@ -200,30 +210,31 @@ class MemoryPlan:
 
     def lent_slots(self, tokens: int, held: int) -> int:
         """Of `most_slots`, those that have to lend their memory to a step of `tokens` tokens, behind which the KV cache
-        holds `held`: past what the budget has to spare, and what is set aside for tokens to come.
+        holds `held`: past what the budget has to spare, and what is set aside and not needed yet.
         """
         if self.host is not None:
             return 0
         needed = max(0, tokens - self.step_tokens) * self.token_workspace
         needed += (self.most_slots - self.slots) * self.slot_bytes
-        needed -= self.budget - self.total + self._unheld(held)
+        needed -= self.budget - self.total + self._room(tokens, held)
         return -(-max(0, needed) // self.slot_bytes)
 
     def slots_at(self, held: int) -> int:
         """Slots that a token has when the KV cache holds `held`."""
         return self.most_slots - self.lent_slots(1, held)
 
-    def _unheld(self, held: int) -> int:
-        """Bytes that are set aside for tokens to come when the KV cache holds `held`."""
-        return max(0, self.context - held - _TOUCHED_TOKENS) * self.kv_token
+    def _room(self, tokens: int, held: int) -> int:
+        """Bytes that are set aside, and not needed by a step of `tokens`, behind which the KV cache holds `held`."""
+        unheld = max(0, self.context - held - _TOUCHED_TOKENS) * self.token_room
+        return unheld + (self.prompt_room if tokens == 1 else 0)
 
     def prefill_tokens(self, lendable_slots: int, held: int) -> int:
         """How many tokens of a prompt go through the model at once, when so many slots can be lent, beside those that
-        the KV cache takes when it holds `held`, all of the prompt.
+        any prompt takes behind which the KV cache holds `held`, all of it.
         """
         if self.host is not None:
             return self.step_tokens
-        most = self.lent_slots(1, held) + lendable_slots
+        most = self.lent_slots(self.step_tokens, held) + lendable_slots
         fitting = (tokens for tokens in _PREFILL_TOKENS if self.lent_slots(tokens, held) <= most)
         return next(fitting, self.step_tokens)
 
@@ -247,7 +258,7 @@ class MemoryPlan:
     @property
     def thrashes(self) -> bool:
         """Whether the slots hold less than one token asks for, so that each expert is evicted before it comes back."""
-        return self.thrashes_with(self.slots)
+        return self.thrashes_with(self.last_slots)
 
     def thrashes_with(self, slots: int) -> bool:
         """The same of so many slots."""
@@ -273,6 +284,8 @@ def make_plan(
     """
     budget = _budget(host_memory, available_bytes)
     kv_token = widening * manifest.kv_token_bytes + shape.kept_bytes
+    lends = experts is None
+    unpacked = _unpacked_bytes(manifest) if libraries.takes_tokens and widening == 1 else 0
 
     def plan(tokens: int) -> MemoryPlan:
         token_workspace = _token_workspace(manifest, shape, tokens)
@@ -281,7 +294,8 @@ def make_plan(
             dense=widening * manifest.dense_bytes,
             kv_cache=widening * manifest.kv_fixed_bytes + tokens * kv_token,
             expanded=tokens * shape.kept_bytes,
-            kv_token=kv_token if shape.grows_in_place and experts is None else 0,
+            token_room=kv_token + _repeated_bytes(manifest, shape, widening) if lends and shape.grows_in_place else 0,
+            prompt_room=unpacked + (_STEP_TOKENS - 1) * token_workspace if lends else 0,
             workspace=_library_bytes(manifest, shape, libraries)
             + _base_workspace(manifest, shape, tokens, widening, _COPIES_KEPT if shape.kept_layers else _COPIES_ANEW)
             + _STEP_TOKENS * token_workspace,
@@ -509,16 +523,24 @@ def _library_bytes(manifest: Manifest, shape: ModelShape, libraries: Libraries) 
 
 def _base_workspace(manifest: Manifest, shape: ModelShape, context: int, widening: int, copies: int) -> int:
     """Bytes that any step takes beside what libraries do: one layer's KV cache repeated for heads that share it, or so
-    many `copies` of what a layer makes of it, the spare room of sliding windows, logits, and a weight of a packed
-    expert, or as much of a dense one, expanded, or of any, widened.
+    many `copies` of what a layer makes of it, the spare room of sliding windows, logits, and a weight unpacked, or any
+    of an expert, widened.
     """
-    repeated = shape.sharing * widening * context * manifest.kv_token_bytes // len(manifest.layers)
-    repeated += copies * context * shape.expanded_bytes
+    repeated = context * (_repeated_bytes(manifest, shape, widening) + copies * shape.expanded_bytes)
     spare = manifest.kv_fixed_bytes // SPARE_WINDOW
+    return repeated + spare + shape.vocabulary * 4 * 6 + _unpacked_bytes(manifest) + _wide_bytes(manifest, widening)
+
+
+def _repeated_bytes(manifest: Manifest, shape: ModelShape, widening: int) -> int:
+    """Bytes of a token's keys and values in one layer, once for each head."""
+    return shape.sharing * widening * manifest.kv_token_bytes // len(manifest.layers)
+
+
+def _unpacked_bytes(manifest: Manifest) -> int:
+    """Bytes of the largest weight of a packed expert, expanded, or of as much of a dense one as is at a time."""
     dense = (2 * rows * width for rows, width in manifest.packed_dense.values())
-    unpacked = max((size if size <= WHOLE_BYTES else BAND_BYTES for size in dense), default=0)
-    expanded = max(manifest.layout.expanded_bytes, unpacked) + _wide_bytes(manifest, widening)
-    return repeated + spare + shape.vocabulary * 4 * 6 + expanded
+    unpacked = (size if size <= WHOLE_BYTES else BAND_BYTES for size in dense)
+    return max(manifest.layout.expanded_bytes, *unpacked, 0)
 
 
 def _wide_bytes(manifest: Manifest, widening: int) -> int:

@@ -160,12 +160,12 @@ def _reason(situation: Situation, plan: MemoryPlan, forecast: Forecast) -> str:
         return f"{speed}: all {plan.all_experts:,} experts fit in {memory}"
     slots = plan.most_slots
     if slots == plan.all_experts:
-        return f"{speed}: all {slots:,} experts fit in {memory} until the context is full, and then {plan.slots:,}"
+        return f"{speed}: all {slots:,} experts fit in {memory} until the context is full, and then {plan.last_slots:,}"
     fitting = f"{slots:,} of {plan.all_experts:,} experts ({slots / plan.all_experts:.0%}) fit in {memory}"
     if situation.reads_files:
         return f"{speed}: {fitting}, and the system's page cache has room for the files of the others"
     if plan.thrashes:
-        later = f" until the context is full, and then {plan.slots:,}" if slots > plan.slots else ""
+        later = f" until the context is full, and then {plan.last_slots:,}" if slots > plan.last_slots else ""
         return f"{speed}: {fitting}{later}, fewer than the {plan.token_experts:,} that one token asks for"
     if plan.host is not None:
         others = "and the others come from host memory"

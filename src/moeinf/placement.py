@@ -87,6 +87,7 @@ def place(manifest: Manifest, shape: ModelShape, options: EngineOptions, *, is_w
         held, shape = manifest.unpacked, dataclasses.replace(shape, kept_layers=0)
     libraries = Libraries(
         programs and kept_programs(programs),
+        is_native,
         is_native and takes_long_prompts(options.kernels, manifest.layout) and not _lies_across(manifest, shape),
         options.threads or torch.get_num_threads(),
         has_tiles=_TILES in processor_features(),

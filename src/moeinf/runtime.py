@@ -191,6 +191,9 @@ class ExpertRuntime:
                 self._pool.release(slot)
             self._lent += slots
         else:
+            for maths in self._maths:
+                maths.forget()
+            return_free_memory()
             self.cache.give_back(self._lent[count:])
             del self._lent[count:]
         self._fit(self.cache.num_usable)

@@ -89,9 +89,10 @@ def open_engine(
     with engine:
         plan = engine.plan
         if plan.thrashes:
+            asked = plan.token_experts
             output.warn(
-                f"{plan.slots} experts fit and one token asks for {plan.token_experts}: hardly any is found in memory"
-                f" (--experts {plan.token_experts} would help)"
+                f"{plan.last_slots} experts fit and one token asks for {asked}: hardly any is found in memory"
+                f" (--experts {asked} would help)"
             )
         told = len(engine.notes)
         for note in engine.notes:
@@ -110,8 +111,8 @@ def describe_plan(plan: MemoryPlan) -> str:
     if plan.regime == "resident":
         return f"all {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
     held = f"{plan.most_slots:,} of {plan.all_experts:,} experts in {'GPU ' if plan.host else ''}memory"
-    if plan.most_slots > plan.slots:
-        held += f" ({plan.slots:,} when the context is full)"
+    if plan.most_slots > plan.last_slots:
+        held += f" ({plan.last_slots:,} when the context is full)"
     if plan.regime == "host-cached":
         return f"{held}, and all of them in host memory"
     behind = f", {plan.host.slots:,} in host memory" if plan.host else ""

@@ -165,8 +165,11 @@ def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]
     token = cache // plan.context if plan.context else 0
     longer = "borrow slots" if plan.host is None else "go in pieces"
     tokens = f"{plan.context:,} tokens of {format_bytes(token)}"
-    if plan.most_slots > plan.slots:
-        tokens += f"; until they come, {plan.most_slots - plan.slots:,} more experts"
+    if plan.most_slots > plan.last_slots:
+        tokens += f"; until they come, {plan.most_slots - plan.last_slots:,} more experts"
+    steps = f"steps of {plan.step_tokens} tokens; longer ones {longer}"
+    if plan.last_slots > plan.slots:
+        steps += f"; between prompts, {plan.last_slots - plan.slots:,} more experts"
     rows = [
         (
             "MEMORY" if plan.host is None else "MEMORY OF THE GPU",
@@ -176,7 +179,7 @@ def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]
         ("  dense weights", format_bytes(plan.dense), ""),
         ("  KV cache", format_bytes(cache), tokens),
         *([("  made of it", format_bytes(plan.expanded), "keys and values of its latents")] if plan.expanded else []),
-        ("  workspace", format_bytes(plan.workspace), f"steps of {plan.step_tokens} tokens; longer ones {longer}"),
+        ("  workspace", format_bytes(plan.workspace), steps),
         ("  experts", format_bytes(plan.experts), f"{plan.slots:,} slots of {format_bytes(plan.slot_bytes)}"),
     ]
     host, budget = plan.host, plan.budget

@@ -46,6 +46,7 @@ __all__ = [
     "choose_device_maths",
     "choose_maths",
     "computes_from_packed",
+    "expands_for_a_token",
     "is_native_exactly",
     "may_take_long_prompts",
     "speed_up_dense",
@@ -132,6 +133,14 @@ def takes_long_prompts(kernels: str, layout: ExpertLayout) -> bool:
 def may_take_long_prompts(kernels: str, layout: ExpertLayout) -> bool:
     """Whether that may turn out so: the same without a trial."""
     return kernels != "torch" and may_compute_any_rows(layout)
+
+
+def expands_for_a_token(model: nn.Module, maths: Iterable[ExpertMaths], layout: ExpertLayout) -> bool:
+    """Whether any packed weight of `model` or its experts is expanded for each token, not for prompts alone."""
+    if layout.expanded_bytes and not all(isinstance(each, NativeMaths) for each in maths):
+        return True
+    packed = (module for module in model.modules() if isinstance(module, LosslessLinear))
+    return not all(isinstance(layer.forward, NativeLinear) for layer in packed)
 
 
 def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAttention | None:

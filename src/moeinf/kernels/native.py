@@ -292,6 +292,10 @@ class NativePool:
         """End the threads. Closing twice is harmless."""
         self.handle = None
         self._end()
+        self.forget()
+
+    def forget(self) -> None:
+        """Give back the memory in which expanded weights lie."""
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     def keep(self, table: torch.Tensor) -> torch.Tensor:
@@ -370,6 +374,9 @@ class ExpandingMaths(ExpertMaths):
     def __init__(self, module: nn.Module, layout: ExpertLayout, pool: NativePool, reason: str = "") -> None:
         super().__init__(module, layout.quantization, reason)
         self.pool = pool
+
+    def forget(self) -> None:
+        self.pool.forget()
 
     def _expand(self, numbers: torch.Tensor, factors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         about = self._quantization

@@ -103,6 +103,9 @@ class ExpertMaths:
         """The rows of experts [n, H], not yet weighted, for one token's `hidden` [1, H]."""
         return torch.cat([self._row(hidden, tensors) for tensors in experts])
 
+    def forget(self) -> None:
+        """Give back memory that was taken for one product and kept for the next."""
+
     def inner(self, hidden: torch.Tensor, tensors: Tensors) -> torch.Tensor:
         """What an expert's second matrix is multiplied with, [n, inner], for `hidden` [n, H]."""
         inner: torch.Tensor = self._activate(self._project(hidden, tensors, self.up))
