@@ -60,6 +60,7 @@ LAYERS = [
         "tensorfile",
         "trace",
         "tracefile",
+        "wanted",
     },
     {
         "cache",

@@ -1,14 +1,13 @@
 """From a checkpoint, at the hub or in a folder, to a model in the store.
 
-Owns the order of the work, and what is refused beforehand. Knows nothing of how bytes travel (origins, hub), what
-becomes of tensors (conversion, sharding), or how files become durable (incoming). torch and transformers are imported
-inside functions: they take seconds, and many calls end before they are needed.
+Owns the order of the work, and what of it is refused beforehand. Knows nothing of what may be asked for (wanted), how
+bytes travel (origins, hub), what becomes of tensors (conversion, sharding), or how files become durable (incoming).
+torch and transformers are imported inside functions: they take seconds, and many calls end before they are needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,38 +17,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, demo
+from . import demo
 from .checkpoint import CONFIG_NAME, Checkpoint
 from .errors import (
     CapacityError,
     IntegrityError,
     ModelNotFoundError,
-    MoeinfError,
     UnpackableError,
     UnsupportedError,
     UsageError,
 )
 from .files import Bytes, explained
-from .forms import (
-    ExpertForm,
-    is_expanded_on_request,
-    is_not_packable,
-    name_calibration,
-    name_plain,
-    name_precision,
-    quantize_again,
-    released_dtype,
-)
+from .forms import name_plain, name_precision
 from .incoming import DenseWriter, Incoming
 from .interrupts import kept_interrupt
-from .manifest import LOSSLESS, MANIFEST_NAME, SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossless_gain
+from .manifest import MANIFEST_NAME, SCHEMA, ExpertLayout, Manifest, Source, expert_path, lossless_gain
 from .origins import Download, Origin, find_origin
 from .progress import NO_PROGRESS, Progress, Task
-from .reference import MAX_NAME, Reference, read_reference
 from .settings import check_transformers
-from .store import Store, StoredModel, is_valid_name
+from .store import Store, StoredModel
 from .tensorfile import encode_expert_header
 from .units import MIB, format_bytes
+from .wanted import Packs, Wanted, find_existing, never, read_wanted, require_pullable
 
 if TYPE_CHECKING:
     from .conversion import Plan
@@ -57,17 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Preview", "PullPlan", "plan_pull", "preview", "pull", "resolve"]
 
-Packs = Callable[[], bool]
-"""Whether to pack without loss what was released plain. Asked late, if at all: to know, torch may have to be loaded."""
-
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _COPY_BYTES = 4 * MIB
 _DEMO_PATIENCE_S = 60.0
 """For another process that brings the demo: whoever runs it has asked for no pull, and it takes seconds."""
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +98,7 @@ def pull(
     dtype: str = "auto",
     experts: str | None = None,
     group: int | None = None,
-    packs: Packs = _never,
+    packs: Packs = never,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
     notify: Callable[[str], None] = lambda _: None,
@@ -135,27 +116,27 @@ def pull(
     weights are downloaded, where that can be known), MoeinfError while another process pulls or uses the model, and
     what hub, checkpoint, conversion and sharding raise.
     """
-    request = _read_request(source, store, name, revision, dtype, experts, group, packs)
-    if not force and (model := _existing(request, store)):
+    wanted = read_wanted(source, store, name, revision, dtype, experts, group, packs)
+    if not force and (model := find_existing(wanted, store)):
         notify(f"{model.name} is here already, from {model.manifest.source.repo}")
         return model
-    _require_pullable(request, source, store)
-    origin = find_origin(request.reference, store.disk)
-    require_room = partial(_require_room, request.name, store.models)
-    patience_s = _DEMO_PATIENCE_S if request.reference.is_demo else 0.0
-    with store.incoming(request.name, patience_s=patience_s) as incoming:
-        if not force and (model := _existing(request, store)):
+    require_pullable(wanted, source, store)
+    origin = find_origin(wanted.reference, store.disk)
+    require_room = partial(_require_room, wanted.name, store.models)
+    patience_s = _DEMO_PATIENCE_S if wanted.reference.is_demo else 0.0
+    with store.incoming(wanted.name, patience_s=patience_s) as incoming:
+        if not force and (model := find_existing(wanted, store)):
             return model  # another process pulled it meanwhile
-        _begin(incoming, origin, request, force, notify)
+        _begin(incoming, origin, wanted, force, notify)
         # the download and, at the least, as much again in the store, or half of it where four bytes become two
-        least_bytes = origin.blind_bytes * 2 if request.dtype == "auto" else origin.blind_bytes * 3 // 2
-        if (form := request.form or request.form_if_packable) is not None:
+        least_bytes = origin.blind_bytes * 2 if wanted.dtype == "auto" else origin.blind_bytes * 3 // 2
+        if (form := wanted.form or wanted.form_if_packable) is not None:
             least_bytes = origin.blind_bytes * (32 + form.bits) // 32
         require_room(least_bytes - _bytes_in(incoming.source))
         checkpoint = origin.read(incoming.source, progress)
-        plan = _plan(checkpoint, request.dtype)
+        plan = _plan(checkpoint, wanted.dtype)
         _check_dtype(plan, experts)
-        stored = _Stored.of(plan, request)
+        stored = _Stored.of(plan, wanted)
         if stored.precision != plan.dtype:
             notify(f"precision: {stored.precision}")
         _copy_companions(incoming, checkpoint, plan)
@@ -174,7 +155,7 @@ def pull(
             incoming.give_up()  # parts of it may be of another version than a later run's identity says
             raise
         incoming.publish(_pack_dense(incoming, _manifest(origin.source, stored), stored, progress))
-    return store.open(request.name)
+    return store.open(wanted.name)
 
 
 def plan_pull(
@@ -186,7 +167,7 @@ def plan_pull(
     dtype: str = "auto",
     experts: str | None = None,
     group: int | None = None,
-    packs: Packs = _never,
+    packs: Packs = never,
     force: bool = False,
 ) -> PullPlan:
     """What `pull` would do, from the start; what an unfinished pull has already is not taken off.
@@ -194,26 +175,26 @@ def plan_pull(
     Nothing in the store changes; from the hub, configuration and index are fetched, but no weights. Raises what `pull`
     raises before it writes, except for CapacityError.
     """
-    request = _read_request(source, store, name, revision, dtype, experts, group, packs)
-    if not force and (model := _existing(request, store)):
+    wanted = read_wanted(source, store, name, revision, dtype, experts, group, packs)
+    if not force and (model := find_existing(wanted, store)):
         return _plan_of_stored(model, _free_bytes(store.models))
-    _require_pullable(request, source, store)
-    origin = find_origin(request.reference, store.disk)
+    require_pullable(wanted, source, store)
+    origin = find_origin(wanted.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
-        plan = None if checkpoint is None else _plan(checkpoint, request.dtype)
+        plan = None if checkpoint is None else _plan(checkpoint, wanted.dtype)
     if plan is not None:
         _check_dtype(plan, experts)
-    stored = None if plan is None else _Stored.of(plan, request)
+    stored = None if plan is None else _Stored.of(plan, wanted)
     if stored is not None:
         _require_readable(_manifest(origin.source, stored))
     files = origin.downloads(None if checkpoint is None else checkpoint.weight_files)
     sizes = [file.size for file in files]
-    form = request.form or request.form_if_packable
+    form = wanted.form or wanted.form_if_packable
     guess = sum(sizes) if form is None else sum(sizes) * form.bits // 15
     in_flight_bytes = _in_flight_bytes(sizes)
     return PullPlan(
-        name=request.name,
+        name=wanted.name,
         source=origin.source,
         is_stored=False,
         files=files,
@@ -227,7 +208,7 @@ def plan_pull(
     )
 
 
-def preview(source: str, *, store: Store, packs: Packs = _never) -> Preview:
+def preview(source: str, *, store: Store, packs: Packs = never) -> Preview:
     """What `pull` would write, known without weights, as if all dense weights could be packed that are to be: from the
     hub, configuration and index are fetched, no more.
 
@@ -235,8 +216,8 @@ def preview(source: str, *, store: Store, packs: Packs = _never) -> Preview:
     """
     from .densefile import as_packed
 
-    request = _read_request(source, store, None, None, "auto", None, None, packs)
-    origin = find_origin(request.reference, store.disk)
+    wanted = read_wanted(source, store, None, None, "auto", None, None, packs)
+    origin = find_origin(wanted.reference, store.disk)
     with tempfile.TemporaryDirectory(prefix="moeinf-") as folder, explained(Path(folder)):
         checkpoint = origin.peek(Path(folder))
         if checkpoint is None:
@@ -244,13 +225,13 @@ def preview(source: str, *, store: Store, packs: Packs = _never) -> Preview:
                 f"{source} has its weights in one file without an index: nothing can be said of it before it is pulled",
                 hint=f"moeinf pull {source}",
             )
-        plan = _plan(checkpoint, request.dtype)
-    stored = _Stored.of(plan, request)
+        plan = _plan(checkpoint, wanted.dtype)
+    stored = _Stored.of(plan, wanted)
     manifest = _manifest(origin.source, stored)
     _require_readable(manifest)
     if stored.packed_dense:
         manifest = as_packed(manifest, stored.packed_dense)
-    return Preview(request.name, manifest, plan.config)
+    return Preview(wanted.name, manifest, plan.config)
 
 
 def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> StoredModel:
@@ -263,149 +244,6 @@ def resolve(argument: str, store: Store, progress: Progress = NO_PROGRESS) -> St
                 return store.open(argument)  # somebody's own, of that name
         return pull(argument, store=store, progress=progress)
     return store.resolve(argument)
-
-
-# What is asked for
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """`form`: of packed experts; others are stored as they were released, or plain if `is_plain`. Those that were
-    released plain are packed without loss if `packs()`. With a `calibration`, a model can only be found here: a pull
-    makes none.
-    """
-
-    reference: Reference
-    name: str
-    dtype: str
-    form: ExpertForm | None
-    is_plain: bool
-    packs: Packs
-    calibration: str
-
-    @property
-    def form_if_packable(self) -> ExpertForm | None:
-        """What experts become that were released plain, if they can."""
-        return ExpertForm.read(LOSSLESS, None) if self.packs() else None
-
-    def is_met_by(self, there: Manifest) -> bool:
-        """Whether this has its experts as is asked for."""
-        quantization = there.layout.quantization
-        if name_calibration(there.precision) != self.calibration:
-            return False
-        if self.is_plain:
-            return quantization is None
-        if quantization is None and self.form is not None:
-            return self.form.kind == LOSSLESS and is_not_packable(there)
-        if self.form is None and quantization is not None and quantization.is_lossless:
-            return True
-        return ExpertForm.of(quantization) == self.form and not is_expanded_on_request(there)
-
-
-def _read_request(
-    source: str,
-    store: Store,
-    name: str | None,
-    revision: str | None,
-    dtype: str,
-    experts: str | None,
-    group: int | None,
-    packs: Packs,
-) -> _Request:
-    form = None if experts in (None, "bf16") else ExpertForm.read(experts, group)
-    if form is None and group is not None:
-        raise UsageError("--group says how int8 experts are grouped", hint="add --experts int8, or leave it out")
-    if dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype} is not known", hint=f"choose one of: {', '.join(_DTYPES)}")
-    if name is not None:
-        store.path(name)
-    reference, stored = _read_source(source, store)
-    is_plain, calibration = experts == "bf16", ""
-    if stored is not None and experts is None:
-        calibration = name_calibration(stored.manifest.precision)
-        form = ExpertForm.of(stored.manifest.layout.quantization)
-        is_plain = is_expanded_on_request(stored.manifest)
-    if stored is not None and dtype == "auto":
-        dtype = released_dtype(stored.manifest)
-    if revision is not None:
-        reference = _at_revision(reference, revision)
-    if experts is not None or stored is not None or reference.is_demo:
-        packs = _never
-    default_name = _default_name(reference, form)
-    request = _Request(reference, name or default_name, dtype, form, is_plain, packs, calibration)
-    if name is not None:
-        return request
-    found = (model for model in store.find(reference) if reference.is_source_of(model.manifest.source))
-    same = (model.name for model in ([stored] if stored else found) if request.is_met_by(model.manifest))
-    return dataclasses.replace(request, name=next(same, request.name))
-
-
-def _default_name(reference: Reference, form: ExpertForm | None) -> str:
-    suffix = f"-{form.kind}" if form else ""
-    return f"{reference.default_name[: MAX_NAME - len(suffix)]}{suffix}"
-
-
-def _read_source(source: str, store: Store) -> tuple[Reference, StoredModel | None]:
-    """Where the model comes from, and the model if it is here and was called by its name."""
-    reference = read_reference(source)
-    if is_valid_name(source) and source in store.names():
-        try:
-            stored = store.open(source)
-            return Reference.of(stored.manifest.source), stored
-        except MoeinfError:
-            if reference is None:
-                raise
-    if reference is None:
-        near = catalog.suggest(source)
-        raise ModelNotFoundError(
-            f"{source!r} is no alias, no hub id and no folder",
-            hint=f"did you mean {' or '.join(near)}?" if near else "write a hub id as org/name, and a folder as ./name",
-        )
-    return reference, None
-
-
-def _at_revision(reference: Reference, revision: str) -> Reference:
-    if not revision:
-        raise UsageError("the revision is empty", hint="leave --revision out, or name one")
-    if reference.is_demo:
-        raise UsageError("demo ships with the program, and has no revisions", hint="leave out --revision")
-    if reference.is_folder:
-        raise UsageError(f"{reference.repo} is a folder, and has no revisions", hint="leave out --revision")
-    if reference.revision not in (None, revision):
-        raise UsageError(f"two revisions are asked for, {reference.revision} and {revision}", hint="give one of them")
-    return dataclasses.replace(reference, revision=revision)
-
-
-def _existing(request: _Request, store: Store) -> StoredModel | None:
-    """The model that is asked for, if it is here. Raises UsageError if its name is taken by another one."""
-    try:
-        model = store.open(request.name)
-    except ModelNotFoundError:
-        return None
-    except IntegrityError as error:
-        raise IntegrityError(str(error), hint="add --force to pull it again") from error
-    there = model.manifest
-    if request.reference.is_demo and there.source.repo == demo.NAME and there.source.commit != demo.VERSION:
-        return None  # of an older program: it is replaced
-    if (
-        request.is_met_by(there)
-        and request.reference.is_source_of(there.source)
-        and request.dtype in ("auto", there.dtype)
-    ):
-        return model
-    experts = f", {there.layout.quantization.text}" if there.layout.quantization else ""
-    raise UsageError(
-        f"{model.name} is here already, and is {there.source.repo} in {there.dtype}{experts}",
-        hint="add --name to keep both, or --force to replace it",
-    )
-
-
-def _require_pullable(request: _Request, source: str, store: Store) -> None:
-    if request.calibration:
-        raise UsageError(
-            f"{source} is calibrated on {request.calibration}, and a pull cannot do that",
-            hint=shlex.join(quantize_again(request.name, store.open(source).manifest)),
-        )
 
 
 # What it takes
@@ -447,14 +285,14 @@ class _Stored:
     is_not_packable: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, request: _Request) -> _Stored:
-        if request.form is not None:
-            return cls(plan, request.form.encoder(plan.layout, is_transposed=plan.is_transposed))
-        if plan.packing is not None and not request.is_plain:
+    def of(cls, plan: Plan, wanted: Wanted) -> _Stored:
+        if wanted.form is not None:
+            return cls(plan, wanted.form.encoder(plan.layout, is_transposed=plan.is_transposed))
+        if plan.packing is not None and not wanted.is_plain:
             from .quantized import Packer
 
             return cls(plan, Packer(plan.layout, plan.is_transposed, plan.packing, plan.pieces))
-        if (form := request.form_if_packable) is not None:
+        if (form := wanted.form_if_packable) is not None:
             with suppress(UnsupportedError):
                 return cls(plan, form.encoder(plan.layout, is_transposed=plan.is_transposed))
         return cls(plan, None, is_on_request=plan.packing is not None)
@@ -557,23 +395,21 @@ def _require_room(name: str, folder: Path, needed_bytes: int) -> None:
 # The work
 
 
-def _begin(incoming: Incoming, origin: Origin, request: _Request, force: bool, notify: Callable[[str], None]) -> None:
+def _begin(incoming: Incoming, origin: Origin, wanted: Wanted, force: bool, notify: Callable[[str], None]) -> None:
     had_something = incoming.folder.exists()
-    key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": request.dtype}
-    if request.form is not None:
-        key["experts"] = dataclasses.asdict(request.form)
-    elif request.form_if_packable is not None:
+    key = {"schema": SCHEMA, "source": origin.source.repo, "identity": origin.identity, "dtype": wanted.dtype}
+    if wanted.form is not None:
+        key["experts"] = dataclasses.asdict(wanted.form)
+    elif wanted.form_if_packable is not None:
         key["experts"] = "packed without loss, or as released"
-    elif not request.is_plain:
+    elif not wanted.is_plain:
         key["experts"] = "as released"
     if not force:
         incoming.require_same("source", key)
     if incoming.begin(key):
-        notify(
-            f"going on with an unfinished pull of {request.name}: {format_bytes(incoming.written_bytes)} are written"
-        )
+        notify(f"going on with an unfinished pull of {wanted.name}: {format_bytes(incoming.written_bytes)} are written")
     elif had_something:
-        notify(f"an unfinished pull of {request.name} was of another source, version or precision, and starts afresh")
+        notify(f"an unfinished pull of {wanted.name} was of another source, version or precision, and starts afresh")
 
 
 def _copy_companions(incoming: Incoming, checkpoint: Checkpoint, plan: Plan) -> None:
