@@ -375,7 +375,7 @@ class _ProcessorCosts:
 
         What is read first goes into slots that were never used, and the cores that compute also get that memory ready.
         """
-        slots = self._plan.slots_at(before + tokens)
+        slots = self._plan.slots_at(before + tokens, min(tokens, self._plan.step_tokens))
         held = min(1.0, slots / self._plan.all_experts) if before else 0.0
         asked_of = [asked_experts(layer.num_experts, layer.top_k, tokens) for layer in self._manifest.layers]
         fresh = 0.0 if before else min(1.0, slots / sum(asked_of))

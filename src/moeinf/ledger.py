@@ -219,9 +219,9 @@ class MemoryPlan:
         needed -= self.budget - self.total + self._room(tokens, held)
         return -(-max(0, needed) // self.slot_bytes)
 
-    def slots_at(self, held: int) -> int:
-        """Slots that a token has when the KV cache holds `held`."""
-        return self.most_slots - self.lent_slots(1, held)
+    def slots_at(self, held: int, tokens: int = 1) -> int:
+        """Slots that a step of so many tokens has, `step_tokens` at most, when the KV cache holds `held`."""
+        return self.most_slots - self.lent_slots(tokens, held)
 
     def _room(self, tokens: int, held: int) -> int:
         """Bytes that are set aside, and not needed by a step of `tokens`, behind which the KV cache holds `held`."""

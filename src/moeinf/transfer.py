@@ -57,6 +57,8 @@ PIECE_BYTES = 1 * MIB
 """An expert is read in pieces of about this size, all alike, so that all readers work on the one that is needed first
 (docs/experiments.md).
 """
+_GIVE_BACK = mmap.MADV_FREE if sys.platform == "darwin" else mmap.MADV_DONTNEED
+"""What macOS is told not to need soon it keeps, in its swap if it must."""
 
 SlotTensors = dict[str, torch.Tensor]
 
@@ -116,7 +118,7 @@ class SlotPool:
 
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system until it is next written to; its bytes are lost."""
-        self._buffer.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+        self._buffer.madvise(_GIVE_BACK, slot * self.slot_bytes, self.slot_bytes)
 
     def shrink(self, num_slots: int) -> None:
         self.close()
