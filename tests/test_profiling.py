@@ -168,6 +168,21 @@ def test_a_page_cache_that_cannot_be_emptied(
     assert any("page cache cannot be emptied" in what for what in found.left_out)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nobody can empty the page cache here")
+def test_what_the_page_cache_has_is_known_without_reading(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(MIB))
+    with path.open("r+b") as file:
+        os.fsync(file)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = [disk_module._is_cached(file.fileno(), MIB) for _ in range(20)]
+        os.pread(file.fileno(), 1, MIB // 2)
+        assert disk_module._is_cached(file.fileno(), MIB)
+    assert len(set(before)) == 1, "asking brings nothing"
+    if before[0]:
+        pytest.skip("the file system lies in memory")
+
+
 def test_what_there_is_no_room_for_is_left_out(tmp_path: Path) -> None:
     assert {rate.size for rate in measure(tmp_path, free=10 * MIB).rates} == {MIB, 3 * MIB}
     no_memory = measure(tmp_path, buffer=4 * MIB)
