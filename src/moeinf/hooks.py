@@ -135,8 +135,8 @@ def give_back(model: PreTrainedModel) -> None:
 def attach(modules: list[nn.Module], model: PreTrainedModel, runtime: ExpertRuntime, plan: MemoryPlan) -> None:
     """Let `runtime` compute the experts of `modules`, one per MoE layer in order, whenever `model` runs.
 
-    A step of more tokens than the plan's workspace has room for borrows the memory of slots while it lasts, and so do
-    the tokens of a conversation.
+    What steps of several tokens take, and the tokens of a conversation, is borrowed from slots for as long as it is
+    needed, where the plan has no other room for it.
     """
     loans = _Loans(runtime, plan)
     model.register_forward_pre_hook(loans.begin, with_kwargs=True)
