@@ -729,7 +729,7 @@ def test_a_run_that_was_started_to_ignore_interrupts_does(engine: FakeEngine, st
 @pytest.mark.parametrize("end", ["return 3", "raise SystemExit(3)"])
 def test_pythons_collector_leaves_what_libraries_made_alone(end: str) -> None:
     code = f"""
-import gc, sys
+import gc
 from moeinf import __main__, cli
 def run():
     print(gc.get_threshold()[0] >= 100_000, gc.isenabled(), gc.get_freeze_count())
