@@ -48,6 +48,7 @@ def make_machine(**changes: Any) -> Machine:
         "maths": (MathsRate("native", "bfloat16", 1, 38e9), MathsRate("torch", "bfloat16", 1, 20e9)),
         "dense_bytes_per_s": 20e9,
         "layer_s": 0.0005,
+        "whole_layer_s": 0.0003,
         "fetch_s": 0.0001,
         "foresee_s": 0.0002,
         "program_s": 0.001,

@@ -135,6 +135,17 @@ def test_kernels_are_those_that_the_engine_would_take() -> None:
     assert foretell(dataclasses.replace(situation, machine=old, kernels="native"), plan).experts_s < torch_s
 
 
+def test_layers_that_are_one_call_take_less() -> None:
+    situation, plan = small("100%")
+    _, streaming = small("25%")
+    known = dataclasses.replace(situation, manifest=dataclasses.replace(situation.manifest, model_type="olmoe"))
+    parts, whole = foretell(situation, plan).layers_s, foretell(known, plan).layers_s
+    assert parts - whole == pytest.approx(16 * 2e-4 / forecast.SUSTAINED)
+    assert foretell(known, streaming).layers_s == parts
+    for other in (dataclasses.replace(known, kernels="torch"), dataclasses.replace(known, prefetch="gate")):
+        assert foretell(other, plan).layers_s == parts
+
+
 def quantised(kernels: str) -> tuple[Situation, MemoryPlan]:
     """The small model in int4, on a machine whose disk is no hindrance and that computes int4 natively."""
     up, down = ((1024, 512), 1024), ((1024, 256), 512)

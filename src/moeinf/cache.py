@@ -12,6 +12,7 @@ Leases count users of a slot; a leased expert is never evicted.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -57,6 +58,8 @@ class ExpertCache:
         num_experts: experts of all layers together.
         num_slots: slots, at least 1.
         policy: chooses victims; owned by this cache from now on.
+
+    `resident` has the slot of each expert whose bytes are there, and else -1, for code that cannot ask.
     """
 
     def __init__(self, num_experts: int, num_slots: int, policy: Policy) -> None:
@@ -64,6 +67,7 @@ class ExpertCache:
         self.num_slots = num_slots
         self.counters = CacheCounters()
         self._policy = policy
+        self.resident = array("i", [-1]) * num_experts
         self._slot_of: list[int] = [-1] * num_experts
         self._expert_in: list[int] = [-1] * num_slots
         self._leases: list[int] = [0] * num_slots
@@ -174,6 +178,7 @@ class ExpertCache:
     def arrived(self, expert: int) -> None:
         """The bytes of a loading expert are in its slot."""
         self._loading.remove(expert)
+        self.resident[expert] = self._slot_of[expert]
 
     def failed(self, expert: int) -> None:
         """The bytes of a loading expert will not come: its slot is free again, its leases are void."""
@@ -210,6 +215,8 @@ class ExpertCache:
         assert sorted([*self._free, *self._lent]) == empty, "free list"
         assert len(held) + len(empty) == self.num_slots, "slots were lost"
         assert self._loading <= held.keys(), "an expert is loading into no slot"
+        here = [slot if expert not in self._loading else -1 for expert, slot in enumerate(self._slot_of)]
+        assert list(self.resident) == here, "what is resident"
         assert self._foreseen <= held.keys(), "an expert was foreseen and is not here"
         assert all(count >= 0 for count in self._leases), "a lease was ended twice"
         assert all(self._leases[slot] == 0 for slot in self._free), "a free slot is leased"
@@ -238,7 +245,7 @@ class ExpertCache:
 
     def _vacate(self, expert: int) -> None:
         slot = self._slot_of[expert]
-        self._slot_of[expert] = -1
+        self._slot_of[expert] = self.resident[expert] = -1
         self._expert_in[slot] = -1
         self._free.append(slot)
         self._foreseen.discard(expert)

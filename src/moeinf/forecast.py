@@ -43,6 +43,8 @@ PASS_S = 100e-6
 """Taking the tokens of a step to one of their experts and their rows back, on a GPU."""
 TOKEN_S = 1.2e-3
 """What transformers' `generate` takes per token beside the model."""
+WHOLE_LAYERS = {"granitemoe", "mellum", "mixtral", "olmoe", "qwen3_moe"}
+"""Model types whose layers are computed in one call where all experts are in memory (kernels.decoder_layer)."""
 SUSTAINED = 0.8
 """A machine's rates are those of its best moments; over whole tokens weights are computed, and experts read, at this
 share of them (docs/performance.md)."""
@@ -143,6 +145,12 @@ class Situation:
         """Of a layer's choice, the share that is named while the layer before is computed."""
         of_router = self.curve.foreseen if self.prefetch in ("gate", "auto") else None
         return _FORESEEN[self.prefetch] if of_router is None else of_router
+
+    def layer_s(self, regime: Regime) -> float:
+        """What a layer of a token takes beside its weights."""
+        is_native = not self.device and self.kernels != "torch" and self.prefetch in ("auto", "off")
+        is_whole = is_native and regime == "resident" and self.manifest.model_type in WHOLE_LAYERS
+        return self.machine.whole_layer_s if is_whole else self.machine.layer_s
 
     def costs(self, plan: MemoryPlan) -> Costs:
         """What the parts of a token take with `plan`."""
@@ -319,7 +327,7 @@ class _ProcessorCosts:
         self._head_s = min(self.dense_bytes, shape.head_bytes) / self._dense_rate + TOKEN_S
         self.dense_s = self.dense_bytes / self._dense_rate
         is_cached = self.dense_bytes + self.token_bytes <= CACHED_BYTES
-        self.layers_s = shape.layers * machine.layer_s / (1 if is_cached else SUSTAINED) + TOKEN_S
+        self.layers_s = shape.layers * situation.layer_s(plan.regime) / (1 if is_cached else SUSTAINED) + TOKEN_S
         best = min(_token_rate(machine, manifest.layout, situation.kernels), machine.memory.bytes_per_s)
         self._expert_rate = SUSTAINED * best
         self.experts_s = self.token_bytes / self._expert_rate

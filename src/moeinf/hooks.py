@@ -31,13 +31,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import IntegrityError
 from .interrupts import KeptInterrupt
-from .kernels import LosslessLinear, NativeAttention, SelfAttentions
+from .kernels import DecoderLayers, ExpertMaths, LosslessLinear, NativeAttention, SelfAttentions, Slots
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
 from .metamodel import CACHE, causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
+from .transfer import SlotPool
 
-__all__ = ["announce_tokens", "attach", "attend", "load_dense_model", "move", "quiet"]
+__all__ = ["announce_tokens", "attach", "attend", "decode", "load_dense_model", "move", "quiet"]
 
 _NAME = "moeinf"
 _ROTATION = "apply_rotary_pos_emb"
@@ -237,6 +238,24 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
             module.forward = MethodType(forwards[forward], module)
             if (whole := wholes.find(module)) is not None:
                 module.forward = whole
+
+
+def decode(
+    model: nn.Module,
+    experts: Mapping[str, nn.Module],
+    maths: Iterable[ExpertMaths],
+    runtime: ExpertRuntime,
+    pool: SlotPool,
+) -> None:
+    """Let the library compute whole decoder layers of one token, where it can: those around `experts`, the modules by
+    their names in the model, one per MoE layer in order, which `maths` computes from the slots of `pool`.
+    """
+    slots = Slots(runtime.cache.resident, pool.bytes.data_ptr(), pool.slot_bytes)
+    layers = DecoderLayers(runtime, slots, _interrupt.check)
+    for (name, module), each, span in zip(experts.items(), maths, runtime.spans, strict=True):
+        layer: Any = model.get_submodule(".".join(name.split(".")[:-2]))
+        if (whole := layers.find(layer, module, each, span)) is not None:
+            layer.forward = whole  # of this one alone
 
 
 def _calls_rotation(forward: Any) -> bool:

@@ -112,6 +112,8 @@ class _Room:
     def __init__(self, states: States, capacity: int) -> None:
         self._capacity = capacity
         self._memory = [set_aside(each, capacity) for each in states]
+        self._last, self._begin = self.nothing(), 0
+        """What was asked for last, and how many tokens lie before it."""
 
     def nothing(self) -> States:
         keys, values = (memory[:, :, :0] for memory in self._memory)
@@ -132,15 +134,22 @@ class _Room:
         """`held`, and behind it room for `count` tokens that nobody has written. `held` is copied only if it is not a
         part of what was put here last, or has no room behind it.
         """
-        keys, values = (self._extend(memory, each, count) for memory, each in zip(self._memory, held, strict=True))
+        tokens, begin = held[0].shape[2], self._begin
+        if held[0] is not self._last[0] or held[1] is not self._last[1] or begin + tokens + count > self._capacity:
+            begin = self._find(held, count)
+        keys, values = (memory.narrow(2, begin, tokens + count) for memory in self._memory)
+        self._last, self._begin = (keys, values), begin
         return keys, values
 
-    def _extend(self, memory: torch.Tensor, held: torch.Tensor, count: int) -> torch.Tensor:
-        begin, end = self._position(memory, held), held.shape[2] + count
-        if begin is None or begin + end > self._capacity:
-            begin = 0
-            memory[:, :, : held.shape[2]] = held.clone()
-        return memory.narrow(2, begin, end)
+    def _find(self, held: States, count: int) -> int:
+        """How many tokens lie before `held`, or before the copy that is made of it."""
+        begins = [self._position(memory, each) for memory, each in zip(self._memory, held, strict=True)]
+        begin, tokens = begins[0], held[0].shape[2]
+        if begin is not None and begins == [begin, begin] and begin + tokens + count <= self._capacity:
+            return begin
+        for memory, each in zip(self._memory, held, strict=True):
+            memory[:, :, :tokens] = each.clone()
+        return 0
 
     def _position(self, memory: torch.Tensor, held: torch.Tensor) -> int | None:
         """How many tokens lie before `held`; None if it lies elsewhere."""

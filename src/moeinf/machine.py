@@ -17,7 +17,7 @@ from .errors import IntegrityError
 
 __all__ = ["MEASURED_BYTES", "Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
-SCHEMA = 7
+SCHEMA = 8
 MEASURED_BYTES = 3 * 2048 * 768 * 2
 """Of an expert whose maths is measured: one of Qwen3-30B-A3B's, in bfloat16."""
 
@@ -168,7 +168,8 @@ class Gpu:
 @dataclass(frozen=True, slots=True)
 class Machine:
     """`dense_bytes_per_s`: weights of the dense part, computed for one token. `layer_s`: what one layer of a forward
-    pass of one token takes beside reading weights; `fetch_s`: what an expert that it misses takes beside its reading:
+    pass of one token takes beside reading weights, and `whole_layer_s` where all of it is one call of the library, its
+    experts being in memory; `fetch_s`: what an expert that it misses takes beside its reading:
     room made, the file handed to the readers, its arrival noticed; `foresee_s`: asking the next layer's router early.
     `program_s`: what torch takes to make the program of a product of bfloat16, which it does for each number of rows
     that it has not met, or not lately. `measured_at`: ISO 8601, UTC. `left_out`: what was not measured, and why, in
@@ -183,6 +184,7 @@ class Machine:
     maths: tuple[MathsRate, ...]
     dense_bytes_per_s: float
     layer_s: float
+    whole_layer_s: float
     fetch_s: float
     foresee_s: float
     program_s: float
@@ -193,7 +195,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         _check_rates(self.dense_bytes_per_s)
-        for seconds in (self.layer_s, self.fetch_s, self.foresee_s, self.program_s):
+        for seconds in (self.layer_s, self.whole_layer_s, self.fetch_s, self.foresee_s, self.program_s):
             if not 0 <= seconds < math.inf:
                 raise ValueError(f"{seconds} is no time")
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from .cache import ExpertCache
-from .predictors import Added, Predictor
+from .predictors import Added, NoPredictor, Predictor
 from .steps import Arrival
 from .transfer import Fetcher, Urgency
 from .trials import Trials
@@ -64,6 +64,8 @@ class Prefetcher:
     ) -> None:
         self.counters = PrefetchCounters()
         self._predictors = dict(predictors)
+        self.foresees = any(not isinstance(each, NoPredictor) for each in predictors.values())
+        """Whether there is anybody to ask what comes next."""
         self._trials = Trials(list(predictors))
         self._foreseeing_s = 0.0
         self._begun_s = 0.0

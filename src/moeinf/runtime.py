@@ -101,6 +101,8 @@ class ExpertRuntime:
         self._requests = 0
         self._prompt_left, self._is_prompt = 0, False
         self._lent: list[int] = []
+        self._computed: list[tuple[int, list[int]]] = []
+        """Layers of the token that were computed before anybody was told, and their experts."""
         self._entered: deque[Arrival] = deque()
         """Arrivals that were entered in the cache before the step that may wait for them was told."""
         self.cache = cache
@@ -111,6 +113,8 @@ class ExpertRuntime:
         self._layers = manifest.layers
         self._sizes = [layer.num_experts for layer in manifest.layers]
         self._first = [sum(self._sizes[:layer]) for layer in range(len(self._sizes))]
+        self.spans = [range(first, first + size) for first, size in zip(self._first, self._sizes, strict=True)]
+        """Of each layer the numbers of its experts, over all layers."""
         self._prefetcher = Prefetcher(
             predictors or {"off": NoPredictor()},
             cache,
@@ -132,6 +136,7 @@ class ExpertRuntime:
         """A person asks for something: the first token that is new has this position in the conversation, and so many
         are the prompt's, however few of them come at a time.
         """
+        self._catch_up()
         self.begin_prompt(tokens)
         self.cache.begin_request()
         self.counter.begin_request()
@@ -144,6 +149,7 @@ class ExpertRuntime:
         self._prompt_left = tokens
 
     def reset_counters(self) -> None:
+        self._catch_up()
         self.decode, self.prefill, self.traffic = CacheCounters(), CacheCounters(), Traffic()
         self.cache.counters = self.prefill
         self._prefetcher.counters = PrefetchCounters()
@@ -182,6 +188,7 @@ class ExpertRuntime:
         """
         if count == len(self._lent):
             return
+        self._catch_up()
         if count > len(self._lent):
             slots = self.cache.lend(count - len(self._lent))
             while len(self._lent) + len(slots) < count and self._makes_room():
@@ -249,9 +256,9 @@ class ExpertRuntime:
         Raises what an expert's fetch raised (the path is in the message), or StepStopped.
         """
         self.require_open()
+        self._catch_up()
         if layer == 0:
-            self._is_prompt = len(hidden) > 1 or self._prompt_left > 0
-            self._prompt_left -= len(hidden)
+            self._begin_step(len(hidden))
         if self.observer is not None:
             self.observer(layer, hidden, top_k_index, top_k_weights)
         if self.recorder is not None:
@@ -264,21 +271,59 @@ class ExpertRuntime:
             raise StepStopped
         return self._forward_tokens(layer, hidden, top_k_index.cpu(), top_k_weights)
 
+    def may_compute(self, layer: int) -> bool:
+        """Whether a token's experts may be computed in this layer where the cache has them `resident`, before anybody
+        is told which they are: nobody has to know sooner. What follows is `has_computed`, or `forward`.
+        """
+        if self.observer is not None or self.recorder is not None or self._misses or self._prefetcher.foresees:
+            return False
+        self.require_open()
+        if layer == 0:
+            self._settle(())
+        return True
+
+    def has_computed(self, layer: int, experts: list[int]) -> None:
+        """A token's `experts`, the likeliest first, were there and have been computed. They are counted when the token
+        ends: all layers' together take Python less time, which finds more of what it needs in the processor's caches.
+        """
+        if layer == 0:
+            self._begin_step(1)
+        self._computed.append((layer, experts))
+        if layer + 1 == len(self._layers):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Tell everybody what was computed before they were told."""
+        for layer, experts in self._computed:
+            self._tell(layer, experts)
+            for key in self.cache.acquire_residents(sorted(self._first[layer] + expert for expert in experts)):
+                self.cache.release(key)
+        self._computed.clear()
+
+    def _begin_step(self, tokens: int) -> None:
+        self._is_prompt = tokens > 1 or self._prompt_left > 0
+        self._prompt_left -= tokens
+        self.cache.counters = self.prefill if self._is_prompt else self.decode
+
+    def _tell(self, layer: int, experts: list[int]) -> None:
+        """Tell everybody what a token asks for."""
+        first = self._first[layer]
+        self.cache.observe(layer, [[first + expert for expert in experts]])
+        self._prefetcher.observe(layer, [experts])
+        self.counter.count(layer, experts, 1, is_prefill=self._is_prompt)
+
     def _forward_token(
         self, layer: int, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor
     ) -> torch.Tensor:
         """One token: all its experts are leased at once; those that are here are computed while the others arrive."""
-        first, cache = self._first[layer], self.cache
-        cache.counters = self.prefill if self._is_prompt else self.decode
+        first = self._first[layer]
         if layer == 0:
             self._prefetcher.begin_token()
         stalled_s = self.traffic.stall_s
         token = self._maths[layer].token(hidden, weights)
         place = {first + expert: number for number, expert in enumerate(experts)}
         self._settle(place)
-        cache.observe(layer, [list(place)])
-        self._prefetcher.observe(layer, [experts])
-        self.counter.count(layer, experts, 1, is_prefill=self._is_prompt)
+        self._tell(layer, experts)
         step = Step(self)
         try:
             with self._on_host(layer, hidden, place) if self._misses else _ALL_FETCHED as on_host:

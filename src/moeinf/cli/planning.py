@@ -209,7 +209,7 @@ def _time_rows(situation: Situation, outlook: Outlook) -> list[tuple[str, str, s
         (
             "  layers",
             _ms(expected.layers_s),
-            f"{situation.shape.layers} of {_ms(machine.layer_s)}, and the rest of a step",
+            f"{situation.shape.layers} of {_ms(situation.layer_s(expected.regime))}, and the rest of a step",
         ),
         (
             "  experts",

@@ -20,6 +20,7 @@ from moeinf.quantized import fill_randomly
 from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
+from .decoder_layer import DecoderLayers, Slots
 from .dense import NativeLinear, compute_packed, speed_up
 from .native import (
     ExpandingMaths,
@@ -34,6 +35,7 @@ from .self_attention import SelfAttentions
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
 
 __all__ = [
+    "DecoderLayers",
     "DeviceSlots",
     "ExpertMaths",
     "LosslessLinear",
@@ -41,6 +43,7 @@ __all__ = [
     "NativeLinear",
     "PromptMaths",
     "SelfAttentions",
+    "Slots",
     "Tensors",
     "TokenMaths",
     "choose_device_maths",

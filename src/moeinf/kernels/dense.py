@@ -28,7 +28,7 @@ from .native import LEAST_PRODUCTS, LinearLayer, NativePool, telling_rows
 from .orders import MOST_ROWS, OWN, Order
 from .packed import LosslessLinear
 
-__all__ = ["NativeLinear", "NativeNorm", "compute_packed", "speed_up"]
+__all__ = ["NativeLinear", "NativeNorm", "compute_packed", "native_linear", "speed_up"]
 
 Found = dict[tuple[int, ...], tuple[int, Order]]
 """For a shape, as many rows as come out the same, and in which order the library adds up one."""
@@ -72,6 +72,14 @@ def compute_packed(model: nn.Module, pool: NativePool) -> None:
             linear = NativeLinear(module.forward, pool, module.panels, module.bias, module.uppers)
             if linear.is_exact(found):
                 module.forward = linear  # type: ignore[method-assign]  # of this one alone
+
+
+def native_linear(module: nn.Module) -> NativeLinear | None:
+    """What computes the products by the one matrix of `module`, which may be a linear layer or have just the matrix."""
+    if isinstance(module.forward, NativeLinear):
+        return module.forward
+    weight = getattr(module, "weight", None)
+    return weight._linear if isinstance(weight, _NativeWeight) else None
 
 
 def _wrap_matrices(module: nn.Module, pool: NativePool, found: Found) -> int:

@@ -29,6 +29,7 @@ from .orders import KNOWN, MOST_BYTES, OWN, Kind, Known, Order, Orders
 from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, route
 
 __all__ = [
+    "DTYPES",
     "LEAST_PRODUCTS",
     "ExpandingMaths",
     "LinearLayer",
@@ -44,7 +45,7 @@ __all__ = [
     "variants",
 ]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3, "fp8": 4, LOSSLESS: 5}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}
@@ -149,6 +150,8 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
     ("moe_self_attend", c_int, (c_void_p,) * 8),
+    ("moe_route", c_int, (c_void_p,) * 5),
+    ("moe_decode", c_int, (c_void_p,) * 9),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
 )
@@ -402,7 +405,7 @@ class NativeMaths(ExpandingMaths):
         self._anchor, self._offset = layout.tensors[0].name, layout.tensors[0].offset
         specs = {spec.name: spec for spec in layout.tensors}
         self.dtype = self._check(module, specs)
-        self.rounding = {weights: self._rounding(weights) for weights in _DTYPES}
+        self.rounding = {weights: self._rounding(weights) for weights in DTYPES}
         self.layer = self._describe(module, specs)
         self._values: list[torch.Tensor] = []
         self.activates_alike = self.activates_rows_alike = True
@@ -490,12 +493,12 @@ class NativeMaths(ExpandingMaths):
         return token.rows.to(hidden.dtype)
 
     def _computes(self, hidden: torch.Tensor, weights: torch.Tensor) -> bool:
-        return hidden.dtype == self.dtype and weights.dtype in _DTYPES and self.pool.handle is not None
+        return hidden.dtype == self.dtype and weights.dtype in DTYPES and self.pool.handle is not None
 
     def _rounding(self, weights: torch.dtype) -> tuple[int, int]:
         """What rows and their sum are rounded to with routing weights of this dtype."""
         added, row = self.sum_dtype(self.dtype, weights), torch.promote_types(self.dtype, weights)
-        return _DTYPES[torch.bfloat16 if torch.bfloat16 in (row, added) else torch.float32], _DTYPES[added]
+        return DTYPES[torch.bfloat16 if torch.bfloat16 in (row, added) else torch.float32], DTYPES[added]
 
     def address(self, tensors: Tensors) -> int:
         """Where the expert that has these tensors begins."""
@@ -539,7 +542,7 @@ class NativeMaths(ExpandingMaths):
             partners = {name: specs[quantization.partner(name)] for name in quantization.widths}
         blocks = {name: specs[name].shape[0] // spec.shape[0] for name, spec in partners.items()}
         return NativeLayer(
-            dtype=_DTYPES[self.dtype],
+            dtype=DTYPES[self.dtype],
             weights=kind,
             group=group,
             is_transposed=is_transposed,
@@ -646,7 +649,7 @@ class _NativeToken:
             raise MemoryError("no memory for what lies between an expert's projections")
 
     def receive(self, places: Sequence[int], rows: torch.Tensor) -> None:
-        dtype = torch.bfloat16 if self._row_dtype == _DTYPES[torch.bfloat16] else torch.float32
+        dtype = torch.bfloat16 if self._row_dtype == DTYPES[torch.bfloat16] else torch.float32
         self.rows[list(places)] = (rows * self._weights[0, list(places), None]).to(dtype).float()
 
     def total(self, places: Sequence[int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import c_int64, c_void_p
 from typing import Any
 
@@ -24,7 +24,7 @@ from moeinf.metamodel import CACHE
 from .attention import AttentionCall, NativeAttention
 from .dense import NativeLinear, NativeNorm
 
-__all__ = ["SelfAttentions"]
+__all__ = ["WANTS_MORE", "NativeSelfAttention", "SelfAttentions", "States", "TrialCache", "hooks_of", "kind_of"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -34,6 +34,9 @@ _MEANT_FOR_OTHERS = {"cache_position", "position_ids", "use_cache"}
 """What decoder layers hand on, and attention that has its angles and its cache does not look at."""
 _TRIALS = ((1, 1.0), (37, 30.0), (520, 1e3))
 """Tokens in the cache, the new one included, and the size of a state: sizes at which whoever limits something does."""
+
+WANTS_MORE = AttributeError, TypeError, ValueError, LookupError, RuntimeError
+"""What a module raises that is tried, and wants more than it is given."""
 
 _ONE_THREAD = 1 << 21
 """Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would
@@ -78,109 +81,126 @@ class NativeSelfAttention:
         self._forward = module.forward
         self._pool = shared.attention.pool
         self._place: int = module.layer_idx
-        self._is_exact, self._kind = shared.is_exact, _kind(module)
+        self._is_exact, self._kind = shared.is_exact, kind_of(module)
         projections = [getattr(module, name).forward.layer for name in _PROJECTIONS]
         norms = [getattr(module, name).forward.layer if hasattr(module, name) else None for name in _NORMS]
         query, key, *_ = projections
         self._hidden, self._size = query.inputs, module.head_dim
-        self._passed_over = list(module.children())
+        self._hooks = hooks_of(module.children())
+        self._known_for = 0
         self._parts = projections, norms  # which have these addresses
-        self._layer = _SelfAttention(0, *(part and ctypes.addressof(part) for part in (*projections, *norms)))
+        self.layer = _SelfAttention(0, *(part and ctypes.addressof(part) for part in (*projections, *norms)))
         heads, kv_heads = (layer.outputs // self._size for layer in (query, key))
         self._scale: float = module.scaling
         self._what = AttentionCall(heads, kv_heads, self._size, scale=self._scale)
-        self._between = shared.between(2 * (query.outputs + key.outputs))
-        self._output = None if shared.attention.knows(heads, kv_heads, self._size) else projections[-1]
+        self.between = shared.between(2 * (query.outputs + key.outputs))
+        self.output = None if shared.attention.knows(heads, kv_heads, self._size) else projections[-1]
         """What torch's attention is followed by; None where attention is native."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        output = None if args or self._is_watched() else self._compute(**named)
+        output = None if args or any(self._hooks) else self._compute(**named)
         return self._forward(*args, **named) if output is None else (output, None)
 
-    def _compute(
+    def _compute(self, hidden_states: torch.Tensor | None = None, **others: Any) -> torch.Tensor | None:
+        """The output [1, 1, H] for one token [1, 1, H]; None if it is anything else, and then nothing has changed."""
+        cache = others.pop(CACHE, None)
+        if hidden_states is None or not self.takes(hidden_states, **others) or (states := self.grow(cache)) is None:
+            return None
+        return self._attend(hidden_states, others["position_embeddings"], states)
+
+    def takes(
         self,
-        hidden_states: torch.Tensor | None = None,
+        hidden: torch.Tensor,
         position_embeddings: States | None = None,
         attention_mask: torch.Tensor | None = None,
         **others: Any,
-    ) -> torch.Tensor | None:
-        """The output [1, 1, H] for one token [1, 1, H]; None if it is anything else, and then nothing has changed."""
-        cache = others.pop(CACHE, None)
-        if hidden_states is None or hidden_states.numel() != self._hidden or attention_mask is not None:
-            return None
-        if position_embeddings is None or self._pool.handle is None or not all(map(_is_of_no_matter, others.items())):
-            return None
+    ) -> bool:
+        """Whether the library can attend to this token, as the module would that is given the same."""
+        if hidden.numel() != self._hidden or attention_mask is not None or position_embeddings is None:
+            return False
+        if self._pool.handle is None or not all(map(_is_of_no_matter, others.items())):
+            return False
         cos, sin = position_embeddings
-        if not hidden_states.dtype == cos.dtype == sin.dtype == torch.bfloat16 or not self._turns(cos, sin):
-            return None
+        return hidden.dtype == cos.dtype == sin.dtype == torch.bfloat16 and self._turns(cos, sin)
+
+    def grow(self, cache: Any) -> States | None:
+        """Keys and values that `cache` holds for this layer, and room for the token's; None where there is none."""
         layers = getattr(cache, "layers", ())
         layer = layers[self._place] if self._place < len(layers) else None
         grow: Callable[[], States | None] | None = getattr(layer, "grow", None)
-        states = grow() if grow is not None else None
-        return None if states is None else self._attend(hidden_states, cos, sin, *states)
-
-    def _is_watched(self) -> bool:
-        """Whether somebody wants to be told when parts are called, which they are not here."""
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self._passed_over)
+        return grow() if grow is not None else None
 
     def _turns(self, cos: torch.Tensor, sin: torch.Tensor) -> bool:
         """Whether these are the angles of a head, or of its first numbers, for one token, and come out the same."""
         turned = cos.shape[-1]
         if not cos.shape == sin.shape == (1, 1, turned) or turned > self._size or turned % 2:
             return False
-        kind = *self._kind, turned
-        if kind not in self._is_exact:
-            self._is_exact[kind] = self._try(turned)
-        return self._is_exact[kind]
+        if turned != self._known_for:
+            kind = *self._kind, turned
+            if kind not in self._is_exact:
+                self._is_exact[kind] = self._try(turned)
+            if not self._is_exact[kind]:
+                return False
+            self._known_for = turned
+        return True
 
-    def _attend(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """`keys` and `values` [1, KV heads, tokens, size] get those of the token as their last."""
-        what, layer = self._what, self._layer
-        layer.turned = cos.shape[2]
-        what.point_to(keys, values)
-        hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+    def _attend(self, hidden: torch.Tensor, angles: States, states: States) -> torch.Tensor:
+        """Keys and values [1, KV heads, tokens, size] get those of the token as their last."""
+        hidden, cos, sin = (each.contiguous() for each in (hidden, *angles))
         output = torch.empty_like(hidden)
-        structures = ctypes.addressof(layer), ctypes.addressof(what)
-        addresses = (x.data_ptr() for x in (hidden, cos, sin, self._between))
-        into = output.data_ptr() if self._output is None else None
-        if self._pool.lib.moe_self_attend(self._pool.handle, *structures, *addresses, into):
-            raise MemoryError("no memory for the attention of a token")
-        if self._output is not None:
-            query = self._between[: what.heads * self._size].view(1, what.heads, 1, self._size)
-            self._pool.apply(self._output, self._attend_by_torch(query, keys, values), output)
+        what = self.point_to(cos, *states)
+        if self.output is None:
+            self._call(what, hidden, cos, sin, output.data_ptr())
+        else:
+            self._pool.apply(self.output, self.attend_by_torch(hidden, cos, sin, states), output)
         return output
 
-    def _attend_by_torch(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        threads, heads = torch.get_num_threads(), query.shape[1]
-        is_small = query.numel() * keys.shape[2] < _ONE_THREAD
+    def point_to(self, cos: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
+        """The address of what says that these are attended to, by queries that so many angles turn."""
+        self.layer.turned = cos.shape[2]
+        self._what.point_to(keys, values)
+        return ctypes.addressof(self._what)
+
+    def attend_by_torch(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, states: States
+    ) -> torch.Tensor:
+        """What the output's projection is given, after `point_to`, where attention itself is not native."""
+        self._call(ctypes.addressof(self._what), hidden, cos, sin, None)
+        heads, threads = self._what.heads, torch.get_num_threads()
+        query = self.between[: heads * self._size].view(1, heads, 1, self._size)
+        is_small = query.numel() * states[0].shape[2] < _ONE_THREAD
         torch.set_num_threads(1 if is_small and heads > 1 else threads)  # a single one is cut among all of them
         try:
-            return F.scaled_dot_product_attention(query, keys, values, scale=self._scale, enable_gqa=True).contiguous()
+            return F.scaled_dot_product_attention(query, *states, scale=self._scale, enable_gqa=True).contiguous()
         finally:
             torch.set_num_threads(threads)
 
-    def _try(self, turned: int) -> bool:
+    def _call(self, what: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, into: int | None) -> None:
+        addresses = (x.data_ptr() for x in (hidden, cos, sin, self.between))
+        if self._pool.lib.moe_self_attend(self._pool.handle, ctypes.addressof(self.layer), what, *addresses, into):
+            raise MemoryError("no memory for the attention of a token")
+
+    def trials(self, turned: int, rounds: int = 1) -> Iterator[tuple[torch.Tensor, States, TrialCache]]:
+        """States of one token, their angles, and what is in the cache by then."""
         generator = torch.Generator().manual_seed(0)
+        for tokens, spread in _TRIALS * rounds:
+            hidden = (torch.randn(1, 1, self._hidden, generator=generator) * spread).bfloat16()
+            cos, sin = (torch.randn(1, 1, turned, generator=generator).bfloat16() for _ in range(2))
+            shape = 1, self._what.kv_heads, tokens, self._size
+            keys, values = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+            yield hidden, (cos, sin), TrialCache(keys, values)
+
+    def _try(self, turned: int) -> bool:
         with torch.inference_mode():
-            for tokens, spread in _TRIALS:
-                hidden = (torch.randn(1, 1, self._hidden, generator=generator) * spread).bfloat16()
-                cos, sin = (torch.randn(1, 1, turned, generator=generator).bfloat16() for _ in range(2))
-                shape = 1, self._what.kv_heads, tokens, self._size
-                held = [torch.randn(shape, generator=generator).bfloat16() for _ in range(2)]
-                cache, keys, values = _TrialCache(held), *(states.clone() for states in held)
+            for hidden, angles, cache in self.trials(turned):
+                keys, values = (states.clone() for states in cache.states)
+                given = {"position_embeddings": angles, "attention_mask": None, CACHE: cache}
                 try:
-                    output, weights = self._forward(
-                        hidden_states=hidden,
-                        position_embeddings=(cos, sin),
-                        attention_mask=None,
-                        **{CACHE: cache},
-                    )
-                except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
-                    return False  # it wants more than this
-                ours = self._attend(hidden, cos, sin, keys, values), keys, values
-                if weights is not None or not all(map(torch.equal, ours, (output, *held))):
+                    output, weights = self._forward(hidden_states=hidden, **given)
+                except WANTS_MORE:
+                    return False
+                ours = self._attend(hidden, angles, (keys, values)), keys, values
+                if weights is not None or not all(map(torch.equal, ours, (output, *cache.states))):
                     return False
         return True
 
@@ -191,16 +211,16 @@ def _is_of_no_matter(named: tuple[str, Any]) -> bool:
     return value is None or value is False or name in _MEANT_FOR_OTHERS
 
 
-class _TrialCache:
+class TrialCache:
     """A KV cache whose last token is there already, and is written over."""
 
-    def __init__(self, states: list[torch.Tensor]) -> None:
-        self._states = states
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.states: States = keys, values
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
-        for states, new in zip(self._states, (keys, values), strict=True):
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> States:
+        for states, new in zip(self.states, (keys, values), strict=True):
             states[:, :, -1:] = new
-        return self._states
+        return self.states
 
 
 def _has_usual_parts(module: Any) -> bool:
@@ -226,7 +246,12 @@ def _has_usual_parts(module: Any) -> bool:
     return asked == {"self", *_ASKED}
 
 
-def _kind(module: nn.Module) -> tuple[object, ...]:
+def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """What somebody has registered who wants to be told when these are called."""
+    return [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+
+
+def kind_of(module: nn.Module) -> tuple[object, ...]:
     """What modules that compute alike have in common."""
     settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
     settings.pop("layer_idx", None)

@@ -79,6 +79,7 @@ def measure_machine(
         maths=maths,
         dense_bytes_per_s=dense,
         layer_s=layer.layer_s,
+        whole_layer_s=layer.whole_layer_s,
         fetch_s=layer.fetch_s,
         foresee_s=layer.foresee_s,
         program_s=program_s,

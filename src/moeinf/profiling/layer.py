@@ -49,11 +49,12 @@ _CONTEXT = 256
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Seconds beside what takes weights or the disk: of a layer, of an expert that has to be fetched, and of asking a
-    layer's router early.
+    """Seconds beside what takes weights or the disk: of a layer, by parts and in one call, of an expert that has to be
+    fetched, and of asking a layer's router early.
     """
 
     layer_s: float
+    whole_layer_s: float
     fetch_s: float
     foresee_s: float
 
@@ -61,21 +62,27 @@ class LayerCosts:
 def measure_layer(seconds: float) -> LayerCosts:
     """What layers take, found with tiny models that decode tokens in turn for so many `seconds`. A layer is the slope
     between few of them and many. With slots for few experts a token of many layers takes longer by what it has to
-    fetch, from a file that the page cache holds. Of one more the routers are asked early.
+    fetch, from a file that the page cache holds. Of one more the routers are asked early, and two compute whole layers.
     """
     with ExitStack() as stack, torch.inference_mode():
         few, many = _Decoder(_FEW, stack), _Decoder(_MANY, stack)
+        few_whole, many_whole = _Decoder(_FEW, stack, is_whole=True), _Decoder(_MANY, stack, is_whole=True)
         missing, foreseeing = _Decoder(_MANY, stack, slots=_MISSING_SLOTS), _Decoder(_MANY, stack, foresees=True)
         end = time.perf_counter() + seconds
         while len(few.times) < _LEAST_TOKENS or time.perf_counter() < end:
-            for decoder in (few, many, missing, foreseeing):
+            for decoder in (few, many, few_whole, many_whole, missing, foreseeing):
                 decoder.decode()
     asking = foreseeing.asking
     return LayerCosts(
-        max(0.0, (many.token_s - few.token_s) / (_MANY - _FEW)),
+        _slope(few, many),
+        _slope(few_whole, many_whole),
         max(0.0, (missing.token_s - many.token_s) / max(1.0, missing.misses)),
         undisturbed(asking) if asking else 0.0,
     )
+
+
+def _slope(few: _Decoder, many: _Decoder) -> float:
+    return max(0.0, (many.token_s - few.token_s) / (_MANY - _FEW))
 
 
 class _Asked:
@@ -120,13 +127,15 @@ class NoDisk:
 
 class _Decoder:
     """A tiny model with the engine's runtime, all or so many `slots`, and how long its tokens took. Of one that
-    `foresees` the routers are asked early.
+    `foresees` the routers are asked early; one that `is_whole` computes whole layers where it can.
     """
 
-    def __init__(self, layers: int, stack: ExitStack, *, slots: int | None = None, foresees: bool = False) -> None:
+    def __init__(
+        self, layers: int, stack: ExitStack, *, slots: int | None = None, foresees: bool = False, is_whole: bool = False
+    ) -> None:
         self.times: list[float] = []
         self._model = _tiny_model(layers)
-        self._runtime, self._asked = _attach_runtime(self._model, layers, slots, foresees, stack)
+        self._runtime, self._asked = _attach_runtime(self._model, layers, slots, foresees, is_whole, stack)
         self._token = torch.tensor([[1]])
 
     def decode(self) -> None:
@@ -175,7 +184,7 @@ def _tiny_model(layers: int) -> Any:
 
 
 def _attach_runtime(
-    model: Any, layers: int, slots: int | None, foresees: bool, stack: ExitStack
+    model: Any, layers: int, slots: int | None, foresees: bool, is_whole: bool, stack: ExitStack
 ) -> tuple[ExpertRuntime, _Asked | None]:
     """Let the engine's runtime compute the experts of `model`, with a slot for each of them or so many `slots`. Returns
     it, and what it asks if it `foresees`.
@@ -205,6 +214,8 @@ def _attach_runtime(
         slot_bytes=pool.slot_bytes, all_experts=experts, token_experts=layers * _TOP_K, context=1,
     )  # fmt: skip
     hooks.attach(list(modules.values()), model, runtime, plan)
+    if is_whole:
+        hooks.decode(model, modules, maths, runtime, pool)
     return runtime, asked
 
 

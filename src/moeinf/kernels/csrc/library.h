@@ -22,6 +22,9 @@ enum { MOST_TOGETHER = 3 };
 int multiply_one(moe_pool *pool, size_t count, const moe_linear_layer *const *layers, const void *x,
                  void *const *outputs);
 
+/* The sum of a row in float32, in the order that norm.c says. */
+float sum_like_torch(const float *values, size_t size);
+
 /* Whether it has products of one x in this order (moe_order). */
 static inline bool has_chains(const kernels *kernels, int64_t chain) {
     return chain == 0 || (kernels->dot_chains != NULL && kernels->takes_turns == (chain == MOE_IN_TURN));

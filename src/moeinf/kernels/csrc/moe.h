@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 18 };
+enum { MOE_INTERFACE = 19 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -173,6 +173,47 @@ typedef struct {
  * all, and attending is left to the caller. Returns what moe_attend returns. */
 MOE_API int moe_self_attend(moe_pool *pool, const moe_self_attention *layer, const moe_attention *what, const void *x,
                             const void *cosines, const void *sines, void *between, void *output);
+
+/* How a router chooses: the `top_k` largest of `count` logits, whose weights, rounded to dtype, are
+ *   OF_ALL      their softmax among all
+ *   NORMALISED  the same, divided by the sum of what was chosen
+ *   OF_CHOSEN   their softmax among what was chosen
+ * in float32, exponentials being added up in vectors of `lanes`, 8 or 16. */
+enum moe_shares { MOE_OF_ALL, MOE_NORMALISED, MOE_OF_CHOSEN };
+typedef struct {
+    int32_t count, top_k, lanes, shares, dtype;
+} moe_router;
+
+/* What a token chooses, the likeliest first, by logits in bfloat16; `scores` is memory for `count` numbers. 0, or MOE_TIED
+ * where an expert that is chosen is as likely as one that is not, or logits are not finite: that is left to torch. */
+enum { MOE_AWAY = 1, MOE_TIED };
+MOE_API int moe_route(const moe_router *router, const void *logits, float *scores, int64_t *chosen, float *weights);
+
+/* A decoder layer for one token: what attention makes of the normed state is added to it, and what experts make of that,
+ * normed, is added, too, both times `scale`; and memory for what lies between, which layers may share. Expert i is in the slot that slots[i] says,
+ * or nowhere if that is negative; slots lie in `memory`, so many bytes apart. */
+typedef struct {
+    const moe_norm_layer *norm, *second_norm;
+    const moe_self_attention *attention;
+    const moe_linear_layer *gate;
+    const moe_router *router;
+    const moe_layer *experts;
+    int32_t row_dtype, sum_dtype; /* as moe_experts and moe_sum take them */
+    float scale;
+    const int32_t *slots;
+    const void *memory;
+    int64_t slot_bytes;
+    void *state, *normed, *logits; /* in bfloat16: [hidden], [hidden], [count] */
+    float *scores, *rows, *weights; /* [count], [top_k, hidden], [top_k] */
+    int64_t *chosen;                /* [top_k] */
+} moe_decoder_layer;
+
+/* `what`, `cosines`, `sines` and `between` are as in moe_self_attend; or `attended` is what somebody else has made of the
+ * normed state, all heads of it. 0; MOE_AWAY where chosen experts are not all there, and MOE_TIED: then `state` is what experts
+ * are to be added to, `normed` what they are given, and after MOE_AWAY `chosen` and `weights` the choice. Or what
+ * moe_self_attend returns. */
+MOE_API int moe_decode(moe_pool *pool, const moe_decoder_layer *layer, const moe_attention *what, const void *x,
+                       const void *cosines, const void *sines, void *between, const void *attended, void *output);
 
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */

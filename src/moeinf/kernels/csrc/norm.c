@@ -4,7 +4,8 @@
 
 /* torch adds the squares of a row in LANES interleaved sums of 4 vectors each; such a sum is emptied into the next of 4
  * LEVELS every 16 vectors or more, and that one into the next, so that no sum takes in too many small numbers. What does
- * not fill 4 vectors, and then a vector, comes last. (ATen/native/cpu/SumKernel.cpp, found again by trying.) */
+ * not fill 4 vectors, and then a vector, comes last. Less than a vector has 4 interleaved sums, the first of which takes in what
+ * is left over. (ATen/native/cpu/SumKernel.cpp, found again by trying.) */
 enum { LANES = 8, ABREAST = 4, ROW = LANES * ABREAST, LEVELS = 4 };
 
 static int ceil_log2(size_t size) {
@@ -19,7 +20,17 @@ static void add_to(float *sums, const float *values, size_t count) {
         sums[i] += values[i];
 }
 
-static float sum_like_torch(const float *values, size_t size) {
+static float sum_few(const float *values, size_t size) {
+    float sums[ABREAST] = {0};
+    size_t whole = size / ABREAST * ABREAST;
+    for (size_t i = 0; i < size; i++)
+        sums[i < whole ? i % ABREAST : 0] += values[i];
+    return sums[0] + sums[1] + sums[2] + sums[3];
+}
+
+float sum_like_torch(const float *values, size_t size) {
+    if (size < LANES)
+        return sum_few(values, size);
     float sums[LEVELS][ROW] = {{0}};
     size_t vectors = size / LANES, rows = vectors / ABREAST, row = 0;
     int log2 = ceil_log2(rows), power = log2 / LEVELS > 4 ? log2 / LEVELS : 4;

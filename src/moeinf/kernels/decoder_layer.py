@@ -1,0 +1,412 @@
+"""All of a decoder layer for one token in one call of the native library, where its experts are in memory: norm,
+attention, norm, router, experts, and the two sums.
+
+What it is made of is native and torch's to the last bit by itself (`self_attention`, `dense`, `native`). What is saved
+are the small steps of Python between, which cost more than they seem to: the weights of each layer drive Python's data
+out of the processor's caches (docs/experiments.md). No family is named: a layer is taken when it has the usual parts
+under their usual names, and gives on trial what these give in the usual order.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from moeinf.metamodel import CACHE
+
+from .dense import NativeLinear, NativeNorm, native_linear
+from .native import DTYPES, NativeMaths, NativePool
+from .self_attention import WANTS_MORE, NativeSelfAttention, States, hooks_of, kind_of
+
+__all__ = ["DecoderLayers", "Keeper", "NativeDecoderLayer", "Slots"]
+
+_ATTENTION, _NORMS = "self_attn", ("input_layernorm", "post_attention_layernorm")
+_AWAY, _TIED = 1, 2
+"""What `moe_decode` returns where experts are not in memory, or the router's choice is left to torch."""
+_MOST_CHOSEN = 64
+"""`MOST_CHOSEN` of csrc/decoder_layer.c."""
+_LANES = 16, 8
+"""Numbers in torch's vectors: those of AVX-512 and of AVX2."""
+_SHARES = range(3)
+"""The kinds of `moe_shares`."""
+_ROWS, _SPREADS = 16, (0.3, 3.0, 30.0)
+"""A choice is tried with so many rows of logits that lie so far apart."""
+_ROUNDS = 4
+"""A layer is tried with so many times the states that its attention is tried with."""
+
+
+class Keeper(Protocol):
+    """Who has the experts of a model computed."""
+
+    def may_compute(self, layer: int) -> bool:
+        """Whether the experts of a token may be computed in this MoE layer where they are, before anybody is told of
+        them. What follows is `has_computed`, or `forward`.
+        """
+
+    def has_computed(self, layer: int, experts: list[int]) -> None:
+        """These were there, and have been computed for a token."""
+
+    def forward(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The MoE layer's output [tokens, H], wherever its experts are."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where experts lie: in which slot each is, numbered over all layers, or -1; and slots from an address on, so many
+    bytes apart.
+    """
+
+    resident: array[int]
+    address: int
+    nbytes: int
+
+
+class _Router(ctypes.Structure):
+    """`moe_router` of moe.h."""
+
+    _fields_ = tuple((name, c_int32) for name in ("count", "top_k", "lanes", "shares", "dtype"))
+
+
+class _DecoderLayer(ctypes.Structure):
+    """`moe_decoder_layer` of moe.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("norm", "second_norm", "attention", "gate", "router", "experts")),
+        ("row_dtype", c_int32),
+        ("sum_dtype", c_int32),
+        ("scale", c_float),
+        ("slots", c_void_p),
+        ("memory", c_void_p),
+        ("slot_bytes", c_int64),
+        *((name, c_void_p) for name in ("state", "normed", "logits", "scores", "rows", "weights", "chosen")),
+    )
+
+
+@dataclass(frozen=True)
+class _Choosing:
+    """How the routers of a kind choose: by vectors of so many lanes, with which shares, of that dtype."""
+
+    lanes: int
+    shares: int
+    dtype: torch.dtype
+
+    def router(self, count: int, top_k: int) -> _Router:
+        return _Router(count, top_k, self.lanes, self.shares, DTYPES[self.dtype])
+
+
+class _Between:
+    """Memory for what lies between the parts of a layer, which others of its shape share."""
+
+    def __init__(self, hidden: int, count: int, top_k: int) -> None:
+        self.state = torch.empty(1, hidden, dtype=torch.bfloat16)
+        self.normed = torch.empty(1, hidden, dtype=torch.bfloat16)
+        self.logits = torch.empty(1, count, dtype=torch.bfloat16)
+        self.scores = torch.empty(1, count, dtype=torch.float32)
+        self.rows = torch.empty(top_k, hidden, dtype=torch.float32)
+        self.weights = torch.empty(1, top_k, dtype=torch.float32)
+        self.chosen = torch.empty(1, top_k, dtype=torch.int64)
+
+
+class DecoderLayers:
+    """Finds what can stand in for the decoder layers of one model. `check` is called before each of a token, and may
+    raise.
+    """
+
+    def __init__(self, keeper: Keeper, slots: Slots, check: Callable[[], None]) -> None:
+        self.keeper, self.slots, self.check = keeper, slots, check
+        self.choosing: dict[tuple[object, ...], _Choosing | None] = {}
+        """How layers of a kind choose, which differ in their weights alone; None where they came out otherwise when
+        they were tried.
+        """
+        self._between: dict[tuple[int, int, int], _Between] = {}
+
+    def find(self, layer: nn.Module, experts: nn.Module, maths: Any, span: range) -> NativeDecoderLayer | None:
+        """The forward of `layer` from now on, or None for one that is of another kind. `experts` is the module in it
+        whose experts `maths` computes, which have the numbers of `span` over all layers.
+        """
+        parts = dict(layer.named_children())
+        norms = [getattr(parts.pop(name, None), "forward", None) for name in _NORMS]
+        attention = getattr(parts.pop(_ATTENTION, None), "forward", None)
+        if not isinstance(maths, NativeMaths) or not isinstance(attention, NativeSelfAttention) or len(parts) != 1:
+            return None
+        (block,) = parts.values()
+        others = [child for child in block.children() if child is not experts]
+        if len(others) != 1 or len(list(block.children())) != 2 or list(block.parameters(recurse=False)):
+            return None
+        gate, top_k = native_linear(others[0]), getattr(others[0], "top_k", None)
+        if gate is None or gate.layer.outputs != len(span):
+            return None
+        if not isinstance(top_k, int) or not 0 < top_k <= min(len(span) - 1, _MOST_CHOSEN):
+            return None
+        if not all(isinstance(norm, NativeNorm) for norm in norms):
+            return None
+        return NativeDecoderLayer(
+            self, layer, block, experts, _Parts(norms, attention, others[0], gate, top_k, maths, span.start)
+        )
+
+    def between(self, hidden: int, count: int, top_k: int) -> _Between:
+        return self._between.setdefault((hidden, count, top_k), _Between(hidden, count, top_k))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What computes a layer, and how many experts a token chooses of those that begin with number `first`."""
+
+    norms: list[Any]
+    attention: NativeSelfAttention
+    router: nn.Module
+    gate: NativeLinear
+    top_k: int
+    maths: NativeMaths
+    first: int
+
+
+class NativeDecoderLayer:
+    """The forward of a decoder layer, which the library computes for one token if that gives what the layer gives, or
+    leaves to the layer. That is tried when it is first asked for.
+    """
+
+    def __init__(self, shared: DecoderLayers, layer: Any, block: Any, experts: Any, parts: _Parts) -> None:
+        self._shared, self._forward, self._block, self._experts = shared, layer.forward, block, experts
+        self._parts, self._attention, self._pool = parts, parts.attention, parts.maths.pool
+        self._kind = tuple(map(kind_of, layer.modules()))
+        self._hooks = hooks_of(list(layer.modules())[1:])
+        self._scale = float(getattr(layer, "residual_multiplier", 1))
+        self._choosing: _Choosing | None = None
+        self._known_for = 0
+        self._router = _Router()
+        self._between = shared.between(parts.maths.layer.hidden, parts.gate.layer.outputs, parts.top_k)
+        self._chosen = (c_int64 * parts.top_k).from_address(self._between.chosen.data_ptr())
+        resident = shared.slots.resident
+        computing = (*parts.norms, parts.attention, parts.gate)
+        self._layer = _DecoderLayer(
+            *(ctypes.addressof(part.layer) for part in computing),
+            router=ctypes.addressof(self._router),
+            experts=ctypes.addressof(parts.maths.layer),
+            scale=self._scale,
+            slots=resident.buffer_info()[0] + parts.first * resident.itemsize,
+            memory=shared.slots.address,
+            slot_bytes=shared.slots.nbytes,
+            **{name: tensor.data_ptr() for name, tensor in vars(self._between).items()},
+        )
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        output = None if len(args) > 1 or any(self._hooks) else self._compute(*args, **named)
+        return self._forward(*args, **named) if output is None else output
+
+    def _compute(self, hidden_states: torch.Tensor | None = None, **others: Any) -> torch.Tensor | None:
+        """The output [1, 1, H] for one token [1, 1, H]; None if it is anything else, and then nothing has changed."""
+        cache = others.pop(CACHE, None)
+        if hidden_states is None or not self._attention.takes(hidden_states, **others):
+            return None
+        angles = others["position_embeddings"]
+        keeper, number = self._experts.moeinf
+        if keeper is not self._shared.keeper or not self._knows(angles[0].shape[2]):
+            return None
+        self._shared.check()
+        if not keeper.may_compute(number) or (states := self._attention.grow(cache)) is None:
+            return None
+        between, output = self._between, torch.empty_like(hidden_states)
+        found = self._decode(hidden_states, angles, states, output)
+        if not found:
+            keeper.has_computed(number, list(self._chosen))
+            return output
+        if found == _TIED:
+            added: torch.Tensor = self._block(between.normed.view_as(output))
+        else:
+            assert self._choosing is not None
+            weights = between.weights.to(self._choosing.dtype)
+            added = keeper.forward(number, between.normed, between.chosen, weights)
+        return between.state.view_as(output) + added.view_as(output) * self._scale
+
+    def _decode(self, hidden: torch.Tensor, angles: States, states: States, output: torch.Tensor) -> int:
+        """Write the layer's `output`; or return what was found in its stead, and leave the rest in `between`."""
+        attention, pool, attended = self._attention, self._pool, None
+        hidden, cos, sin = (each.contiguous() for each in (hidden, *angles))
+        what = attention.point_to(cos, *states)
+        if attention.output is not None:
+            attended = attention.attend_by_torch(self._parts.norms[0].compute(hidden), cos, sin, states)
+        found: int = pool.lib.moe_decode(
+            pool.handle,
+            ctypes.addressof(self._layer),
+            what,
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            attention.between.data_ptr(),
+            None if attended is None else attended.data_ptr(),
+            output.data_ptr(),
+        )
+        if found < 0:
+            raise MemoryError("no memory for a token's layer")
+        return found
+
+    def _knows(self, turned: int) -> bool:
+        """Whether it is known how the layer chooses, and all else comes out the same with so many angles."""
+        if turned != self._known_for:
+            kind = *self._kind, turned
+            if kind not in self._shared.choosing:
+                self._shared.choosing[kind] = self._try(turned)
+            if (choosing := self._shared.choosing[kind]) is None:
+                return False
+            self._choose(choosing)
+            self._known_for = turned
+        return True
+
+    def _choose(self, choosing: _Choosing) -> None:
+        self._choosing = choosing
+        self._router = choosing.router(self._parts.gate.layer.outputs, self._parts.top_k)
+        self._layer.router = ctypes.addressof(self._router)
+        self._layer.row_dtype, self._layer.sum_dtype = self._parts.maths.rounding[choosing.dtype]
+
+    def _try(self, turned: int) -> _Choosing | None:
+        with torch.inference_mode():
+            try:
+                choosing = self._find_choosing()
+                trials = self._run(turned) if choosing else []
+            except WANTS_MORE:
+                return None
+            if not choosing or not trials:
+                return None
+            choosing = replace(choosing, dtype=trials[0].asked.weights.dtype)
+            slots, nowhere = self._layer.slots, array("i", [-1]) * self._parts.gate.layer.outputs
+            try:
+                self._layer.slots, _ = nowhere.buffer_info()
+                self._choose(choosing)
+                found = list(map(self._compare, trials))
+            finally:
+                self._layer.slots, self._choosing = slots, None
+            return choosing if None not in found and _AWAY in found else None
+
+    def _find_choosing(self) -> _Choosing | None:
+        """How the layer chooses, or would in float32: there nothing is rounded that hides how it is computed."""
+        count, hidden = self._parts.gate.layer.outputs, self._between.state.shape[1]
+        if count > hidden:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        choices = []
+        for spread in _SPREADS * _ROWS:
+            logits = (torch.randn(1, count, generator=generator) * spread).bfloat16()
+            state = torch.zeros(1, 1, hidden, dtype=torch.float32)
+            state[..., :count] = logits
+            asked = _Asked(hidden, torch.float32)
+            with self._asking(asked), _all_logits(self._block, self._parts.router):
+                self._block(state)
+            choices.append((logits, asked))
+        for lanes, shares in product(_LANES, _SHARES):
+            choosing = _Choosing(lanes, shares, torch.float32)
+            found = [_compare_choice(self._pool, choosing, *choice) for choice in choices]
+            if None not in found and 0 in found:
+                return choosing
+        return None
+
+    def _run(self, turned: int) -> list[_Trial]:
+        """What the layer does with some states of one token."""
+        trials = []
+        for hidden, angles, cache in self._attention.trials(turned, _ROUNDS):
+            keys, values = (states.clone() for states in cache.states)
+            asked = _Asked(hidden.shape[-1], hidden.dtype)
+            given = {"position_embeddings": angles, "attention_mask": None, CACHE: cache}
+            with self._asking(asked):
+                output = self._forward(hidden, **given).view(1, -1)
+            trials.append(_Trial(hidden, angles, (keys, values), cache.states, asked, output))
+        return trials
+
+    @contextmanager
+    def _asking(self, asked: _Asked) -> Iterator[None]:
+        """While this is open, the layer's experts are asked of `asked`, once."""
+        computed_by = self._experts.moeinf
+        self._experts.moeinf = asked, 0
+        try:
+            yield
+        finally:
+            self._experts.moeinf = computed_by
+        if asked.times != 1 or asked.normed.shape != asked.added.shape:
+            raise ValueError("its experts are asked in another way than is known here")
+
+    def _compare(self, trial: _Trial) -> int | None:
+        """What is found in the trial's place; None if anything is not the same."""
+        found = self._decode(trial.hidden, trial.angles, trial.states, torch.empty_like(trial.hidden))
+        between, asked = self._between, trial.asked
+        ours = [between.normed, between.state + asked.added * self._scale, *trial.states]
+        theirs = [asked.normed, trial.output, *trial.held]
+        if found == _AWAY:
+            ours += _by_expert(between.chosen, between.weights.to(asked.weights.dtype))
+            theirs += _by_expert(asked.index, asked.weights)
+        return found if all(map(torch.equal, ours, theirs)) else None
+
+
+class _Asked:
+    """Stands where experts would be computed, and keeps what they are asked for."""
+
+    normed: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+
+    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+        self.added = torch.randn(1, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
+        self.times = 0
+
+    def forward(self, _layer: int, *given: torch.Tensor) -> torch.Tensor:
+        self.normed, self.index, self.weights = (each.clone() for each in given)
+        self.times += 1
+        return self.added
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A state of one token, its angles, and what was in the cache before and after a layer ran; what that asked of its
+    experts, and gave.
+    """
+
+    hidden: torch.Tensor
+    angles: States
+    states: States
+    held: States
+    asked: _Asked
+    output: torch.Tensor
+
+
+@contextmanager
+def _all_logits(block: nn.Module, router: nn.Module) -> Iterator[None]:
+    """While this is open, the first numbers of what `block` is given, in float32, are the logits of its router."""
+    name = next(name for name, child in block.named_children() if child is router)
+    plain: Any = copy.copy(router)
+    vars(plain).pop("forward", None)
+    vars(plain)["_parameters"] = {
+        name: nn.Parameter(torch.eye(*each.shape) if each.dim() == 2 else torch.zeros(each.shape))
+        for name, each in router.named_parameters(recurse=False)
+    }
+    block._modules[name] = plain
+    try:
+        yield
+    finally:
+        block._modules[name] = router
+
+
+def _by_expert(index: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    """A token's choice, in ascending order of expert: who is as likely as another may come before it or after it."""
+    ordered, places = index[0].sort()
+    return [ordered, weights[0, places]]
+
+
+def _compare_choice(pool: NativePool, choosing: _Choosing, logits: torch.Tensor, asked: _Asked) -> int | None:
+    """What `moe_route` finds for these logits [1, count]; None if that is another choice than was asked for."""
+    chosen, weights = torch.empty_like(asked.index), torch.empty_like(asked.weights)
+    router, scores = choosing.router(logits.shape[1], chosen.shape[1]), torch.empty_like(logits, dtype=torch.float32)
+    addresses = (x.data_ptr() for x in (logits, scores, chosen, weights))
+    found: int = pool.lib.moe_route(ctypes.addressof(router), *addresses)
+    is_same = all(map(torch.equal, _by_expert(chosen, weights), _by_expert(asked.index, asked.weights)))
+    return found if found == _TIED or is_same else None

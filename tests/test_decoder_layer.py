@@ -1,0 +1,354 @@
+"""Whole decoder layers natively, against the layers' own code: to the last bit where they are taken, not taken where
+they are others, and told of as if each part had been called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+import moeinf
+from families import make_checkpoint
+from moeinf.engine import Engine
+from moeinf.errors import MoeinfError
+from moeinf.forecast import WHOLE_LAYERS
+from moeinf.kernels import decoder_layer
+from moeinf.kernels.attention import NativeAttention
+from moeinf.kernels.decoder_layer import DecoderLayers, NativeDecoderLayer
+from moeinf.kernels.native import NativePool
+from moeinf.kvcache import make_cache
+from moeinf.metamodel import CACHE
+from moeinf.pull import pull
+from moeinf.store import Store
+from readers import SlowReader, use_reader
+from test_native import LIBRARY, TORCH_S
+
+Load = Callable[..., Engine]
+SHARES = ["of all", "normalised", "of chosen"]
+AWAY, TIED = decoder_layer._AWAY, decoder_layer._TIED
+
+pytestmark = [
+    pytest.mark.skipif(TORCH_S is None, reason="torch may add in another order on such a processor"),
+    pytest.mark.filterwarnings("ignore"),  # what transformers says about families of its
+]
+
+EXPERTS = {"num_experts": 32}
+SIZES: dict[str, dict[str, Any]] = {
+    "mellum": EXPERTS,
+    "mixtral": {"num_local_experts": 32},
+    "olmoe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "granitemoe": {"num_local_experts": 32, "residual_multiplier": 0.22},
+    "minimax_m2": {"num_local_experts": 32},
+    "qwen2_moe": EXPERTS,
+}
+WHOLE = WHOLE_LAYERS
+"""The families whose layers are taken. Others choose in another way, or have shared experts."""
+
+SAMPLING = moeinf.Sampling(max_tokens=24, temperature=0)
+PROMPT = [5, 17, 30, 8, 99, 41]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The home in which models of a family, with so many experts that the library multiplies by their routers, are
+    pulled under the family's name.
+    """
+    folder = tmp_path_factory.mktemp("whole")
+
+    def have(family: str) -> Path:
+        if family not in Store(folder / "home").names():
+            make_checkpoint(family, folder / family, hidden_size=256, head_dim=64, **SIZES[family])
+            pull(str(folder / family), store=Store(folder / "home"), name=family)
+        return folder / "home"
+
+    return have
+
+
+@pytest.fixture
+def load(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    engines: list[Engine] = []
+    monkeypatch.setattr("moeinf.shared_library.built_library", lambda: LIBRARY)
+
+    def make(family: str = "qwen3_moe", **options: Any) -> Engine:
+        monkeypatch.setenv("MOEINF_HOME", str(models(family)))
+        engine = moeinf.load(family, **{"prefetch": "off", **options})
+        engine.generation_config.eos_token_id = None
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.learns = False
+        engine.close()
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What `moe_decode` found for models, and not on trial: 0 where it did all."""
+    results: list[int] = []
+    decode: Any = NativeDecoderLayer._decode
+    attempt: Any = NativeDecoderLayer._try
+
+    def count(*args: Any) -> int:
+        results.append(decode(*args))
+        return results[-1]
+
+    def leave_out(*args: Any) -> Any:
+        before = len(results)
+        choosing = attempt(*args)
+        del results[before:]
+        return choosing
+
+    monkeypatch.setattr(NativeDecoderLayer, "_decode", count)
+    monkeypatch.setattr(NativeDecoderLayer, "_try", leave_out)
+    return results
+
+
+def logits(engine: Engine, pieces: list[int]) -> list[torch.Tensor]:
+    """Those of pieces of so many tokens, one after the other."""
+    config = engine.model.config.get_text_config(decoder=True)
+    cache, generator = make_cache(config, 128), torch.Generator().manual_seed(0)
+    model: Any = engine.model
+    with torch.inference_mode():
+        pieces_of_ids = [torch.randint(4, 100, (1, tokens), generator=generator) for tokens in pieces]
+        return [model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits for ids in pieces_of_ids]
+
+
+def hold_the_same(ours: Engine, theirs: Engine, pieces: list[int]) -> None:
+    for each, other in zip(logits(ours, pieces), logits(theirs, pieces), strict=True):
+        assert torch.isfinite(other).all()
+        assert torch.equal(each, other)
+
+
+PIECES = [9, *[1] * 20, 3, *[1] * 10]
+
+
+@pytest.mark.parametrize("family", sorted(SIZES))
+def test_logits_are_the_familys(family: str, load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_reader(monkeypatch, SlowReader)
+    theirs = load(family, kernels="torch")
+    for experts, expected in (("6", AWAY), ("50%", AWAY), ("100%", 0)):
+        ours = load(family, experts=experts)
+        hold_the_same(ours, theirs, PIECES)
+        hold_the_same(ours, theirs, PIECES)
+        ours.runtime.cache.check_integrity()
+        assert (expected in found) == (family in WHOLE)
+        found.clear()
+
+
+def test_torch_attends_where_the_library_does_not(
+    load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def knows(*_: object) -> bool:
+        return False
+
+    theirs = load(kernels="torch")
+    monkeypatch.setattr(NativeAttention, "knows", knows)
+    hold_the_same(load(experts="100%"), theirs, PIECES)
+    assert 0 in found
+
+
+def test_everybody_is_told_the_same(load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters, what is learned of requests, and whom the policy would evict: by layers, and by parts."""
+
+    def run(engine: Engine) -> list[Any]:
+        seen: list[Any] = []
+        session = engine.session()
+        for prompt in (PROMPT, [*PROMPT, 3, 7]):
+            session.generate(prompt, moeinf.Sampling(max_tokens=16, temperature=0))
+            seen += [engine.runtime.decode, engine.runtime.prefill]
+        engine.runtime.begin_request(0)
+        seen += [engine.runtime.counter.collection.popularity().tolist(), engine.runtime.cache.lend(20)]
+        return seen
+
+    for experts in ("40%", "100%"):
+        ours = run(load(experts=experts))
+        assert 0 in found
+        with monkeypatch.context() as patch:
+            patch.setattr(DecoderLayers, "find", lambda *_: None)
+            found.clear()
+            assert run(load(experts=experts)) == ours
+            assert not found
+
+
+def test_slots_may_be_lent_between_tokens(load: Load, found: list[int]) -> None:
+    theirs, ours = load(kernels="torch"), load(experts="100%")
+    chance = random.Random(0)
+
+    def lend(*_: object) -> None:
+        ours.runtime.lend(chance.randrange(40))
+
+    hold_the_same(ours, theirs, PIECES)
+    ours.model.register_forward_pre_hook(lend)
+    hold_the_same(ours, theirs, PIECES)
+    assert {0, AWAY} <= set(found)
+    ours.runtime.cache.check_integrity()
+
+
+def test_torch_chooses_between_experts_that_are_alike(load: Load, found: list[int]) -> None:
+    ours, theirs = load(experts="100%"), load(kernels="torch")
+    for engine in (ours, theirs):
+        for layer in engine.manifest.layers:
+            block: Any = engine.model.get_submodule(layer.module.rpartition(".")[0])
+            with torch.no_grad():
+                block.gate.weight[8:24] = block.gate.weight[:8].repeat(2, 1)
+    hold_the_same(ours, theirs, PIECES)
+    assert TIED in found
+
+
+@pytest.mark.parametrize(
+    "part", ["self_attn", "self_attn.k_norm", "post_attention_layernorm", "mlp", "mlp.gate", "mlp.experts"]
+)
+def test_hooks_are_called(part: str, load: Load, found: list[int]) -> None:
+    """Those of the layer's parts, too: what they do with an output is done."""
+    engines = load(experts="100%"), load(kernels="torch")
+    calls = [0, 0]
+    for number, engine in enumerate(engines):
+        layer: Any = engine.model.get_submodule(engine.manifest.layers[1].module.rpartition(".mlp")[0])
+
+        def double(_module: Any, _args: Any, output: Any, number: int = number) -> Any:
+            calls[number] += 1
+            return output * 2 if isinstance(output, torch.Tensor) else (output[0] * 2, *output[1:])
+
+        layer.get_submodule(part).register_forward_hook(double)
+    hold_the_same(*engines, [5, *[1] * 3])
+    assert calls == [4, 4]
+    assert found
+
+
+def test_who_watches_is_told_before_experts_are_computed(load: Load, found: list[int]) -> None:
+    engine = load(experts="100%")
+    logits(engine, PIECES)
+    assert found
+    found.clear()
+    seen: list[int] = []
+    engine.runtime.observer = lambda layer, *_: seen.append(layer)
+    logits(engine, [5, 1])
+    assert seen == 2 * list(range(len(engine.manifest.layers)))
+    assert not found
+
+
+def test_a_layer_that_does_more_is_left_alone(load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = modeling_qwen3_moe.Qwen3MoeDecoderLayer.forward
+    block = modeling_qwen3_moe.Qwen3MoeSparseMoeBlock.forward
+
+    def scaled(self: Any, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+        return forward(self, hidden_states, **named) * 0.5
+
+    def doubled(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return block(self, hidden_states) * 2
+
+    def asked_twice(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return block(self, hidden_states) + block(self, hidden_states)
+
+    for kind, other in (("DecoderLayer", scaled), ("SparseMoeBlock", doubled), ("SparseMoeBlock", asked_twice)):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(modeling_qwen3_moe, f"Qwen3Moe{kind}"), "forward", other)
+            hold_the_same(load(experts="100%"), load(kernels="torch"), PIECES)
+            assert not found
+
+
+def test_another_kv_cache_and_more_than_a_token_are_the_layers(load: Load, found: list[int]) -> None:
+    engine = load(experts="100%")
+    logits(engine, PIECES)
+    found.clear()
+    model: Any = engine.model
+    with torch.inference_mode():
+        for ids in ([[5, 6]], [[5]]):
+            model(input_ids=torch.tensor(ids), use_cache=True, **{CACHE: DynamicCache(config=model.config)})
+    assert not found
+
+
+def test_ctrl_c_waits_for_the_next_layer(load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(experts="100%")
+    expected = engine.session().generate(PROMPT, SAMPLING).tokens
+    decode, calls = NativeDecoderLayer._decode, 0
+
+    def interrupted(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        return decode(*args)
+
+    session = engine.session()
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeDecoderLayer, "_decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(PROMPT, SAMPLING)
+    assert calls == 3
+    assert session.generate(PROMPT, SAMPLING).tokens == expected
+    engine.runtime.cache.check_integrity()
+
+
+def test_after_the_end_it_says_so(load: Load) -> None:
+    engine = load(experts="100%")
+    logits(engine, PIECES)
+    engine.close()
+    with pytest.raises(MoeinfError, match="closed"):
+        logits(engine, [1])
+
+
+@pytest.mark.parametrize(
+    ("count", "top_k"),
+    [(4, 2), (8, 2), (9, 3), (32, 4), (60, 6), (64, 8), (72, 9), (160, 6), (512, 10), (64, 5), (64, 7), (64, 15)],
+)
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_choice_is_torchs(count: int, top_k: int, shares: str, dtype: torch.dtype, pool: NativePool) -> None:
+    generator = torch.Generator().manual_seed(count)
+    lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    results = []
+    for spread in (0.01, 1.0, 5.0, 50.0):
+        for _ in range(50):
+            row = (torch.randn(1, count, generator=generator) * spread).bfloat16()
+            result, chosen, weights = choose(pool, row, top_k, lanes, SHARES.index(shares), dtype)
+            wide = row.float() if shares == "of chosen" else F.softmax(row, dtype=torch.float32, dim=-1)
+            wanted, index = wide.topk(top_k + 1)
+            assert (result == TIED) == bool(wanted[0, -1] == wanted[0, -2])
+            results.append(result)
+            if result == 0:
+                wanted, _ = wide.topk(top_k)
+                if shares == "of chosen":
+                    wanted = F.softmax(wanted, dim=-1)
+                if shares == "normalised":
+                    wanted /= wanted.sum(-1, keepdim=True)
+                assert sorted(chosen[0].tolist()) == sorted(index[0, :top_k].tolist())
+                assert torch.equal(weights, wanted.to(dtype).float())
+    assert 0 in results
+
+
+def choose(
+    pool: NativePool, row: torch.Tensor, top_k: int, lanes: int, shares: int, dtype: torch.dtype = torch.float32
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    router = decoder_layer._Choosing(lanes, shares, dtype).router(row.shape[1], top_k)
+    chosen, weights, scores = torch.zeros(1, top_k, dtype=torch.int64), torch.zeros(1, top_k), torch.empty(row.shape)
+    addresses = (x.data_ptr() for x in (row, scores, chosen, weights))
+    return pool.lib.moe_route(ctypes.addressof(router), *addresses), chosen, weights
+
+
+def test_a_choice_that_is_no_choice_is_left_to_torch(pool: NativePool) -> None:
+    row = torch.tensor([[1.0, 2, 3, 3, 0, 0, 0, 0]]).bfloat16()
+    assert choose(pool, row, 1, 8, 1)[0] == TIED
+    assert choose(pool, row, 2, 8, 1)[0] == 0
+    for value in (float("nan"), float("inf"), float("-inf")):
+        row[0, 5] = value
+        assert choose(pool, row, 2, 8, 1)[0] == TIED
+
+
+@pytest.fixture
+def pool() -> Iterator[NativePool]:
+    opened = NativePool(1, TORCH_S, LIBRARY)
+    yield opened
+    opened.close()
