@@ -73,7 +73,7 @@ def test_errors_of_rounding_are_torchs(
     skip_unless_known(attention, heads, kv_heads, size)
     monkeypatch.setattr(attention_module, "_ORDER_HEADS", (heads, kv_heads))
     monkeypatch.setattr(attention_module, "_ORDER_TRIALS", random.Random(size).sample(range(1, 1100), 15))
-    for states in attention_module._trials(heads, kv_heads, size):
+    for states in attention_module.order_trials(heads, kv_heads, size):
         assert torch.equal(attention.compute(*states, 1.0), expected(*states, 1.0))
 
 

@@ -5,9 +5,10 @@ weights are loaded, so that `from_pretrained` builds the dense part, for any fam
 outside the slots. Compute: an experts implementation that transformers calls in place of its own. Attention: of a
 single token, where that is native, in front of transformers' own function. All are public extension points
 (transformers/quantizers/auto.py, transformers/integrations/moe.py, AttentionInterface), registered when this module is
-imported. The rotary embedding has no such point: in a loaded model the name that attention calls it by means another
-function. A family is supported when its experts module is made by `use_experts_implementation`; no family is named
-here.
+imported. The rotary embedding, and attention that a family computes step by step, have no such point: in a loaded model
+the names by which attention calls them mean other functions. Nor have decoder layers: one that is computed whole has
+another forward. A family is supported when its experts module is made by `use_experts_implementation`; no family is
+named here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -31,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import IntegrityError
 from .interrupts import KeptInterrupt
-from .kernels import DecoderLayers, ExpertMaths, LosslessLinear, NativeAttention, SelfAttentions, Slots
+from .kernels import DecoderLayers, ExpertMaths, LosslessLinear, NativeAttention, NativeSinks, SelfAttentions, Slots
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
 from .metamodel import CACHE, causal_lm_class, is_experts_module
@@ -43,6 +45,8 @@ __all__ = ["announce_tokens", "attach", "attend", "decode", "load_dense_model", 
 _NAME = "moeinf"
 _ROTATION = "apply_rotary_pos_emb"
 """What most families call the function that turns queries and keys."""
+_EAGER = "eager_attention_forward"
+"""What they call the one that attends step by step."""
 _interrupt = KeptInterrupt()
 """Within a forward pass, Ctrl-C waits for the next MoE layer, or the end."""
 
@@ -232,9 +236,9 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
     for module in model.modules():
         module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
         forward: Any = type(module).forward
-        if _calls_rotation(forward):
+        if _called(forward):
             if forward not in forwards:
-                forwards[forward] = _with_rotation(forward, attention)
+                forwards[forward] = _with_native(forward, attention)
             module.forward = MethodType(forwards[forward], module)
             if (whole := wholes.find(module)) is not None:
                 module.forward = whole
@@ -258,14 +262,18 @@ def decode(
             layer.forward = whole  # of this one alone
 
 
-def _calls_rotation(forward: Any) -> bool:
-    is_plain = isinstance(forward, FunctionType)
-    return is_plain and _ROTATION in forward.__code__.co_names and _ROTATION in forward.__globals__
+def _called(forward: Any) -> set[str]:
+    """Which of the functions that the library may have it calls, by their names in its module."""
+    if not isinstance(forward, FunctionType):
+        return set()
+    return {_ROTATION, _EAGER}.intersection(forward.__code__.co_names, forward.__globals__)
 
 
-def _with_rotation(forward: FunctionType, attention: NativeAttention) -> FunctionType:
-    """The same code, to which the name of the family's rotary embedding means the native one."""
-    names = {**forward.__globals__, _ROTATION: attention.rotation(forward.__globals__[_ROTATION])}
+def _with_native(forward: FunctionType, attention: NativeAttention) -> FunctionType:
+    """The same code, to which these names mean what the library has."""
+    names = dict(forward.__globals__)
+    makers: dict[str, Any] = {_ROTATION: attention.rotation, _EAGER: partial(NativeSinks, pool=attention.pool)}
+    names |= {name: makers[name](names[name]) for name in _called(forward)}
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made

@@ -32,6 +32,7 @@ from .native import (
 )
 from .packed import LosslessLinear
 from .self_attention import SelfAttentions
+from .sinks import NativeSinks
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "LosslessLinear",
     "NativeAttention",
     "NativeLinear",
+    "NativeSinks",
     "PromptMaths",
     "SelfAttentions",
     "Slots",

@@ -8,7 +8,7 @@ dozen small operations. Knows the tensors that transformers hands to such functi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from .native import NativePool
 
-__all__ = ["AttentionCall", "NativeAttention", "NativeRotation"]
+__all__ = ["AttentionCall", "NativeAttention", "NativeRotation", "order_trials"]
 
 _LANES = 16
 _MOST_SIZE = 256
@@ -98,7 +98,7 @@ class NativeAttention:
     def _try(self, heads: int, kv_heads: int, size: int) -> bool:
         if not self.pool.adds_as_torch_does or not self._sums_chances_alike:
             return False
-        trials = _trials(heads, kv_heads, size)
+        trials = order_trials(heads, kv_heads, size)
         return all(torch.equal(self.compute(*states, 1.0), _attend_as_torch_does(*states)) for states in trials)
 
     @cached_property
@@ -133,7 +133,13 @@ def _attend_as_torch_does(query: torch.Tensor, key: torch.Tensor, value: torch.T
     return F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=True).transpose(1, 2)
 
 
-def _trials(heads: int, kv_heads: int, size: int) -> Iterator[States]:
+def order_trials(
+    heads: int,
+    kv_heads: int,
+    size: int,
+    lengths: Sequence[int] = _TRIALS,
+    order_lengths: Sequence[int] = _ORDER_TRIALS,
+) -> Iterator[States]:
     """Queries, keys and values, for a scale of 1.
 
     Another order changes one of some 10,000 ordinary results, because they are rounded to bfloat16. Where numbers
@@ -150,10 +156,10 @@ def _trials(heads: int, kv_heads: int, size: int) -> Iterator[States]:
         x *= 2.0 ** torch.randint(_SPREAD, x.shape, generator=generator)
         return (x - x.flip(dim)).index_select(dim, torch.randperm(x.shape[dim], generator=generator))
 
-    for tokens in _TRIALS:
+    for tokens in lengths:
         yield ordinary(heads, 1) / 5, ordinary(kv_heads, tokens), ordinary(kv_heads, tokens)
     heads, kv_heads = _ORDER_HEADS
-    for tokens in _ORDER_TRIALS:
+    for tokens in order_lengths:
         query = torch.ones(1, heads, 1, size).bfloat16()
         yield query, cancelling(kv_heads, tokens, 3), ordinary(kv_heads, tokens)
         yield 0 * query, ordinary(kv_heads, tokens), cancelling(kv_heads, tokens, 2)

@@ -155,6 +155,16 @@ typedef struct {
  * in. */
 MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
 
+/* The same where each head has a sink, [heads] in bfloat16: a logit that takes its share of the softmax, and has no value. All is
+ * rounded to bfloat16 after each step: products, scores, what they are less the largest, chances. Exponentials are added up in
+ * vectors of `lanes`, 8 or 16. Rows of a head follow each other, and query is [heads, queries, size], output [queries, heads,
+ * size]; query i sees the tokens from begins[i] to before ends[i]. */
+MOE_API int moe_attend_with_sinks(moe_pool *pool, const moe_attention *what, const void *sinks, int32_t lanes, int64_t queries,
+                                  const int64_t *begins, const int64_t *ends, void *output);
+
+/* Softmax of `rows` of `count` numbers in bfloat16, in place, as that takes it. 0, or -2 for more than 1024 numbers. */
+MOE_API int moe_soften(int64_t rows, int64_t count, int32_t lanes, void *x);
+
 /* Rotary embedding in bfloat16 of `count` heads of x, one after the other: the halves of a head, [size], are turned by
  * the angles whose cosines and sines are given, [size] too; products are rounded before they are added. `output` may be x. */
 MOE_API void moe_rotate(int count, int64_t size, const void *x, const void *cosines, const void *sines, void *output);
