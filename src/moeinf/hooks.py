@@ -3,7 +3,7 @@
 Loading: a "quantizer" that empties every experts module, and linear layers whose weights stay packed, before the
 weights are loaded, so that `from_pretrained` builds the dense part, for any family, and experts never occupy memory
 outside the slots. Compute: an experts implementation that transformers calls in place of its own. Attention: of a
-single token, where that is native, in front of transformers' own function. All are public extension points
+single token, where that is native, in front of transformers' `sdpa`. All are public extension points
 (transformers/quantizers/auto.py, transformers/integrations/moe.py, AttentionInterface), registered when this module is
 imported. The rotary embedding, and attention that a family computes step by step, have no such point: in a loaded model
 the names by which attention calls them mean other functions. Nor have decoder layers: one that is computed whole has

@@ -25,8 +25,8 @@ from torch import nn
 from moeinf.metamodel import CACHE
 
 from .dense import NativeLinear, NativeNorm, native_linear
-from .native import DTYPES, NativeMaths, NativePool
-from .self_attention import WANTS_MORE, NativeSelfAttention, States, hooks_of, kind_of
+from .native import DTYPES, LANES, WANTS_MORE, NativeMaths, NativePool
+from .self_attention import NativeSelfAttention, States, hooks_of, kind_of
 
 __all__ = ["DecoderLayers", "Keeper", "NativeDecoderLayer", "Slots"]
 
@@ -35,8 +35,6 @@ _AWAY, _TIED = 1, 2
 """What `moe_decode` returns where experts are not in memory, or the router's choice is left to torch."""
 _MOST_CHOSEN = 64
 """`MOST_CHOSEN` of csrc/decoder_layer.c."""
-_LANES = 16, 8
-"""Numbers in torch's vectors: those of AVX-512 and of AVX2."""
 _SHARES = range(3)
 """The kinds of `moe_shares`."""
 _ROWS, _SPREADS = 16, (0.3, 3.0, 30.0)
@@ -157,7 +155,10 @@ class DecoderLayers:
         )
 
     def between(self, hidden: int, count: int, top_k: int) -> _Between:
-        return self._between.setdefault((hidden, count, top_k), _Between(hidden, count, top_k))
+        shape = hidden, count, top_k
+        if shape not in self._between:
+            self._between[shape] = _Between(*shape)
+        return self._between[shape]
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ class NativeDecoderLayer:
             with self._asking(asked), _all_logits(self._block, self._parts.router):
                 self._block(state)
             choices.append((logits, asked))
-        for lanes, shares in product(_LANES, _SHARES):
+        for lanes, shares in product(LANES, _SHARES):
             choosing = _Choosing(lanes, shares, torch.float32)
             found = [_compare_choice(self._pool, choosing, *choice) for choice in choices]
             if None not in found and 0 in found:

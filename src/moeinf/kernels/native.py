@@ -30,7 +30,9 @@ from .torch_maths import ExpertMaths, PromptMaths, Routed, Tensors, TokenMaths, 
 
 __all__ = [
     "DTYPES",
+    "LANES",
     "LEAST_PRODUCTS",
+    "WANTS_MORE",
     "ExpandingMaths",
     "LinearLayer",
     "NativeLayer",
@@ -46,6 +48,10 @@ __all__ = [
 ]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LANES = 16, 8
+"""Numbers in the vectors in which torch may add up exponentials: those of AVX-512 and of AVX2."""
+WANTS_MORE = AttributeError, TypeError, ValueError, LookupError, RuntimeError
+"""What a module or function raises that is tried, and wants more than it is given."""
 _NAMES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _WEIGHTS = {"int8": 1, "int4": 2, "mxfp4": 3, "fp8": 4, LOSSLESS: 5}
 _GATES = {"none": 0, "product": 1, "clamped": 2, "sigmoid": 3}

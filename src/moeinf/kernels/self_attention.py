@@ -23,8 +23,9 @@ from moeinf.metamodel import CACHE
 
 from .attention import AttentionCall, NativeAttention
 from .dense import NativeLinear, NativeNorm
+from .native import WANTS_MORE
 
-__all__ = ["WANTS_MORE", "NativeSelfAttention", "SelfAttentions", "States", "TrialCache", "hooks_of", "kind_of"]
+__all__ = ["NativeSelfAttention", "SelfAttentions", "States", "TrialCache", "hooks_of", "kind_of"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -34,9 +35,6 @@ _MEANT_FOR_OTHERS = {"cache_position", "position_ids", "use_cache"}
 """What decoder layers hand on, and attention that has its angles and its cache does not look at."""
 _TRIALS = ((1, 1.0), (37, 30.0), (520, 1e3))
 """Tokens in the cache, the new one included, and the size of a state: sizes at which whoever limits something does."""
-
-WANTS_MORE = AttributeError, TypeError, ValueError, LookupError, RuntimeError
-"""What a module raises that is tried, and wants more than it is given."""
 
 _ONE_THREAD = 1 << 21
 """Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would

@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from .attention import AttentionCall, order_trials
-from .native import NativePool
+from .native import LANES, WANTS_MORE, NativePool
 
 __all__ = ["NativeSinks"]
 
-_LANES = 16, 8
-"""Numbers in torch's vectors: those of AVX-512 and of AVX2."""
 _ROWS, _COUNT = 16_000, 75
 """Chances by which the lanes are told apart: another order changes one of some 50,000."""
 _FEW_PRODUCTS = 400
@@ -92,7 +90,7 @@ class NativeSinks:
 
     def _find_spans(self, mask: torch.Tensor | None, queries: int, tokens: int) -> Spans | None:
         """What each query sees; None if that is more than a span of tokens, or is weighed."""
-        if mask is None or (queries == 1 and not mask.any()):
+        if mask is None:
             return torch.zeros(queries, dtype=torch.int64), torch.full((queries,), tokens)
         for seen, spans in self._spans:
             if seen() is mask:
@@ -131,7 +129,7 @@ class NativeSinks:
 
     def _find_lanes(self, heads: int, kv_heads: int, size: int, is_prompt: bool) -> int:
         """Those by which the library attends as the function does; 0 if there are none."""
-        lanes = next((lanes for lanes in _LANES if _softens_alike(self._pool, lanes)), 0)
+        lanes = next((lanes for lanes in LANES if _softens_alike(self._pool, lanes)), 0)
         if not lanes or not self._pool.adds_as_torch_does:
             return 0
         trials = _prompts(heads, kv_heads, size) if is_prompt else _tokens(heads, kv_heads, size)
@@ -143,8 +141,8 @@ class NativeSinks:
             assert spans is not None
             try:
                 wanted, _ = self._function(module, query, key, value, mask, scaling=1.0)
-            except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
-                return 0  # it wants more than this
+            except WANTS_MORE:
+                return 0
             if not torch.equal(self._compute(query, key, value, sinks, 1.0, spans), wanted):
                 return 0
         return lanes
