@@ -24,7 +24,7 @@ from moeinf.errors import MoeinfError
 from moeinf.forecast import WHOLE_LAYERS
 from moeinf.kernels import decoder_layer
 from moeinf.kernels.attention import NativeAttention
-from moeinf.kernels.decoder_layer import DecoderLayers, NativeDecoderLayer
+from moeinf.kernels.decoder_layer import DecoderLayers, LayerRun, NativeDecoderLayer
 from moeinf.kernels.native import NativePool
 from moeinf.kvcache import make_cache
 from moeinf.metamodel import CACHE
@@ -95,14 +95,16 @@ def load(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What `moe_decode` found for models, and not on trial: 0 where it did all."""
+    """What `moe_decode` found for models, and not on trial, a number per layer: 0 where it did all."""
     results: list[int] = []
-    decode: Any = NativeDecoderLayer._decode
+    decode: Any = LayerRun.decode
     attempt: Any = NativeDecoderLayer._try
 
-    def count(*args: Any) -> int:
-        results.append(decode(*args))
-        return results[-1]
+    def count(*args: Any) -> tuple[int, int]:
+        result, done = decode(*args)
+        results.extend([0] * done)
+        results.extend([result] * (result != 0))
+        return result, done
 
     def leave_out(*args: Any) -> Any:
         before = len(results)
@@ -110,7 +112,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         del results[before:]
         return choosing
 
-    monkeypatch.setattr(NativeDecoderLayer, "_decode", count)
+    monkeypatch.setattr(LayerRun, "decode", count)
     monkeypatch.setattr(NativeDecoderLayer, "_try", leave_out)
     return results
 
@@ -273,9 +275,9 @@ def test_another_kv_cache_and_more_than_a_token_are_the_layers(load: Load, found
 def test_ctrl_c_waits_for_the_next_layer(load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(experts="100%")
     expected = engine.session().generate(PROMPT, SAMPLING).tokens
-    decode, calls = NativeDecoderLayer._decode, 0
+    decode, calls = LayerRun.decode, 0
 
-    def interrupted(*args: Any) -> int:
+    def interrupted(*args: Any) -> tuple[int, int]:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -284,7 +286,7 @@ def test_ctrl_c_waits_for_the_next_layer(load: Load, found: list[int], monkeypat
 
     session = engine.session()
     with monkeypatch.context() as patch:
-        patch.setattr(NativeDecoderLayer, "_decode", interrupted)
+        patch.setattr(LayerRun, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.generate(PROMPT, SAMPLING)
     assert calls == 3

@@ -138,17 +138,23 @@ class ExpertCache:
 
     def acquire_residents(self, experts: Iterable[int]) -> list[int]:
         """Lease those of `experts` that are resident, each of them a hit; returns them."""
-        slot_of, leases, use = self._slot_of, self._leases, self._policy.use
+        slot_of, leases = self._slot_of, self._leases
         residents = [expert for expert in experts if slot_of[expert] >= 0 and expert not in self._loading]
         for expert in residents:
             leases[slot_of[expert]] += 1
+        self.use_residents(residents)
+        return residents
+
+    def use_residents(self, experts: Sequence[int]) -> None:
+        """These are resident, and are asked for by somebody who needs no lease: each of them is a hit."""
+        use = self._policy.use
+        for expert in experts:
             use(expert)
         if self._foreseen:
-            used = self._foreseen.intersection(residents)
+            used = self._foreseen.intersection(experts)
             self._foreseen -= used
             self.counters.prefetch_used += len(used)
-        self.counters.hits += len(residents)
-        return residents
+        self.counters.hits += len(experts)
 
     def pass_by(self, expert: int) -> None:
         """The absent `expert` was asked for, and will be used where it is: a miss that gives it no slot."""

@@ -29,17 +29,18 @@ _TRIALS, _TRIAL_SIZE = 8, 1000
 def draw(chances: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """`torch.multinomial(chances, 1)` for `chances` [1, vocabulary] in float32 in host memory: a token [1, 1]."""
     uniform = torch.empty_like(chances, dtype=torch.float64).uniform_(generator=generator)
-    numbers, wanted = uniform[0].numpy(), chances[0].numpy()
+    numbers, wanted = uniform.numpy()[0], chances.numpy()[0]
     with np.errstate(all="ignore"):
         most = wanted / numbers
-        first = most.argmax()
-        near = (most >= wanted[first] / -np.log1p(-numbers[first]) * _NEAR).nonzero()[0]
-    if not len(near):
-        return torch.multinomial(chances, 1)  # which says what is wrong with the chances
-    logarithms = [-math.log1p(-number) for number in numbers[near].tolist()]
-    exponential = torch.tensor(logarithms, dtype=torch.float32)
-    tokens = torch.from_numpy(near)
-    return tokens[(chances[0, tokens] / exponential).argmax()].view(1, 1)
+        first = int(most.argmax())
+        number = float(numbers[first])
+        least = float(wanted[first]) / -math.log1p(-number) * _NEAR if 0 < number < 1 else 0.0
+        near = (most >= least).nonzero()[0]
+        if not len(near):
+            return torch.multinomial(chances, 1)  # which says what is wrong with the chances
+        logarithms = np.array([-math.log1p(-each) for each in numbers[near].tolist()], dtype=np.float32)
+        best = (wanted[near] / logarithms).argmax()
+    return torch.from_numpy(near[best : best + 1, None])
 
 
 @cache

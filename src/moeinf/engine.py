@@ -404,10 +404,10 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     if options.prefetch in ("auto", "eam") and len(collection):
         runtime.warm_up(_most_popular(collection, identity.layer_sizes))
     hooks.attach(list(modules.values()), model, runtime, plan)
-    if isinstance(pool, SlotPool) and not options.compiles:
-        hooks.decode(model, modules, maths, runtime, pool)
     if (first := first_decoder_layer(model, next(iter(modules)))) is not None:
         hooks.announce_tokens(first, runtime)
+    if isinstance(pool, SlotPool) and not options.compiles:
+        hooks.decode(model, modules, maths, runtime, pool)
     if options.compiles:
         compile_layers(model, list(modules.values()), model.device)
         notes = (*notes, _COMPILES)

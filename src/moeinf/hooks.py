@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -32,12 +32,23 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import IntegrityError
+from .gate import first_decoder_layer
 from .interrupts import KeptInterrupt
-from .kernels import DecoderLayers, ExpertMaths, LosslessLinear, NativeAttention, NativeSinks, SelfAttentions, Slots
+from .kernels import (
+    DecoderLayers,
+    ExpertMaths,
+    LosslessLinear,
+    NativeAttention,
+    NativeMaths,
+    NativeSinks,
+    SelfAttentions,
+    Slots,
+)
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
 from .metamodel import CACHE, causal_lm_class, is_experts_module
 from .runtime import ExpertRuntime
+from .token_forward import TokenForward
 from .transfer import SlotPool
 
 __all__ = ["announce_tokens", "attach", "attend", "decode", "load_dense_model", "move", "quiet"]
@@ -177,6 +188,8 @@ class _Loans:
         self._plan = plan
         self._held: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Tokens that each KV cache has memory of: as many as it ever held."""
+        self._tokens = 0
+        """Of the step that runs; 0 where nobody knows."""
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step begins."""
@@ -185,19 +198,22 @@ class _Loans:
         given = kwargs.get("input_ids", args[0] if args else None)
         if given is None and (embedded := kwargs.get("inputs_embeds")) is not None:
             given = embedded[..., 0]
-        if given is not None:
-            self._lend(given.numel(), self._count(kwargs.get(CACHE, kwargs.get("past_key_values")), given.numel()))
+        self._tokens = 0 if given is None else given.numel()
+        if self._tokens:
+            self._lend(self._tokens, self._count(kwargs.get(CACHE, kwargs.get("past_key_values"))))
 
     def end(self, *_: Any) -> None:
         """It has ended; after a KeyboardInterrupt torch does not say so."""
-        self._lend(1, sum(self._held.values()))
+        if self._tokens != 1:  # one token has borrowed what it needs from now on, too
+            self._lend(1, sum(self._held.values()))
         _interrupt.release()
 
-    def _count(self, cache: Any, tokens: int) -> int:
-        """Tokens that are held, in all conversations, behind a step of so many; of another's KV cache nobody knows."""
-        if cache not in self._held and not grows_in_place(cache):
+    def _count(self, cache: Any) -> int:
+        """Tokens that are held, in all conversations, behind the step; of another's KV cache nobody knows."""
+        before = self._held.get(cache, 0) if cache is not None else 0
+        if not before and not grows_in_place(cache):
             return self._plan.context
-        self._held[cache] = max(self._held.get(cache, 0), cache.get_seq_length() + tokens)
+        self._held[cache] = max(before, cache.get_seq_length() + self._tokens)
         return sum(self._held.values())
 
     def _lend(self, tokens: int, held: int) -> None:
@@ -247,12 +263,13 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
 def decode(
     model: nn.Module,
     experts: Mapping[str, nn.Module],
-    maths: Iterable[ExpertMaths],
+    maths: Sequence[ExpertMaths],
     runtime: ExpertRuntime,
     pool: SlotPool,
 ) -> None:
-    """Let the library compute whole decoder layers of one token, where it can: those around `experts`, the modules by
-    their names in the model, one per MoE layer in order, which `maths` computes from the slots of `pool`.
+    """Let the library compute whole decoder layers of one token, where it can, and one after the other: those around
+    `experts`, the modules by their names in the model, one per MoE layer in order, which `maths` computes from the
+    slots of `pool`. Who is to be told of tokens has been told of by now (`announce_tokens`).
     """
     slots = Slots(runtime.cache.resident, pool.bytes.data_ptr(), pool.slot_bytes)
     layers = DecoderLayers(runtime, slots, _interrupt.check)
@@ -260,6 +277,12 @@ def decode(
         layer: Any = model.get_submodule(".".join(name.split(".")[:-2]))
         if (whole := layers.find(layer, module, each, span)) is not None:
             layer.forward = whole  # of this one alone
+    name = next(iter(experts))
+    first = first_decoder_layer(model, name)
+    if first is not None and any(isinstance(each, NativeMaths) for each in maths):
+        base = model.get_submodule(".".join(name.split(".")[:-4]))
+        told = first._forward_pre_hooks
+        model.forward = TokenForward.find(model, base, runtime, _interrupt.check, told) or model.forward
 
 
 def _called(forward: Any) -> set[str]:

@@ -24,9 +24,12 @@ __all__ = [
     "can_crop",
     "continues",
     "grows_in_place",
+    "keeps_tokens",
     "leave_out_of_compilation",
     "make_cache",
+    "pretend_cache",
     "set_aside",
+    "windows_of",
 ]
 
 States = tuple[torch.Tensor, torch.Tensor]
@@ -74,6 +77,32 @@ def continues(model: PreTrainedModel, context: int) -> bool:
 def grows_in_place(cache: Any) -> bool:
     """Whether `make_cache` made it, and its memory counts as tokens come."""
     return any(isinstance(layer, GrowingLayer) for layer in getattr(cache, "layers", ()))
+
+
+def keeps_tokens(cache: Any, layers: int) -> bool:
+    """Whether `make_cache` made it, it has so many layers, and all of them keep the keys and values of tokens."""
+    if type(cache) is not _GrowingCache or len(cache.layers) != layers:
+        return False
+    return all(isinstance(layer, GrowingLayer | _MovingLayer) for layer in cache.layers)
+
+
+def pretend_cache(config: PreTrainedConfig, tokens: int) -> Cache:
+    """A cache that says that it holds so many tokens, which it has no memory for."""
+    cache = make_cache(config, tokens)
+    nothing = torch.empty(1, 1, 1, 1)
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        held = nothing.expand(1, 1, tokens, 1)
+        if isinstance(layer, _MovingLayer):
+            layer.cumulative_length = tokens
+            held = held[:, :, -layer.sliding_window + 1 :]
+        layer.keys, layer.values, layer.is_initialized = held, held, True
+    return cache
+
+
+def windows_of(cache: Cache) -> set[int]:
+    """How many tokens at most its layers let a token see, where that is limited."""
+    return {layer.sliding_window for layer in cache.layers if isinstance(layer, _MovingLayer)}
 
 
 def leave_out_of_compilation() -> None:

@@ -295,9 +295,7 @@ class ExpertRuntime:
     def _catch_up(self) -> None:
         """Tell everybody what was computed before they were told."""
         for layer, experts in self._computed:
-            self._tell(layer, experts)
-            for key in self.cache.acquire_residents(sorted(self._first[layer] + expert for expert in experts)):
-                self.cache.release(key)
+            self.cache.use_residents(sorted(self._tell(layer, experts)))
         self._computed.clear()
 
     def _begin_step(self, tokens: int) -> None:
@@ -305,12 +303,14 @@ class ExpertRuntime:
         self._prompt_left -= tokens
         self.cache.counters = self.prefill if self._is_prompt else self.decode
 
-    def _tell(self, layer: int, experts: list[int]) -> None:
-        """Tell everybody what a token asks for."""
+    def _tell(self, layer: int, experts: list[int]) -> list[int]:
+        """Tell everybody what a token asks for; returns it, numbered over all layers."""
         first = self._first[layer]
-        self.cache.observe(layer, [[first + expert for expert in experts]])
+        keys = [first + expert for expert in experts]
+        self.cache.observe(layer, [keys])
         self._prefetcher.observe(layer, [experts])
         self.counter.count(layer, experts, 1, is_prefill=self._is_prompt)
+        return keys
 
     def _forward_token(
         self, layer: int, hidden: torch.Tensor, experts: list[int], weights: torch.Tensor

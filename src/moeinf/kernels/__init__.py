@@ -20,7 +20,7 @@ from moeinf.quantized import fill_randomly
 from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
-from .decoder_layer import DecoderLayers, Slots
+from .decoder_layer import DecoderLayers, Keeper, LayerRun, NativeDecoderLayer, Slots
 from .dense import NativeLinear, compute_packed, speed_up
 from .native import (
     ExpandingMaths,
@@ -31,7 +31,7 @@ from .native import (
     may_compute_any_rows,
 )
 from .packed import LosslessLinear
-from .self_attention import SelfAttentions
+from .self_attention import SelfAttentions, hooks_of
 from .sinks import NativeSinks
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
 
@@ -39,9 +39,13 @@ __all__ = [
     "DecoderLayers",
     "DeviceSlots",
     "ExpertMaths",
+    "Keeper",
+    "LayerRun",
     "LosslessLinear",
     "NativeAttention",
+    "NativeDecoderLayer",
     "NativeLinear",
+    "NativeMaths",
     "NativeSinks",
     "PromptMaths",
     "SelfAttentions",
@@ -52,6 +56,7 @@ __all__ = [
     "choose_maths",
     "computes_from_packed",
     "expands_for_a_token",
+    "hooks_of",
     "is_native_exactly",
     "may_take_long_prompts",
     "speed_up_dense",

@@ -1,4 +1,4 @@
-"""All of a decoder layer for one token in one call of the native library, where its experts are in memory: norm,
+"""Whole decoder layers for one token in one call of the native library, where their experts are in memory: norm,
 attention, norm, router, experts, and the two sums.
 
 What it is made of is native and torch's to the last bit by itself (`self_attention`, `dense`, `native`). What is saved
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from .dense import NativeLinear, NativeNorm, native_linear
 from .native import DTYPES, LANES, WANTS_MORE, NativeMaths, NativePool
 from .self_attention import NativeSelfAttention, States, hooks_of, kind_of
 
-__all__ = ["DecoderLayers", "Keeper", "NativeDecoderLayer", "Slots"]
+__all__ = ["DecoderLayers", "Keeper", "LayerRun", "NativeDecoderLayer", "Slots"]
 
 _ATTENTION, _NORMS = "self_attn", ("input_layernorm", "post_attention_layernorm")
 _AWAY, _TIED = 1, 2
@@ -88,6 +88,7 @@ class _DecoderLayer(ctypes.Structure):
         ("slots", c_void_p),
         ("memory", c_void_p),
         ("slot_bytes", c_int64),
+        *((name, c_void_p) for name in ("what", "cosines", "sines", "between")),
         *((name, c_void_p) for name in ("state", "normed", "logits", "scores", "rows", "weights", "chosen")),
     )
 
@@ -114,7 +115,6 @@ class _Between:
         self.scores = torch.empty(1, count, dtype=torch.float32)
         self.rows = torch.empty(top_k, hidden, dtype=torch.float32)
         self.weights = torch.empty(1, top_k, dtype=torch.float32)
-        self.chosen = torch.empty(1, top_k, dtype=torch.int64)
 
 
 class DecoderLayers:
@@ -174,6 +174,55 @@ class _Parts:
     first: int
 
 
+class LayerRun:
+    """Decoder layers that follow each other, which the library puts a token through in one call for as long as it finds
+    what it needs. None stands for one that it does not compute.
+    """
+
+    def __init__(self, layers: Sequence[NativeDecoderLayer | None]) -> None:
+        self._layers = layers
+        addresses = (None if layer is None else ctypes.addressof(layer.layer) for layer in layers)
+        self._addresses = (c_void_p * len(layers))(*map(c_void_p, addresses))
+        self._first, self._step = ctypes.addressof(self._addresses), ctypes.sizeof(c_void_p)
+        self._done = c_int32()
+
+    def compute(self, state: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """What becomes of `state` [1, 1, H], which is written over, in the layers from `begin` to before `end`. They
+        have all been told where to look (`NativeDecoderLayer.look_at`).
+        """
+        while begin < end:
+            found, done = self.decode(state, begin, end)
+            for layer in self._layers[begin : begin + done]:
+                assert layer is not None
+                layer.has_computed()
+            begin += done
+            if found:
+                layer = self._layers[begin]
+                assert layer is not None
+                state = layer.complete(found)
+                begin += 1
+        return state
+
+    def decode(self, state: torch.Tensor, begin: int, end: int) -> tuple[int, int]:
+        """Write over `state` what layers make of it, and return what was found where they end, and how many they are:
+        with 0, as many as one call can compute.
+        """
+        layer = self._layers[begin]
+        assert layer is not None
+        attended = layer.attend(state)
+        found: int = layer.pool.lib.moe_decode(
+            layer.pool.handle,
+            self._first + begin * self._step,
+            end - begin if attended is None else 1,
+            None if attended is None else attended.data_ptr(),
+            state.data_ptr(),
+            ctypes.addressof(self._done),
+        )
+        if found < 0:
+            raise MemoryError("no memory for a token's layers")
+        return found, self._done.value
+
+
 class NativeDecoderLayer:
     """The forward of a decoder layer, which the library computes for one token if that gives what the layer gives, or
     leaves to the layer. That is tried when it is first asked for.
@@ -181,18 +230,19 @@ class NativeDecoderLayer:
 
     def __init__(self, shared: DecoderLayers, layer: Any, block: Any, experts: Any, parts: _Parts) -> None:
         self._shared, self._forward, self._block, self._experts = shared, layer.forward, block, experts
-        self._parts, self._attention, self._pool = parts, parts.attention, parts.maths.pool
+        self._parts, self._attention, self.pool = parts, parts.attention, parts.maths.pool
         self._kind = tuple(map(kind_of, layer.modules()))
-        self._hooks = hooks_of(list(layer.modules())[1:])
+        self.hooks = hooks_of(list(layer.modules())[1:])
         self._scale = float(getattr(layer, "residual_multiplier", 1))
         self._choosing: _Choosing | None = None
         self._known_for = 0
         self._router = _Router()
         self._between = shared.between(parts.maths.layer.hidden, parts.gate.layer.outputs, parts.top_k)
-        self._chosen = (c_int64 * parts.top_k).from_address(self._between.chosen.data_ptr())
+        self._index = torch.empty(1, parts.top_k, dtype=torch.int64)
+        self._chosen = (c_int64 * parts.top_k).from_address(self._index.data_ptr())
         resident = shared.slots.resident
         computing = (*parts.norms, parts.attention, parts.gate)
-        self._layer = _DecoderLayer(
+        self.layer = _DecoderLayer(
             *(ctypes.addressof(part.layer) for part in computing),
             router=ctypes.addressof(self._router),
             experts=ctypes.addressof(parts.maths.layer),
@@ -200,59 +250,73 @@ class NativeDecoderLayer:
             slots=resident.buffer_info()[0] + parts.first * resident.itemsize,
             memory=shared.slots.address,
             slot_bytes=shared.slots.nbytes,
+            between=parts.attention.between.data_ptr(),
+            chosen=self._index.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in vars(self._between).items()},
         )
+        self._alone = LayerRun([self])
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        output = None if len(args) > 1 or any(self._hooks) else self._compute(*args, **named)
+        output = None if len(args) > 1 or any(self.hooks) else self._compute(*args, **named)
         return self._forward(*args, **named) if output is None else output
 
-    def _compute(self, hidden_states: torch.Tensor | None = None, **others: Any) -> torch.Tensor | None:
+    def _compute(self, *args: Any, **named: Any) -> torch.Tensor | None:
         """The output [1, 1, H] for one token [1, 1, H]; None if it is anything else, and then nothing has changed."""
-        cache = others.pop(CACHE, None)
-        if hidden_states is None or not self._attention.takes(hidden_states, **others):
-            return None
-        angles = others["position_embeddings"]
-        keeper, number = self._experts.moeinf
-        if keeper is not self._shared.keeper or not self._knows(angles[0].shape[2]):
+        if not self.takes(*args, **named):
             return None
         self._shared.check()
-        if not keeper.may_compute(number) or (states := self._attention.grow(cache)) is None:
+        number = self._experts.moeinf[1]
+        if not self._shared.keeper.may_compute(number) or not self.look_at(named["position_embeddings"], named[CACHE]):
             return None
-        between, output = self._between, torch.empty_like(hidden_states)
-        found = self._decode(hidden_states, angles, states, output)
-        if not found:
-            keeper.has_computed(number, list(self._chosen))
-            return output
+        state: torch.Tensor = args[0] if args else named["hidden_states"]
+        return self._alone.compute(state.clone(memory_format=torch.contiguous_format), 0, 1)
+
+    def takes(self, hidden_states: torch.Tensor | None = None, **others: Any) -> bool:
+        """Whether the library computes the layer for this token, given the rest, as the layer would."""
+        if (
+            others.pop(CACHE, None) is None
+            or hidden_states is None
+            or not self._attention.takes(hidden_states, **others)
+        ):
+            return False
+        return self._knows(others["position_embeddings"][0].shape[2])
+
+    def look_at(self, angles: States, cache: Any) -> bool:
+        """Whether a token with these angles can be computed now, whose keys and values go into `cache`: then that has
+        room for them, and the layer knows where.
+        """
+        if self._experts.moeinf[0] is not self._shared.keeper or (states := self._attention.grow(cache)) is None:
+            return False
+        self._point_to(angles, states)
+        return True
+
+    def attend(self, state: torch.Tensor) -> torch.Tensor | None:
+        """What the output's projection is given, where attention itself is not native."""
+        if self._attention.output is None:
+            return None
+        return self._attention.attend_by_torch(self._parts.norms[0].compute(state), *self._angles, self._states)
+
+    def has_computed(self) -> None:
+        """The library has computed all of it."""
+        self._shared.keeper.has_computed(self._experts.moeinf[1], list(self._chosen))
+
+    def complete(self, found: int) -> torch.Tensor:
+        """The output [1, 1, H], after the library has `found` that it cannot compute the rest."""
+        between = self._between
         if found == _TIED:
-            added: torch.Tensor = self._block(between.normed.view_as(output))
+            added: torch.Tensor = self._block(between.normed[None])
         else:
             assert self._choosing is not None
             weights = between.weights.to(self._choosing.dtype)
-            added = keeper.forward(number, between.normed, between.chosen, weights)
-        return between.state.view_as(output) + added.view_as(output) * self._scale
+            keeper, number = self._experts.moeinf
+            added = keeper.forward(number, between.normed, self._index, weights)
+        return between.state[None] + added.view(1, 1, -1) * self._scale
 
-    def _decode(self, hidden: torch.Tensor, angles: States, states: States, output: torch.Tensor) -> int:
-        """Write the layer's `output`; or return what was found in its stead, and leave the rest in `between`."""
-        attention, pool, attended = self._attention, self._pool, None
-        hidden, cos, sin = (each.contiguous() for each in (hidden, *angles))
-        what = attention.point_to(cos, *states)
-        if attention.output is not None:
-            attended = attention.attend_by_torch(self._parts.norms[0].compute(hidden), cos, sin, states)
-        found: int = pool.lib.moe_decode(
-            pool.handle,
-            ctypes.addressof(self._layer),
-            what,
-            hidden.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            attention.between.data_ptr(),
-            None if attended is None else attended.data_ptr(),
-            output.data_ptr(),
-        )
-        if found < 0:
-            raise MemoryError("no memory for a token's layer")
-        return found
+    def _point_to(self, angles: States, states: States) -> None:
+        self._angles = cos, sin = angles[0].contiguous(), angles[1].contiguous()
+        self._states = states
+        self.layer.what = self._attention.point_to(cos, *states)
+        self.layer.cosines, self.layer.sines = cos.data_ptr(), sin.data_ptr()
 
     def _knows(self, turned: int) -> bool:
         """Whether it is known how the layer chooses, and all else comes out the same with so many angles."""
@@ -269,8 +333,8 @@ class NativeDecoderLayer:
     def _choose(self, choosing: _Choosing) -> None:
         self._choosing = choosing
         self._router = choosing.router(self._parts.gate.layer.outputs, self._parts.top_k)
-        self._layer.router = ctypes.addressof(self._router)
-        self._layer.row_dtype, self._layer.sum_dtype = self._parts.maths.rounding[choosing.dtype]
+        self.layer.router = ctypes.addressof(self._router)
+        self.layer.row_dtype, self.layer.sum_dtype = self._parts.maths.rounding[choosing.dtype]
 
     def _try(self, turned: int) -> _Choosing | None:
         with torch.inference_mode():
@@ -282,13 +346,13 @@ class NativeDecoderLayer:
             if not choosing or not trials:
                 return None
             choosing = replace(choosing, dtype=trials[0].asked.weights.dtype)
-            slots, nowhere = self._layer.slots, array("i", [-1]) * self._parts.gate.layer.outputs
+            slots, nowhere = self.layer.slots, array("i", [-1]) * self._parts.gate.layer.outputs
             try:
-                self._layer.slots, _ = nowhere.buffer_info()
+                self.layer.slots, _ = nowhere.buffer_info()
                 self._choose(choosing)
                 found = list(map(self._compare, trials))
             finally:
-                self._layer.slots, self._choosing = slots, None
+                self.layer.slots, self._choosing = slots, None
             return choosing if None not in found and _AWAY in found else None
 
     def _find_choosing(self) -> _Choosing | None:
@@ -308,7 +372,7 @@ class NativeDecoderLayer:
             choices.append((logits, asked))
         for lanes, shares in product(LANES, _SHARES):
             choosing = _Choosing(lanes, shares, torch.float32)
-            found = [_compare_choice(self._pool, choosing, *choice) for choice in choices]
+            found = [_compare_choice(self.pool, choosing, *choice) for choice in choices]
             if None not in found and 0 in found:
                 return choosing
         return None
@@ -339,12 +403,13 @@ class NativeDecoderLayer:
 
     def _compare(self, trial: _Trial) -> int | None:
         """What is found in the trial's place; None if anything is not the same."""
-        found = self._decode(trial.hidden, trial.angles, trial.states, torch.empty_like(trial.hidden))
+        self._point_to(trial.angles, trial.states)
+        found, _ = self._alone.decode(trial.hidden.clone(), 0, 1)
         between, asked = self._between, trial.asked
         ours = [between.normed, between.state + asked.added * self._scale, *trial.states]
         theirs = [asked.normed, trial.output, *trial.held]
         if found == _AWAY:
-            ours += _by_expert(between.chosen, between.weights.to(asked.weights.dtype))
+            ours += _by_expert(self._index, between.weights.to(asked.weights.dtype))
             theirs += _by_expert(asked.index, asked.weights)
         return found if all(map(torch.equal, ours, theirs)) else None
 

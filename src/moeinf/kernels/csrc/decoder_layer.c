@@ -18,21 +18,21 @@ static void sort_places(const int64_t *chosen, int count, int32_t *places) {
     }
 }
 
-static int attend(moe_pool *pool, const moe_decoder_layer *layer, const moe_attention *what, const void *x,
-                  const void *cosines, const void *sines, void *between, const void *attended) {
+static int attend(moe_pool *pool, const moe_decoder_layer *layer, const void *attended, const void *x) {
     if (attended != NULL)
         return multiply_one(pool, 1, &layer->attention->output, attended, &(void *){layer->state});
     int failed = moe_norm(pool, layer->norm, 1, x, layer->normed);
-    return failed ? failed : moe_self_attend(pool, layer->attention, what, layer->normed, cosines, sines, between, layer->state);
+    return failed ? failed
+                  : moe_self_attend(pool, layer->attention, layer->what, layer->normed, layer->cosines, layer->sines,
+                                    layer->between, layer->state);
 }
 
-int moe_decode(moe_pool *pool, const moe_decoder_layer *layer, const moe_attention *what, const void *x,
-               const void *cosines, const void *sines, void *between, const void *attended, void *output) {
+static int decode(moe_pool *pool, const moe_decoder_layer *layer, const void *attended, void *x) {
     size_t width = (size_t)layer->experts->hidden;
     int count = layer->router->top_k;
     const void *experts[MOST_CHOSEN];
     int32_t places[MOST_CHOSEN];
-    int failed = attend(pool, layer, what, x, cosines, sines, between, attended);
+    int failed = attend(pool, layer, attended, x);
     if (failed)
         return failed;
     add(width, x, layer->scale, layer->state, layer->state);
@@ -52,6 +52,15 @@ int moe_decode(moe_pool *pool, const moe_decoder_layer *layer, const moe_attenti
     if (failed)
         return failed;
     moe_sum(layer->experts, count, places, layer->rows, layer->sum_dtype, layer->normed);
-    add(width, layer->state, layer->scale, layer->normed, output);
+    add(width, layer->state, layer->scale, layer->normed, x);
     return 0;
+}
+
+int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, const void *attended, void *x,
+               int32_t *done) {
+    int found = 0;
+    for (*done = 0; *done < count; ++*done)
+        if ((found = decode(pool, layers[*done], attended, x)))
+            break;
+    return found;
 }

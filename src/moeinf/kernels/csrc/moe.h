@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 19 };
+enum { MOE_INTERFACE = 20 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -200,8 +200,9 @@ enum { MOE_AWAY = 1, MOE_TIED };
 MOE_API int moe_route(const moe_router *router, const void *logits, float *scores, int64_t *chosen, float *weights);
 
 /* A decoder layer for one token: what attention makes of the normed state is added to it, and what experts make of that,
- * normed, is added, too, both times `scale`; and memory for what lies between, which layers may share. Expert i is in the slot that slots[i] says,
- * or nowhere if that is negative; slots lie in `memory`, so many bytes apart. */
+ * normed, is added, too, both times `scale`; and memory for what lies between, which layers may share but for `chosen`.
+ * Expert i is in the slot that slots[i] says, or nowhere if that is negative; slots lie in `memory`, so many bytes apart.
+ * `what`, `cosines`, `sines` and `between` are as in moe_self_attend. */
 typedef struct {
     const moe_norm_layer *norm, *second_norm;
     const moe_self_attention *attention;
@@ -213,17 +214,21 @@ typedef struct {
     const int32_t *slots;
     const void *memory;
     int64_t slot_bytes;
-    void *state, *normed, *logits; /* in bfloat16: [hidden], [hidden], [count] */
+    const moe_attention *what;
+    const void *cosines, *sines;
+    void *between;
+    void *state, *normed, *logits;  /* in bfloat16: [hidden], [hidden], [count] */
     float *scores, *rows, *weights; /* [count], [top_k, hidden], [top_k] */
     int64_t *chosen;                /* [top_k] */
 } moe_decoder_layer;
 
-/* `what`, `cosines`, `sines` and `between` are as in moe_self_attend; or `attended` is what somebody else has made of the
- * normed state, all heads of it. 0; MOE_AWAY where chosen experts are not all there, and MOE_TIED: then `state` is what experts
- * are to be added to, `normed` what they are given, and after MOE_AWAY `chosen` and `weights` the choice. Or what
- * moe_self_attend returns. */
-MOE_API int moe_decode(moe_pool *pool, const moe_decoder_layer *layer, const moe_attention *what, const void *x,
-                       const void *cosines, const void *sines, void *between, const void *attended, void *output);
+/* Puts a token's state x, [hidden] in bfloat16, through `count` layers, one after the other; `done` receives the number of
+ * those that are behind it. With an `attended` there is one layer, and that is what somebody else has made of its normed state,
+ * all heads of it. 0, or what ended it at the layer that x is now before: MOE_AWAY where chosen experts are not all there, and
+ * MOE_TIED: then that layer's `state` is what experts are to be added to, `normed` what they are given, and after MOE_AWAY
+ * `chosen` and `weights` the choice. Or what moe_self_attend returns. */
+MOE_API int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, const void *attended, void *x,
+                       int32_t *done);
 
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */
