@@ -37,8 +37,10 @@ _MOST_CHOSEN = 64
 """`MOST_CHOSEN` of csrc/decoder_layer.c."""
 _SHARES = range(3)
 """The kinds of `moe_shares`."""
-_ROWS, _SPREADS = 16, (0.3, 3.0, 30.0)
-"""A choice is tried with so many rows of logits that lie so far apart."""
+_ROWS, _SPREADS, _STEPS = 12, (0.3, 3.0, 30.0), (2**-8, 0.5)
+"""A choice is tried with so many rows of logits that lie so far apart, and are multiples of these: of the larger one
+there are many that are the same.
+"""
 _ROUNDS = 4
 """A layer is tried with so many times the states that its attention is tried with."""
 
@@ -74,7 +76,7 @@ class Slots:
 class _Router(ctypes.Structure):
     """`moe_router` of moe.h."""
 
-    _fields_ = tuple((name, c_int32) for name in ("count", "top_k", "lanes", "shares", "dtype"))
+    _fields_ = tuple((name, c_int32) for name in ("count", "top_k", "lanes", "shares", "dtype", "breaks_ties"))
 
 
 class _DecoderLayer(ctypes.Structure):
@@ -95,14 +97,17 @@ class _DecoderLayer(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Choosing:
-    """How the routers of a kind choose: by vectors of so many lanes, with which shares, of that dtype."""
+    """How the routers of a kind choose: by vectors of so many lanes, with which shares, between experts that are as
+    likely as known here or not, and with weights of that dtype.
+    """
 
     lanes: int
     shares: int
+    breaks_ties: bool
     dtype: torch.dtype
 
     def router(self, count: int, top_k: int) -> _Router:
-        return _Router(count, top_k, self.lanes, self.shares, DTYPES[self.dtype])
+        return _Router(count, top_k, self.lanes, self.shares, DTYPES[self.dtype], self.breaks_ties)
 
 
 class _Between:
@@ -362,16 +367,16 @@ class NativeDecoderLayer:
             return None
         generator = torch.Generator().manual_seed(0)
         choices = []
-        for spread in _SPREADS * _ROWS:
-            logits = (torch.randn(1, count, generator=generator) * spread).bfloat16()
+        for spread, step in product(_SPREADS * _ROWS, _STEPS):
+            logits = (torch.randn(1, count, generator=generator) * spread / step).round() * step
             state = torch.zeros(1, 1, hidden, dtype=torch.float32)
-            state[..., :count] = logits
+            state[..., :count] = logits = logits.bfloat16()
             asked = _Asked(hidden, torch.float32)
             with self._asking(asked), _all_logits(self._block, self._parts.router):
                 self._block(state)
             choices.append((logits, asked))
-        for lanes, shares in product(LANES, _SHARES):
-            choosing = _Choosing(lanes, shares, torch.float32)
+        for breaks_ties, lanes, shares in product((True, False), LANES, _SHARES):
+            choosing = _Choosing(lanes, shares, breaks_ties, torch.float32)
             found = [_compare_choice(self.pool, choosing, *choice) for choice in choices]
             if None not in found and 0 in found:
                 return choosing
@@ -475,4 +480,4 @@ def _compare_choice(pool: NativePool, choosing: _Choosing, logits: torch.Tensor,
     addresses = (x.data_ptr() for x in (logits, scores, chosen, weights))
     found: int = pool.lib.moe_route(ctypes.addressof(router), *addresses)
     is_same = all(map(torch.equal, _by_expert(chosen, weights), _by_expert(asked.index, asked.weights)))
-    return found if found == _TIED or is_same else None
+    return found if is_same or (found == _TIED and not choosing.breaks_ties) else None

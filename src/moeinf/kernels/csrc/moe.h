@@ -188,14 +188,15 @@ MOE_API int moe_self_attend(moe_pool *pool, const moe_self_attention *layer, con
  *   OF_ALL      their softmax among all
  *   NORMALISED  the same, divided by the sum of what was chosen
  *   OF_CHOSEN   their softmax among what was chosen
- * in float32, exponentials being added up in vectors of `lanes`, 8 or 16. */
+ * in float32, exponentials being added up in vectors of `lanes`, 8 or 16. Of experts that are as likely as each other, it chooses
+ * those that torch does on top of GNU's library if it breaks_ties. */
 enum moe_shares { MOE_OF_ALL, MOE_NORMALISED, MOE_OF_CHOSEN };
 typedef struct {
-    int32_t count, top_k, lanes, shares, dtype;
+    int32_t count, top_k, lanes, shares, dtype, breaks_ties;
 } moe_router;
 
-/* What a token chooses, the likeliest first, by logits in bfloat16; `scores` is memory for `count` numbers. 0, or MOE_TIED
- * where an expert that is chosen is as likely as one that is not, or logits are not finite: that is left to torch. */
+/* What a token chooses, the likeliest first, by logits in bfloat16; `scores` is memory for `count` numbers. 0, or MOE_TIED where
+ * that is left to torch: an expert that is chosen is as likely as one that is not, or logits are not finite. */
 enum { MOE_AWAY = 1, MOE_TIED };
 MOE_API int moe_route(const moe_router *router, const void *logits, float *scores, int64_t *chosen, float *weights);
 
