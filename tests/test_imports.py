@@ -98,6 +98,7 @@ LAYERS = [
         "runtime",
         "simulate",
         "stats",
+        "token_forward",
     },
     {
         "analysis",
@@ -160,6 +161,7 @@ HEAVY = {
         "replay",
         "testing",
         "timing",
+        "token_forward",
         "worker",
     },
     "transformers": {

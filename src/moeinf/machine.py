@@ -17,7 +17,7 @@ from .errors import IntegrityError
 
 __all__ = ["MEASURED_BYTES", "Disk", "Gpu", "HostMemory", "Machine", "MathsRate", "Processor", "ReadRate"]
 
-SCHEMA = 8
+SCHEMA = 9
 MEASURED_BYTES = 3 * 2048 * 768 * 2
 """Of an expert whose maths is measured: one of Qwen3-30B-A3B's, in bfloat16."""
 
