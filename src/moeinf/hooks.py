@@ -188,8 +188,8 @@ class _Loans:
         self._plan = plan
         self._held: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         """Tokens that each KV cache has memory of: as many as it ever held."""
-        self._tokens = 0
-        """Of the step that runs; 0 where nobody knows."""
+        self._is_as_between_steps = False
+        """Whether as much is lent for the step that runs as behind it: it is of one token, and counted."""
 
     def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A step begins."""
@@ -198,22 +198,23 @@ class _Loans:
         given = kwargs.get("input_ids", args[0] if args else None)
         if given is None and (embedded := kwargs.get("inputs_embeds")) is not None:
             given = embedded[..., 0]
-        self._tokens = 0 if given is None else given.numel()
-        if self._tokens:
-            self._lend(self._tokens, self._count(kwargs.get(CACHE, kwargs.get("past_key_values"))))
+        self._is_as_between_steps = False
+        if given is not None:
+            tokens, cache = given.numel(), kwargs.get(CACHE, kwargs.get("past_key_values"))
+            self._lend(tokens, self._count(cache, tokens))
+            self._is_as_between_steps = tokens == 1 and cache in self._held
 
     def end(self, *_: Any) -> None:
         """It has ended; after a KeyboardInterrupt torch does not say so."""
-        if self._tokens != 1:  # one token has borrowed what it needs from now on, too
+        if not self._is_as_between_steps:
             self._lend(1, sum(self._held.values()))
         _interrupt.release()
 
-    def _count(self, cache: Any) -> int:
-        """Tokens that are held, in all conversations, behind the step; of another's KV cache nobody knows."""
-        before = self._held.get(cache, 0) if cache is not None else 0
-        if not before and not grows_in_place(cache):
+    def _count(self, cache: Any, tokens: int) -> int:
+        """Tokens that are held, in all conversations, behind a step of so many; of another's KV cache nobody knows."""
+        if cache not in self._held and not grows_in_place(cache):
             return self._plan.context
-        self._held[cache] = max(before, cache.get_seq_length() + self._tokens)
+        self._held[cache] = max(self._held.get(cache, 0), cache.get_seq_length() + tokens)
         return sum(self._held.values())
 
     def _lend(self, tokens: int, held: int) -> None:
