@@ -30,6 +30,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.hardware import processor_features
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
+from moeinf.kernels.orders import IN_TURN
 from moeinf.manifest import GROUPS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
 from moeinf.native_reader import NativeReader
@@ -435,19 +436,19 @@ def expanded(layout: ExpertLayout, tensors: Tensors, plain: ExpertLayout) -> Ten
 
 
 Chains = tuple[int, int]
-CHAINS = ((0, 0), (96, 64))
+CHAINS = ((0, 0), (96, 64), (IN_TURN.chain, IN_TURN.chain))
 """Of what is multiplied with an expert's projections, up and down; 0 for the order that a set of instructions has."""
 
 
 def in_chains(maths: NativeMaths, chains: Chains) -> NativeMaths:
-    if any(chains) and maths.pool.variant != "avx512amx":
-        pytest.skip("chains are of AMX")
+    if any(chains) and maths.pool.variant != ("avx2" if chains[0] == IN_TURN.chain else "avx512amx"):
+        pytest.skip("chains are of AMX, those that take turns of AVX2")
     maths.layer.up_chain, maths.layer.down_chain = chains
     return maths
 
 
 @pytest.mark.parametrize("chains", CHAINS, ids=str)
-@pytest.mark.parametrize("exponents", [(118, 126), (0, 4), (130, 160), (250, 256)], ids=str)
+@pytest.mark.parametrize("exponents", [(118, 126), (0, 4), (130, 160), (250, 256), (87, 168), (85, 170)], ids=str)
 @pytest.mark.parametrize("kind", ["silu", "no-gate", "gelu-tanh", "interleaved"])
 def test_released_experts_give_what_they_give_expanded(
     pool: NativePool, kind: str, exponents: tuple[int, int], chains: Chains

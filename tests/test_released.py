@@ -18,6 +18,7 @@ from moeinf.checkpoint import Checkpoint
 from moeinf.conversion import plan_conversion
 from moeinf.errors import IntegrityError, UnsupportedError, UsageError
 from moeinf.forms import ExpertForm
+from moeinf.kernels.native import NativeMaths
 from moeinf.manifest import DENSE_SCHEMA, ExpertLayout, Manifest, TensorSpec, expert_path
 from moeinf.pull import plan_pull, preview, pull
 from moeinf.quantized import Packer, dequantize
@@ -70,6 +71,17 @@ def test_logits_and_tokens_are_those_of_transformers(dtype: str, checkpoint: Pat
             assert list(engine.session().generate(PROMPT[0].tolist(), sampling).tokens) == tokens, (experts, kernels)
             assert engine.stats().quantization == "mxfp4 experts (as released)"
             engine.runtime.cache.check_integrity()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_layer_adds_in_the_order_that_was_found(checkpoint: Path, store: Store) -> None:
+    """Another one changes one number in some thousands by a bit: comparing what models give does not tell."""
+    pull(str(checkpoint), store=store, name="model")
+    with moeinf.load("model", experts="100%") as engine:
+        native = [maths for maths in engine.runtime._maths if isinstance(maths, NativeMaths)]
+        orders = {(maths.layer.up_chain, maths.layer.down_chain) for maths in native}
+        assert len(engine.manifest.layers) > 1
+        assert len(orders) == bool(native)
 
 
 def test_what_is_stored_is_what_was_released(checkpoint: Path, store: Store) -> None:

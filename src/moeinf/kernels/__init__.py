@@ -75,7 +75,8 @@ def choose_maths(
 
     `kernels` is the engine's option: `torch`; `native`, which raises UnsupportedError where that cannot be had; or
     `auto`, which takes native maths for the layers that can have it, if it then gives torch's results to the last bit.
-    That is tried, on numbers that are written to `scratch`, the tensors of a slot. Quantised experts are not those that
+    That is tried with the first of them, on numbers that are written to `scratch`, the tensors of a slot; all add up in
+    the order that is found. Quantised experts are not those that
     were released, and native maths rounds them less than torch does: `auto` takes it untried. `on_close` gets what ends
     the native threads.
     """
@@ -92,11 +93,14 @@ def choose_maths(
     if not layout.is_exact:
         return maths
     native = [(one, module) for one, module in zip(maths, modules, strict=True) if isinstance(one, NativeMaths)]
-    if kernels == "auto" and native and not _is_exact(*native[0], layout, scratch):
-        return [ExpandingMaths(module, layout, pool, _OTHER_ORDER) for module in modules]
-    if kernels == "auto" and native and not _is_exact_for_rows(*native[0], layout, scratch):
+    if native:
+        is_exact = _is_exact(*native[0], layout, scratch)
+        if kernels == "auto" and not is_exact:
+            return [ExpandingMaths(module, layout, pool, _OTHER_ORDER) for module in modules]
+        is_exact_for_rows = kernels == "native" or _is_exact_for_rows(*native[0], layout, scratch)
         for one, _ in native:
-            one.takes_prompts = False
+            one.add_as(native[0][0])
+            one.takes_prompts &= is_exact_for_rows
     return maths
 
 

@@ -467,6 +467,10 @@ class NativeMaths(ExpandingMaths):
         )
         return all(self.pool.find_order(self._matrix(tensors, name), rows, [order]) for name, order in assumed)
 
+    def add_as(self, other: NativeMaths) -> None:
+        """Add up the products of a token in the order that was found for another layer of these widths."""
+        self.layer.up_chain, self.layer.down_chain = other.layer.up_chain, other.layer.down_chain
+
     def token(self, hidden: torch.Tensor, weights: torch.Tensor) -> TokenMaths:
         if not self._computes(hidden, weights):
             return super().token(hidden, weights)
