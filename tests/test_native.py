@@ -796,7 +796,7 @@ def test_what_is_not_exact_is_not_chosen_by_itself(dtype: torch.dtype) -> None:
     scratch = make_expert(layout, generator)
     with ExitStack() as stack:
         [automatic] = choose_maths([module], layout, "auto", scratch, stack)
-        [explicit] = choose_maths([module], layout, "native", {}, stack)
+        [explicit] = choose_maths([module], layout, "native", scratch, stack)
         assert isinstance(explicit, NativeMaths)
         experts, equal = [make_expert(layout, generator)], True
         for _ in range(20):

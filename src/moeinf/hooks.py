@@ -59,7 +59,7 @@ _ROTATION = "apply_rotary_pos_emb"
 _EAGER = "eager_attention_forward"
 """What they call the one that attends step by step."""
 _interrupt = KeptInterrupt()
-"""Within a forward pass, Ctrl-C waits for the next MoE layer, or the end."""
+"""Within a forward pass, Ctrl-C waits for the next MoE layer that is not part of a larger call, or the end."""
 
 
 @register_quantization_config(_NAME)
@@ -270,7 +270,7 @@ def decode(
 ) -> None:
     """Let the library compute whole decoder layers of one token, where it can, and one after the other: those around
     `experts`, the modules by their names in the model, one per MoE layer in order, which `maths` computes from the
-    slots of `pool`. Who is to be told of tokens has been told of by now (`announce_tokens`).
+    slots of `pool`. To be called after `announce_tokens`.
     """
     slots = Slots(runtime.cache.resident, pool.bytes.data_ptr(), pool.slot_bytes)
     layers = DecoderLayers(runtime, slots, _interrupt.check)

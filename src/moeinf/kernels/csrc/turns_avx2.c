@@ -48,18 +48,6 @@ TARGET static float end_row(const __m256 *chains, size_t r, const uint16_t *w, s
     return each[0] + each[1] + each[2] + each[3];
 }
 
-/* The inputs of every four that are even, and those that are odd, for each of the rows of a vector: of x as pack_bf16 lays it
- * out, which has them together. */
-TARGET static void spread_out(const float *packed, size_t inputs, float *spread) {
-    enum { STEP = 2 * LANES };
-    for (size_t i = 0; i < inputs; i += STEP)
-        for (size_t two = 0; two < LANES; two += 2, spread += STEP) {
-            const double *even = (const double *)(packed + i + two), *odd = (const double *)(packed + i + LANES + two);
-            _mm256_storeu_ps(spread, _mm256_castpd_ps(_mm256_broadcast_sd(even)));
-            _mm256_storeu_ps(spread + LANES, _mm256_castpd_ps(_mm256_broadcast_sd(odd)));
-        }
-}
-
 /* Whether all of x is 0 or of a size that leaves room for powers. */
 TARGET static bool is_moderate(const float *x, size_t count) {
     const __m256i zero = _mm256_setzero_si256(), size = _mm256_set1_epi32(0x7f800000);
@@ -97,71 +85,83 @@ TARGET static inline __m256 of_rows(uint32_t ratios[BLOCK][ROOM], size_t place) 
     return _mm256_blend_ps(_mm256_blend_ps(each[0], each[1], 0x0c), _mm256_blend_ps(each[2], each[3], 0xc0), 0xf0);
 }
 
-/* The chains of a block: of rows one and two, three and four, those of inputs 0 and 2 of every four, and those of 1 and 3. */
-typedef struct {
-    __m256 even, odd;
-} block;
-
-/* Two steps, of which a word has the weights in its lower and its upper half. */
-TARGET static inline __m256 add_steps(__m256i weights, const float *x, __m256 chains) {
-    chains = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), _mm256_loadu_ps(x), chains);
-    weights = _mm256_and_si256(weights, _mm256_set1_epi32((int)0xffff0000));
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(weights), _mm256_loadu_ps(x + 2 * LANES), chains);
+/* Two inputs that follow each other in x, for each of the rows of a vector. */
+TARGET static inline __m256 two_of(const float *x) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd((const double *)x));
 }
 
-/* Four steps, of weights that have these places in the table. */
-TARGET static inline __m256 add_places(__m256i places, const float *x, __m256 chains) {
+/* Four steps, of weights of each block that have these places in the table. */
+TARGET static inline void add_places(const __m256i places[BLOCKS], const float *x, __m256 chains[BLOCKS]) {
     const __m256i lower = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)FP4_BYTES));
     const __m256i upper = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(FP4_BYTES + 16)));
-    __m256i low = _mm256_shuffle_epi8(lower, places), high = _mm256_shuffle_epi8(upper, places);
-    chains = add_steps(_mm256_unpacklo_epi8(low, high), x, chains);
-    return add_steps(_mm256_unpackhi_epi8(low, high), x + 4 * LANES, chains);
+    __m256i weights[2][BLOCKS]; /* of two steps, one in the lower half of a word, one in the upper */
+    for (size_t k = 0; k < BLOCKS; k++) {
+        __m256i low = _mm256_shuffle_epi8(lower, places[k]), high = _mm256_shuffle_epi8(upper, places[k]);
+        weights[0][k] = _mm256_unpacklo_epi8(low, high);
+        weights[1][k] = _mm256_unpackhi_epi8(low, high);
+    }
+    for (size_t two = 0; two < 2; two++, x += 4) {
+        __m256 first = two_of(x), second = two_of(x + 2);
+        for (size_t k = 0; k < BLOCKS; k++) {
+            __m256i late = _mm256_and_si256(weights[two][k], _mm256_set1_epi32((int)0xffff0000));
+            chains[k] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights[two][k], 16)), first, chains[k]);
+            chains[k] = _mm256_fmadd_ps(_mm256_castsi256_ps(late), second, chains[k]);
+        }
+    }
 }
 
-/* Half a group of four rows, of which a vector has eight bytes each. */
-TARGET static inline block add_half(__m256i bytes, const float *x, block chains) {
+/* Half a group of the rows of each block, of which a vector has eight bytes each; `even` are chains of inputs 0 and 2 of every
+ * four, `odd` those of 1 and 3, for rows one and two, three and four. x has the even ones of 2 LANES inputs, then the odd ones. */
+TARGET static inline void add_half(const __m256i bytes[BLOCKS], const float *x, __m256 even[BLOCKS], __m256 odd[BLOCKS]) {
     const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15));
     const __m256i nibble = _mm256_set1_epi8(15);
-    bytes = _mm256_shuffle_epi8(bytes, order);
-    chains.even = add_places(_mm256_and_si256(bytes, nibble), x, chains.even);
-    chains.odd = add_places(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), x + LANES, chains.odd);
-    return chains;
+    __m256i first[BLOCKS], second[BLOCKS];
+    for (size_t k = 0; k < BLOCKS; k++) {
+        __m256i ordered = _mm256_shuffle_epi8(bytes[k], order);
+        first[k] = _mm256_and_si256(ordered, nibble);
+        second[k] = _mm256_and_si256(_mm256_srli_epi16(ordered, 4), nibble);
+    }
+    add_places(first, x, even);
+    add_places(second, x + LANES, odd);
 }
 
-/* A group of four rows, so many bytes apart. Chains are in units of a group's power: that is a factor of all that is added, and
- * no rounding depends on it as long as nothing is too large or too small, so it is taken off them once and not put on each
- * weight. */
-TARGET static inline block add_group(const uint8_t *w, size_t stride, const float *x, __m256 ratio, block chains) {
-    __m256i outer = both_of(w, w + 2 * stride), inner = both_of(w + stride, w + 3 * stride);
-    chains = (block){_mm256_mul_ps(chains.even, ratio), _mm256_mul_ps(chains.odd, ratio)};
-    chains = add_half(_mm256_unpacklo_epi64(outer, inner), x, chains);
-    return add_half(_mm256_unpackhi_epi64(outer, inner), x + FP4_GROUP / 2 * TURNS, chains);
-}
-
-/* TOGETHER rows of MXFP4 from `first` on. Whether their powers are moderate; if not, nothing is done. */
-TARGET static bool dot_mxfp4_rows(const matrix *w, size_t first, const float *x, float *out) {
+/* TOGETHER rows of MXFP4 from `first` on. Whether their powers are moderate; if not, nothing is done.
+ *
+ * Chains are in units of a group's power: that is a factor of all that is added, and no rounding depends on it as long as nothing
+ * is too large or too small, so it is taken off them once and not put on each weight. */
+TARGET static bool dot_mxfp4_rows(const matrix *w, size_t first, size_t rows, const float *x, float *out) {
     size_t groups = w->width / FP4_GROUP, stride = w->width / 2;
     const uint8_t *numbers = (const uint8_t *)w->numbers + first * stride;
     uint32_t ratios[BLOCKS][BLOCK][ROOM];
-    block chains[BLOCKS];
+    __m256 even[BLOCKS], odd[BLOCKS];
+    if (rows < TOGETHER || groups > MOST_GROUPS)
+        return false;
     for (size_t r = 0; r < TOGETHER; r++)
         if (!write_ratios((const uint8_t *)w->scales + (first + r) * groups, groups, ratios[r / BLOCK][r % BLOCK]))
             return false;
-#pragma GCC unroll 2
     for (size_t k = 0; k < BLOCKS; k++)
-        chains[k] = (block){_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (size_t g = 0; g < groups; g++, numbers += FP4_GROUP / 2, x += FP4_GROUP * TURNS)
-#pragma GCC unroll 2
-        for (size_t k = 0; k < BLOCKS; k++)
-            chains[k] = add_group(numbers + k * BLOCK * stride, stride, x, of_rows(ratios[k], g), chains[k]);
-#pragma GCC unroll 2
+        even[k] = odd[k] = _mm256_setzero_ps();
+    for (size_t g = 0; g < groups; g++, numbers += FP4_GROUP / 2, x += FP4_GROUP) {
+        __m256i early[BLOCKS], late[BLOCKS];
+        for (size_t k = 0; k < BLOCKS; k++) {
+            const uint8_t *rows = numbers + k * BLOCK * stride;
+            __m256i outer = both_of(rows, rows + 2 * stride), inner = both_of(rows + stride, rows + 3 * stride);
+            __m256 ratio = of_rows(ratios[k], g);
+            early[k] = _mm256_unpacklo_epi64(outer, inner);
+            late[k] = _mm256_unpackhi_epi64(outer, inner);
+            even[k] = _mm256_mul_ps(even[k], ratio);
+            odd[k] = _mm256_mul_ps(odd[k], ratio);
+        }
+        add_half(early, x, even, odd);
+        add_half(late, x + FP4_GROUP / 2, even, odd);
+    }
     for (size_t k = 0; k < BLOCKS; k++) {
         __m256 powers = of_rows(ratios[k], groups);
-        float even[LANES], odd[LANES];
-        _mm256_storeu_ps(even, _mm256_mul_ps(chains[k].even, powers));
-        _mm256_storeu_ps(odd, _mm256_mul_ps(chains[k].odd, powers));
+        float evens[LANES], odds[LANES];
+        _mm256_storeu_ps(evens, _mm256_mul_ps(even[k], powers));
+        _mm256_storeu_ps(odds, _mm256_mul_ps(odd[k], powers));
         for (size_t r = 0; r < BLOCK; r++)
-            *out++ = even[2 * r] + odd[2 * r] + even[2 * r + 1] + odd[2 * r + 1];
+            *out++ = evens[2 * r] + odds[2 * r] + evens[2 * r + 1] + odds[2 * r + 1];
     }
     return true;
 }
@@ -188,15 +188,12 @@ TARGET static void dot_rows(const matrix *w, size_t first, size_t rows, const fl
 }
 
 TARGET void dot_turns(const matrix *w, size_t first, size_t rows, int64_t chain, const void *packed, float *out) {
-    bool fits = w->kind == MOE_MXFP4 && w->width <= MOST_GROUPS * FP4_GROUP && is_moderate(packed, w->width);
-    float spread[fits ? w->width * TURNS : 1], x[w->width];
-    bool is_straight = false;
+    bool fits = w->kind == MOE_MXFP4 && is_moderate(packed, w->width), is_straight = false;
+    float x[w->width];
     (void)chain;
-    if (fits)
-        spread_out(packed, w->width, spread);
     for (size_t r = 0, count; r < rows; r += count) {
         count = smaller(TOGETHER, rows - r);
-        if (fits && count == TOGETHER && dot_mxfp4_rows(w, first + r, spread, out + r))
+        if (fits && dot_mxfp4_rows(w, first + r, count, packed, out + r))
             continue;
         if (!is_straight)
             straighten(packed, w->width, x);
