@@ -16,7 +16,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import moeinf
 from families import make_checkpoint
-from moeinf import hooks
+from moeinf import generation, hooks
 from moeinf.engine import Engine
 from moeinf.errors import MoeinfError
 from moeinf.kvcache import make_cache, pretend_cache
@@ -132,6 +132,57 @@ def test_logits_are_the_familys(family: str, load: Load, passed: list[int]) -> N
     assert bool(passed) == (family in TAKEN)
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.3, "seed": 3},
+    {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "seed": 4},
+    {"temperature": 0, "max_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("family", ["mellum", "qwen3_moe"])
+def test_the_loop_makes_the_tokens_that_generate_makes(
+    family: str, load: Load, passed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with what the model's own generation config asks for, behind a longer prompt, and until a token stops it."""
+    engine = load(family)
+    results: list[list[Any]] = [[], []]
+    for result in results:
+        session = engine.session()
+        for penalty, stops in ((1.0, None), (1.3, list(range(40, 60)))):
+            engine.generation_config.repetition_penalty, engine.generation_config.eos_token_id = penalty, stops
+            for settings in SETTINGS:
+                for prompt in ([5, 6, 7], [5, 6, 7, 8] * 6, [5]):
+                    seen: list[int] = []
+                    answer = session.generate(
+                        prompt, moeinf.Sampling(**{"max_tokens": 30, **settings}), on_token=seen.append
+                    )
+                    assert list(answer.tokens) == seen
+                    result.append((seen, answer.finish_reason, session.cached_tokens))
+        assert passed
+        monkeypatch.setattr(generation, "_loop", lambda *_: None)
+    assert results[0] == results[1]
+    assert {reason for _, reason, _ in results[0]} == {"length", "stop"}
+
+
+def test_the_loop_ends_when_it_is_asked_to(load: Load) -> None:
+    engine = load()
+    engine.generation_config.eos_token_id = None
+    seen: list[int] = []
+    answer = engine.session().generate([5, 6], on_token=seen.append, should_stop=lambda: len(seen) == 3)
+    assert answer.finish_reason == "interrupted"
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "jamba"])
+def test_other_models_have_generate_s_loop(family: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(generation, "_loop", refuse)
+    assert load(family).session().generate([5, 6], moeinf.Sampling(max_tokens=3, temperature=0)).tokens
+
+
 def test_torchs_kernels_are_the_reference(load: Load) -> None:
     assert not isinstance(load(kernels="torch").model.forward, TokenForward)
 
@@ -167,7 +218,8 @@ def test_a_forward_that_does_more_is_left_alone(load: Load, passed: list[int], m
         return output
 
     def by_position(self: Any, *args: Any, position_ids: Any = None, **named: Any) -> Any:
-        return base(self, *args, position_ids=position_ids // 2 if position_ids[0, -1] > 500 else position_ids, **named)
+        is_far = position_ids is not None and position_ids[0, -1] > 500
+        return base(self, *args, position_ids=position_ids // 2 if is_far else position_ids, **named)
 
     others = [("ForCausalLM", doubled), ("Model", shifted), ("Model", begun_elsewhere), ("ForCausalLM", said_more)]
     for kind, forward in [*others, ("Model", by_position)]:

@@ -1,5 +1,5 @@
-"""Tokens out of a loaded model: one conversation's KV cache, sampling, stopping. The loop itself is transformers'
-`generate`.
+"""Tokens out of a loaded model: one conversation's KV cache, sampling, stopping. What a generation config means is
+transformers' `generate`, and so is the loop itself, but for models whose single tokens take little (`token_forward`).
 
 Knows nothing of text, terminals or how experts are found.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 import torch
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .device import is_out_of_memory
 from .draw import QuickDraw, draws_as_torch_does
@@ -26,6 +27,7 @@ from .kvcache import can_crop, make_cache
 from .metamodel import CACHE
 from .runtime import StepStopped
 from .stats import Stats
+from .token_forward import takes_tokens
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -205,6 +207,7 @@ class Session:
             streamer=clock,
             stopping_criteria=StoppingCriteriaList([clock.criterion()]),
             return_dict_in_generate=True,
+            custom_generate=_loop(clock, config.do_sample) if takes_tokens(model, self._cache) else None,
             **{CACHE: self._cache},
         )
         self._cache = getattr(output, CACHE)
@@ -313,6 +316,28 @@ class _Clock(BaseStreamer):
             prefill_tokens_per_s=prefilled / first if first else 0.0,
             decode_tokens_per_s=steps / rest if steps and rest else 0.0,
         )
+
+
+def _loop(clock: _Clock, draws: bool) -> Callable[..., Any]:
+    """The loop of `generate` for one sequence, without what it does for several, and for masks and positions that are
+    the usual ones. `clock` is told of each token.
+    """
+
+    def loop(model: Any, ids: Any, logits_processor: Any, stopping_criteria: Any, **given: Any) -> Any:
+        cache = given[CACHE]
+        asked = {name: given[name] for name in (CACHE, "use_cache", "logits_to_keep") if name in given}
+        new, is_done = ids[:, cache.get_seq_length() :], False
+        while not is_done:
+            scores = model(input_ids=new, **asked).logits[:, -1].to(torch.float32, copy=True)
+            for processor in logits_processor:
+                scores = processor(ids, scores)
+            new = torch.multinomial(scores.softmax(-1), num_samples=1) if draws else scores.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, new], dim=-1)
+            is_done = bool(stopping_criteria(ids, None))
+            clock.put(new)
+        return GenerateDecoderOnlyOutput(sequences=ids, **{CACHE: cache})
+
+    return loop
 
 
 def _draw(config: GenerationConfig, place: torch.device) -> LogitsProcessorList:

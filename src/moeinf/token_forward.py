@@ -24,11 +24,16 @@ from .kernels import Keeper, LayerRun, NativeDecoderLayer, hooks_of
 from .kvcache import keeps_tokens, pretend_cache, windows_of
 from .metamodel import CACHE
 
-__all__ = ["TokenForward"]
+__all__ = ["TokenForward", "takes_tokens"]
 
 _LENGTHS = 1, 2, 700
 """Tokens behind which a forward is watched, beside those around the windows of layers."""
 _ANGLES, _STATE, _ROTARY = "position_embeddings", "hidden_states", "rotary_emb"
+
+
+def takes_tokens(model: Any, cache: Any) -> bool:
+    """Whether single tokens that `model` is given with this KV cache pass its own forward by, at first at least."""
+    return isinstance(model.forward, TokenForward) and model.forward.takes(cache)
 
 
 class TokenForward:
@@ -101,6 +106,11 @@ class TokenForward:
             return None
         logits = self._parts.leave(way.put_through(way.enter(input_ids, position_ids, cache)))
         return way.output_class(logits=logits, **{CACHE: cache})
+
+    def takes(self, cache: Any) -> bool:
+        """Whether it is known how tokens with this KV cache go through the model, as long as it is not too full."""
+        way = self._find_way() if self._knows(cache) else None
+        return way is not None and way.most_held > 0
 
     def _knows(self, cache: Any) -> bool:
         """Whether its layers keep tokens, as those do that the model is watched with."""
