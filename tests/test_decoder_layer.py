@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import moeinf
-from families import make_checkpoint
+from engines import Load, engines_of, pulled
 from moeinf.engine import Engine
 from moeinf.errors import MoeinfError
 from moeinf.forecast import WHOLE_LAYERS
@@ -30,12 +30,9 @@ from moeinf.kernels.decoder_layer import DecoderLayers, LayerRun, NativeDecoderL
 from moeinf.kernels.native import NativePool
 from moeinf.kvcache import make_cache
 from moeinf.metamodel import CACHE
-from moeinf.pull import pull
-from moeinf.store import Store
 from readers import SlowReader, use_reader
 from test_native import LIBRARY, TORCH_S
 
-Load = Callable[..., Engine]
 SHARES = ["of all", "normalised", "of chosen"]
 AWAY, TIED = decoder_layer._AWAY, decoder_layer._TIED
 
@@ -62,37 +59,15 @@ PROMPT = [5, 17, 30, 8, 99, 41]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The home in which models of a family, with so many experts that the library multiplies by their routers, are
-    pulled under the family's name.
-    """
-    folder = tmp_path_factory.mktemp("whole")
-
-    def have(family: str) -> Path:
-        if family not in Store(folder / "home").names():
-            make_checkpoint(family, folder / family, hidden_size=256, head_dim=64, **SIZES[family])
-            pull(str(folder / family), store=Store(folder / "home"), name=family)
-        return folder / "home"
-
-    return have
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return pulled(
+        tmp_path_factory.mktemp("models"), lambda family: {"hidden_size": 256, "head_dim": 64, **SIZES[family]}
+    )
 
 
 @pytest.fixture
 def load(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    engines: list[Engine] = []
-    monkeypatch.setattr("moeinf.shared_library.built_library", lambda: LIBRARY)
-
-    def make(family: str = "qwen3_moe", **options: Any) -> Engine:
-        monkeypatch.setenv("MOEINF_HOME", str(models(family)))
-        engine = moeinf.load(family, **{"prefetch": "off", **options})
-        engine.generation_config.eos_token_id = None
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.learns = False
-        engine.close()
+    yield from engines_of(models, monkeypatch, "qwen3_moe")
 
 
 @pytest.fixture

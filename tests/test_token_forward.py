@@ -15,18 +15,14 @@ from transformers import DynamicCache
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import moeinf
-from families import make_checkpoint
+from engines import Load, engines_of, pulled
 from moeinf import generation, hooks
 from moeinf.engine import Engine
 from moeinf.errors import MoeinfError
 from moeinf.kvcache import make_cache, pretend_cache
 from moeinf.metamodel import CACHE
-from moeinf.pull import pull
-from moeinf.store import Store
 from moeinf.token_forward import TokenForward, _Way
-from test_native import LIBRARY, TORCH_S
-
-Load = Callable[..., Engine]
+from test_native import TORCH_S
 
 pytestmark = [
     pytest.mark.skipif(TORCH_S is None, reason="torch may add in another order on such a processor"),
@@ -66,33 +62,13 @@ PIECES = [5, *[1] * 12, 3, *[1] * 12]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The home in which models of a family are pulled under the family's name."""
-    folder = tmp_path_factory.mktemp("token")
-
-    def have(family: str) -> Path:
-        if family not in Store(folder / "home").names():
-            make_checkpoint(family, folder / family, **SIZES.get(family, {}))
-            pull(str(folder / family), store=Store(folder / "home"), name=family)
-        return folder / "home"
-
-    return have
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return pulled(tmp_path_factory.mktemp("models"), lambda family: SIZES.get(family, {}))
 
 
 @pytest.fixture
 def load(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    engines: list[Engine] = []
-    monkeypatch.setattr("moeinf.shared_library.built_library", lambda: LIBRARY)
-
-    def make(family: str = "mixtral", **options: Any) -> Engine:
-        monkeypatch.setenv("MOEINF_HOME", str(models(family)))
-        engines.append(moeinf.load(family, **{"prefetch": "off", "experts": "100%", **options}))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.learns = False
-        engine.close()
+    yield from engines_of(models, monkeypatch, "mixtral", experts="100%")
 
 
 @pytest.fixture
@@ -166,10 +142,8 @@ def test_the_loop_makes_the_tokens_that_generate_makes(
 
 
 def test_the_loop_ends_when_it_is_asked_to(load: Load) -> None:
-    engine = load()
-    engine.generation_config.eos_token_id = None
     seen: list[int] = []
-    answer = engine.session().generate([5, 6], on_token=seen.append, should_stop=lambda: len(seen) == 3)
+    answer = load().session().generate([5, 6], on_token=seen.append, should_stop=lambda: len(seen) == 3)
     assert answer.finish_reason == "interrupted"
     assert len(seen) == 4
 

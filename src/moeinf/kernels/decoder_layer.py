@@ -97,8 +97,8 @@ class _DecoderLayer(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Choosing:
-    """How the routers of a kind choose: by vectors of so many lanes, with which shares, between experts that are as
-    likely as known here or not, and with weights of that dtype.
+    """How the routers of a kind choose: by vectors of so many lanes, with which shares, in a way that is known here or
+    not between experts that are as likely, and with weights of that dtype.
     """
 
     lanes: int
@@ -237,7 +237,7 @@ class NativeDecoderLayer:
         self._shared, self._forward, self._block, self._experts = shared, layer.forward, block, experts
         self._parts, self._attention, self.pool = parts, parts.attention, parts.maths.pool
         self._kind = tuple(map(kind_of, layer.modules()))
-        self.hooks = hooks_of(list(layer.modules())[1:])
+        self._hooks = hooks_of(list(layer.modules())[1:])
         self._scale = float(getattr(layer, "residual_multiplier", 1))
         self._choosing: _Choosing | None = None
         self._known_for = 0
@@ -262,7 +262,7 @@ class NativeDecoderLayer:
         self._alone = LayerRun([self])
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        output = None if len(args) > 1 or any(self.hooks) else self._compute(*args, **named)
+        output = None if len(args) > 1 or any(self._hooks) else self._compute(*args, **named)
         return self._forward(*args, **named) if output is None else output
 
     def _compute(self, *args: Any, **named: Any) -> torch.Tensor | None:
@@ -278,13 +278,9 @@ class NativeDecoderLayer:
 
     def takes(self, hidden_states: torch.Tensor | None = None, **others: Any) -> bool:
         """Whether the library computes the layer for this token, given the rest, as the layer would."""
-        if (
-            others.pop(CACHE, None) is None
-            or hidden_states is None
-            or not self._attention.takes(hidden_states, **others)
-        ):
+        if others.pop(CACHE, None) is None or hidden_states is None:
             return False
-        return self._knows(others["position_embeddings"][0].shape[2])
+        return self._attention.takes(hidden_states, **others) and self._knows(others["position_embeddings"][0].shape[2])
 
     def look_at(self, angles: States, cache: Any) -> bool:
         """Whether a token with these angles can be computed now, whose keys and values go into `cache`: then that has
