@@ -44,6 +44,8 @@ TOKENS = (1, 16, 256)
 MANY_ROWS = 250
 """The most for which the making of programs is measured; others are fewer."""
 _PACKED = (LOSSLESS, *GROUPS, *RELEASED_BITS)
+_TRANSPOSED = {"mxfp4"}
+"""Released in these are models whose weights lie [in, out], which torch multiplies in an order of its own (gpt-oss)."""
 _DISTINCT = 2
 """Experts of a working set that differ; the others are copies of them, each with memory of its own."""
 
@@ -156,7 +158,10 @@ class Experts:
 
     def __init__(self, weights: str, working_set: int, device: torch.device | str = "cpu") -> None:
         self._dtype = torch.float32 if weights == "float32" else torch.bfloat16
-        up, down = (2 * INNER, HIDDEN), (HIDDEN, INNER)
+        self._module = _Module()
+        self._module.is_transposed = weights in _TRANSPOSED
+        shapes = (2 * INNER, HIDDEN), (HIDDEN, INNER)
+        up, down = (shape[::-1] if self._module.is_transposed else shape for shape in shapes)
         first = TensorSpec("gate_up_proj", SAFETENSORS_NAMES[self._dtype], up, 0)
         self._plain = ExpertLayout(0, (first, TensorSpec("down_proj", first.dtype, down, first.nbytes)))
         self._encoder: Encoder | None = None
@@ -165,7 +170,7 @@ class Experts:
         elif weights == LOSSLESS:
             self._encoder = LosslessPacker(self._plain, False)
         elif weights in RELEASED_BITS:
-            self._encoder = Packer(self._plain, False, weights)
+            self._encoder = Packer(self._plain, self._module.is_transposed, weights)
         self._layout = self._encoder.layout if self._encoder else self._plain
         self._count = max(2, working_set // (self._layout.nbytes * TOP_K)) * TOP_K
         self._device = device
@@ -182,8 +187,11 @@ class Experts:
     def maths(self, pool: NativePool | None) -> ExpertMaths:
         """What computes them: the library, or torch without `pool`."""
         if pool is None:
-            return ExpertMaths(_Module(), self._layout.quantization)
-        return NativeMaths(_Module(), self._layout, pool)
+            return ExpertMaths(self._module, self._layout.quantization)
+        native = NativeMaths(self._module, self._layout, pool)
+        if self._dtype == torch.bfloat16:
+            native.adds_alike(self._experts[0], 1)  # finds the order that the engine adds up one row in
+        return native
 
     def calls(self, maths: ExpertMaths, tokens: int) -> list[Call]:
         """What computes all of them once, each for `tokens` tokens, in groups of as many as a token asks for."""
