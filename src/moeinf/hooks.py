@@ -282,8 +282,9 @@ def decode(
     first = first_decoder_layer(model, name)
     if first is not None and any(isinstance(each, NativeMaths) for each in maths):
         base = model.get_submodule(".".join(name.split(".")[:-4]))
-        told = first._forward_pre_hooks
-        model.forward = TokenForward.find(model, base, runtime, _interrupt.check, told) or model.forward
+        token_forward = TokenForward.find(model, base, runtime, _interrupt.check, first._forward_pre_hooks)
+        if token_forward is not None:
+            model.forward = token_forward
 
 
 def _called(forward: Any) -> set[str]:

@@ -13,8 +13,10 @@ enum { LANES = 8, TOGETHER = 8, PAIRS = TOGETHER / 2, SOME = PAD };
 /* Of MXFP4: rows in a block, which are a vector for even inputs and one for odd ones; and as many groups as there is room for. */
 enum { BLOCK = 4, BLOCKS = TOGETHER / BLOCK, MOST_GROUPS = 512, ROOM = MOST_GROUPS + LANES };
 
-/* Powers of weights and of inputs for which chains can be kept in units of a power (add_group). */
-enum { LEAST_POWER = 127 - 40, MOST_POWER = 127 + 40, MOST_INPUT = 60 };
+/* Exponents of weights' powers and of inputs with which chains can be kept in units of a power (dot_mxfp4_rows). In the smallest
+ * unit the sum of as many of the largest products as there is room for is below 2^128; in the largest one all are multiples of
+ * 2^-148. */
+enum { LEAST_POWER = 127 - 40, MOST_POWER = 127 + 40, LEAST_INPUT = 127 - 60, MOST_INPUT = 127 + 28 };
 
 /* x in order, of how pack_bf16 lays it out: of every 2 LANES inputs the even ones, then the odd ones. */
 static void straighten(const float *x, size_t inputs, float *plain) {
@@ -24,11 +26,11 @@ static void straighten(const float *x, size_t inputs, float *plain) {
 }
 
 /* Eight inputs of two rows, a row in each half, times x. */
-TARGET static inline __m256 add_eight(__m256i both, __m256 factor, __m256 x0, __m256 x1, __m256 chains) {
+TARGET static inline __m256 add_eight(__m256i both, __m256 x0, __m256 x1, __m256 chains) {
     __m256 first = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), both));
     __m256 second = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), both));
-    chains = _mm256_fmadd_ps(_mm256_mul_ps(first, factor), x0, chains);
-    return _mm256_fmadd_ps(_mm256_mul_ps(second, factor), x1, chains);
+    chains = _mm256_fmadd_ps(first, x0, chains);
+    return _mm256_fmadd_ps(second, x1, chains);
 }
 
 TARGET static inline __m256 four_twice(const float *x) {
@@ -51,7 +53,7 @@ TARGET static float end_row(const __m256 *chains, size_t r, const uint16_t *w, s
 /* Whether all of x is 0 or of a size that leaves room for powers. */
 TARGET static bool is_moderate(const float *x, size_t count) {
     const __m256i zero = _mm256_setzero_si256(), size = _mm256_set1_epi32(0x7f800000);
-    const __m256i least = _mm256_set1_epi32((127 - MOST_INPUT) << 23), most = _mm256_set1_epi32((127 + MOST_INPUT) << 23);
+    const __m256i least = _mm256_set1_epi32(LEAST_INPUT << 23), most = _mm256_set1_epi32(MOST_INPUT << 23);
     __m256i others = zero;
     for (size_t i = 0; i < count; i += LANES) {
         __m256i bits = _mm256_loadu_si256((const __m256i *)(x + i)), exponents = _mm256_and_si256(bits, size);
@@ -178,7 +180,7 @@ TARGET static void dot_rows(const matrix *w, size_t first, size_t rows, const fl
         for (size_t k = 0; k < PAIRS; k++)
             for (size_t n = 0; n < SOME; n += LANES) {
                 __m256i both = both_of(some[smaller(2 * k, rows - 1)] + n, some[smaller(2 * k + 1, rows - 1)] + n);
-                chains[k] = add_eight(both, _mm256_set1_ps(1), four_twice(x + i + n), four_twice(x + i + n + 4), chains[k]);
+                chains[k] = add_eight(both, four_twice(x + i + n), four_twice(x + i + n + 4), chains[k]);
             }
     }
     if (whole < width)
