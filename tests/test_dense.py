@@ -321,3 +321,43 @@ def test_what_was_unpacked_is_given_back_where_a_token_needs_none() -> None:
 def test_a_weight_of_another_layer_is_refused() -> None:
     with pytest.raises(IntegrityError, match=r"a weight of 32 x 64 is stored as one of 32 x 72"):
         LosslessLinear.pack_into(nn.Linear(64, 32), *pack(torch.ones(32, 72).bfloat16()))
+
+
+class Routing(nn.Module):
+    """Multiplies in float32, as routers do, and says how many threads it has."""
+
+    def __init__(self, outputs: int, *, tells: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, 256).bfloat16())
+        self.tells, self.threads = tells, list[int]()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        threads = torch.get_num_threads()
+        self.threads.append(threads)
+        if bool(x.isnan().any()):
+            raise ValueError("not a number")
+        logits = F.linear(x.float(), self.weight.float())
+        return logits, logits.sigmoid() + (threads if self.tells else 0)
+
+
+@pytest.mark.skipif(TORCH_S is None, reason="torch may add in another order on such a processor")
+def test_a_tokens_router_has_one_of_torchs_threads() -> None:
+    """The others would stay awake for a while, beside the library's."""
+    pool, threads = NativePool(2, TORCH_S, LIBRARY), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for router, expected in ((Routing(64), 1), (Routing(8), 3), (Routing(64, tells=True), 3)):
+            plain = copy.deepcopy(router)
+            speed_up(nn.Sequential(router), pool)
+            for tokens in (1, 5):
+                router.threads.clear()
+                x = torch.randn(1, tokens, 256).bfloat16()
+                with torch.inference_mode():
+                    assert all(map(torch.equal, router(x), plain(x)))
+                assert router.threads == [expected if tokens == 1 else 3]
+            with pytest.raises(ValueError, match="not a number"):
+                router(x[:, :1] * float("nan"))
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+        pool.close()

@@ -268,20 +268,22 @@ def decode(
     runtime: ExpertRuntime,
     pool: SlotPool,
 ) -> None:
-    """Let the library compute whole decoder layers of one token, where it can, and one after the other: those around
-    `experts`, the modules by their names in the model, one per MoE layer in order, which `maths` computes from the
-    slots of `pool`. To be called after `announce_tokens`.
+    """Let the library compute whole decoder layers of one token, where it can, and one after the other. `experts` are
+    the modules by their names in the model, one per MoE layer in order, which `maths` computes from the slots of
+    `pool`. To be called after `announce_tokens`.
     """
     slots = Slots(runtime.cache.resident, pool.bytes.data_ptr(), pool.slot_bytes)
     layers = DecoderLayers(runtime, slots, _interrupt.check)
+    has_experts: dict[nn.Module, tuple[nn.Module, ExpertMaths, range]] = {}
     for (name, module), each, span in zip(experts.items(), maths, runtime.spans, strict=True):
-        layer: Any = model.get_submodule(".".join(name.split(".")[:-2]))
-        if (whole := layers.find(layer, module, each, span)) is not None:
-            layer.forward = whole  # of this one alone
+        has_experts[model.get_submodule(".".join(name.split(".")[:-2]))] = module, each, span
     name = next(iter(experts))
+    base: Any = model.get_submodule(".".join(name.split(".")[:-4]))
+    for layer in {**has_experts, **dict.fromkeys(getattr(base, "layers", ()))}:
+        if (whole := layers.find(layer, *has_experts.get(layer, ()))) is not None:
+            layer.forward = whole  # of this one alone
     first = first_decoder_layer(model, name)
     if first is not None and any(isinstance(each, NativeMaths) for each in maths):
-        base = model.get_submodule(".".join(name.split(".")[:-4]))
         token_forward = TokenForward.find(model, base, runtime, _interrupt.check, first._forward_pre_hooks)
         if token_forward is not None:
             model.forward = token_forward
@@ -322,10 +324,15 @@ def _attention_forward(
     is_plain = is_plain and more.get("position_bias") is None and more.get("cache") is None
     if native is not None and is_plain and native.takes(query, key, value):
         return native.compute(query, key, value, scaling or query.shape[3] ** -0.5), None
-    output: tuple[torch.Tensor, None] = _sdpa_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **more
-    )
-    return output
+
+    def attend() -> tuple[torch.Tensor, None]:
+        output: tuple[torch.Tensor, None] = _sdpa_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **more
+        )
+        return output
+
+    is_token = native is not None and len(query) * query.shape[2] == 1
+    return NativeAttention.by_torch(query, key.shape[2], attend) if is_token else attend()
 
 
 ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention_forward)

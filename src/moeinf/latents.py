@@ -53,8 +53,8 @@ class _Expanded:
         self._layer: weakref.ref[GrowingLayer] | None = None
         """Of whose latents these are made."""
         self._cache: Any = None
-        module.register_forward_pre_hook(self._see_cache, with_kwargs=True)
-        module.register_forward_hook(self._forget_cache, always_call=True)
+        self._forward = module.forward
+        module.forward = self._seeing_cache
 
     def __call__(self, latents: torch.Tensor, turned: torch.Tensor) -> States:
         layer, tokens = self._find_layer(latents), latents.shape[2]
@@ -90,11 +90,13 @@ class _Expanded:
         if layer is self._layer:
             self._memory = self._layer = None
 
-    def _see_cache(self, _module: nn.Module, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _seeing_cache(self, *args: Any, **named: Any) -> Any:
+        """The module's forward. (Hooks would have everybody think that somebody else wants to be told of tokens.)"""
         self._cache = named.get(CACHE)
-
-    def _forget_cache(self, *_: Any) -> None:
-        self._cache = None
+        try:
+            return self._forward(*args, **named)
+        finally:
+            self._cache = None
 
 
 def _expands_alike(module: Any, known: dict[tuple[int, ...], bool]) -> bool:

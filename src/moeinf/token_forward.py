@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ __all__ = ["TokenForward", "takes_tokens"]
 
 _LENGTHS = 1, 2, 700
 """Tokens behind which a forward is watched, beside those around the windows of layers."""
-_ANGLES, _STATE, _ROTARY = "position_embeddings", "hidden_states", "rotary_emb"
+_STATE, _ROTARY = "hidden_states", "rotary_emb"
 
 
 def takes_tokens(model: Any, cache: Any) -> bool:
@@ -318,7 +319,7 @@ class _Way:
         self._turns = [_Handed(call, _Token(entering.state, seen.position_ids, seen.cache)) for call in seen.turns]
         self._handed = [_Handed(call, seen.token(call.state)) for call in seen.layers]
         self._natives = list(map(_native, parts.layers, seen.layers))
-        self._angles = [_find(call.named.get(_ANGLES), seen.token(call.state)) for call in seen.layers]
+        self._looks = [_looked(native, call, seen) for native, call in zip(self._natives, seen.layers, strict=True)]
         self._run = LayerRun(self._natives)
 
     def is_as(self, seen: _Seen) -> bool:
@@ -343,10 +344,20 @@ class _Way:
         """Its state behind all layers. Those that follow each other are computed in one go, where the library can."""
         state, begin = token.state.clone(), 0
         for place, native in enumerate(self._natives):
-            if native is None or not native.look_at(self._angles[place](token), token.cache):
+            if native is None or not self._looks[place](token):
                 token.state = self._run.compute(state, begin, place)
                 state, begin = self._handed[place].call(self._parts.layers[place], token), place + 1
         return self._run.compute(state, begin, len(self._natives))
+
+
+def _looked(native: NativeDecoderLayer | None, call: _Call, seen: _Seen) -> _Give:
+    """Has a layer that is computed here look at what it was handed in `call`."""
+    if native is None:
+        return lambda _: False
+    names = call.named.keys() - {_STATE} if native.attention.asks_for is None else native.attention.asks_for
+    handed = _Handed(_Call((), {name: call.named[name] for name in names}, None), seen.token(call.state))
+    look_at = partial(native.look_at, native.attention)
+    return lambda token: handed.call(look_at, token)
 
 
 def _native(layer: Any, call: _Call) -> NativeDecoderLayer | None:

@@ -22,6 +22,7 @@ from moeinf.shared_library import NotNativeError
 from .attention import NativeAttention
 from .decoder_layer import DecoderLayers, Keeper, LayerRun, NativeDecoderLayer, Slots
 from .dense import NativeLinear, compute_packed, speed_up
+from .mlp import speed_up_mlps
 from .native import (
     ExpandingMaths,
     NativeMaths,
@@ -170,6 +171,7 @@ def speed_up_dense(model: nn.Module, maths: Iterable[ExpertMaths]) -> NativeAtte
     if not any(isinstance(each, NativeMaths) for each in expanding):
         return None
     speed_up(model, pool)
+    speed_up_mlps(model, pool)
     return NativeAttention(pool)
 
 

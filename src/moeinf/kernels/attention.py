@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,14 @@ _ORDER_HEADS = 5, 1
 """The order is that of every head. Of heads that share keys the library takes four together, or one."""
 _SPREAD = 24
 """Powers of two that numbers which cancel out have: as many as float32 has bits."""
+_ONE_THREAD = 1 << 21
+"""Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would
+have to wake up, on cores where the library's look out for work (docs/experiments.md)."""
 _SUM_TRIAL = 8, 530, 128
 """KV heads, tokens, and size of a head where the sums of chances are tried."""
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Output = TypeVar("_Output")
 
 
 class AttentionCall(ctypes.Structure):
@@ -94,6 +98,17 @@ class NativeAttention:
         if self.pool.lib.moe_attend(self.pool.handle, ctypes.addressof(what), output.data_ptr()):
             raise MemoryError("no memory for the scores of attention")
         return output
+
+    @staticmethod
+    def by_torch(query: torch.Tensor, tokens: int, attend: Callable[[], _Output]) -> _Output:
+        """What `attend` returns, which has torch attend to so many tokens by one query [1, heads, 1, size]."""
+        threads = torch.get_num_threads()
+        is_small = query.numel() * tokens < _ONE_THREAD
+        torch.set_num_threads(1 if is_small and query.shape[1] > 1 else threads)  # one head is cut among all of them
+        try:
+            return attend()
+        finally:
+            torch.set_num_threads(threads)
 
     def _try(self, heads: int, kv_heads: int, size: int) -> bool:
         if not self.pool.adds_as_torch_does or not self._sums_chances_alike:

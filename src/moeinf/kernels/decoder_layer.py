@@ -1,22 +1,20 @@
 """Whole decoder layers for one token in one call of the native library, where their experts are in memory: norm,
-attention, norm, router, experts, and the two sums.
+attention, norm, router, experts, MLP, and the sums.
 
-What it is made of is native and torch's to the last bit by itself (`self_attention`, `dense`, `native`). What is saved
-are the small steps of Python between, which cost more than they seem to: the weights of each layer drive Python's data
-out of the processor's caches (docs/experiments.md). No family is named: a layer is taken when it has the usual parts
-under their usual names, and gives on trial what these give in the usual order.
+What it is made of is native and torch's to the last bit by itself (`self_attention`, `dense`, `mlp`, `native`). What is
+saved are the small steps of Python between, which cost more than they seem to: the weights of each layer drive Python's
+data out of the processor's caches (docs/experiments.md). Of attention, and of routers, that the library does not know,
+it is told the results, and computes the rest. No family is named: a layer is taken when it has the usual parts under
+their usual names, and gives on trial what these give in the usual order.
 """
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -24,25 +22,18 @@ from torch import nn
 
 from moeinf.metamodel import CACHE
 
-from .dense import NativeLinear, NativeNorm, native_linear
-from .native import DTYPES, LANES, WANTS_MORE, NativeMaths, NativePool
-from .self_attention import NativeSelfAttention, States, hooks_of, kind_of
+from .attending import Attending, CalledAttending, NativeAttending, Trial
+from .dense import NativeNorm
+from .feed_forward import TIED, Asked, Choosing, FeedForward, Router, by_expert
+from .native import WANTS_MORE
+from .self_attention import NativeSelfAttention, hooks_of, kind_of
 
 __all__ = ["DecoderLayers", "Keeper", "LayerRun", "NativeDecoderLayer", "Slots"]
 
 _ATTENTION, _NORMS = "self_attn", ("input_layernorm", "post_attention_layernorm")
-_AWAY, _TIED = 1, 2
-"""What `moe_decode` returns where experts are not in memory, or the router's choice is left to torch."""
-_MOST_CHOSEN = 64
-"""`MOST_CHOSEN` of csrc/decoder_layer.c."""
-_SHARES = range(3)
-"""The kinds of `moe_shares`."""
-_ROWS, _SPREADS, _STEPS = 12, (0.3, 3.0, 30.0), (2**-8, 0.5)
-"""A choice is tried with so many rows of logits that lie so far apart, and are multiples of these: of the larger one
-there are many that are the same.
-"""
-_ROUNDS = 4
-"""A layer is tried with so many times the states that its attention is tried with."""
+_STATE = "hidden_states"
+_AWAY, _UNATTENDED, _UNDECIDED = 1, 3, 4
+"""What `moe_decode` returns where experts are not in memory, where somebody else is to attend, and to choose."""
 
 
 class Keeper(Protocol):
@@ -73,49 +64,27 @@ class Slots:
     nbytes: int
 
 
-class _Router(ctypes.Structure):
-    """`moe_router` of moe.h."""
-
-    _fields_ = tuple((name, c_int32) for name in ("count", "top_k", "lanes", "shares", "dtype", "breaks_ties"))
-
-
 class _DecoderLayer(ctypes.Structure):
     """`moe_decoder_layer` of moe.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("norm", "second_norm", "attention", "gate", "router", "experts")),
-        ("row_dtype", c_int32),
-        ("sum_dtype", c_int32),
+        *((name, c_void_p) for name in ("norm", "second_norm", "attention", "gate", "router", "experts", "mlp")),
+        *((name, c_int32) for name in ("asks_attended", "asks_share", "top_k", "row_dtype", "sum_dtype")),
         ("scale", c_float),
+        ("share", c_float),
         ("slots", c_void_p),
         ("memory", c_void_p),
         ("slot_bytes", c_int64),
         *((name, c_void_p) for name in ("what", "cosines", "sines", "between")),
-        *((name, c_void_p) for name in ("state", "normed", "logits", "scores", "rows", "weights", "chosen")),
+        *((name, c_void_p) for name in ("state", "normed", "added", "logits", "scores", "rows", "weights", "chosen")),
     )
-
-
-@dataclass(frozen=True)
-class _Choosing:
-    """How the routers of a kind choose: by vectors of so many lanes, with which shares, in a way that is known here or
-    not between experts that are as likely, and with weights of that dtype.
-    """
-
-    lanes: int
-    shares: int
-    breaks_ties: bool
-    dtype: torch.dtype
-
-    def router(self, count: int, top_k: int) -> _Router:
-        return _Router(count, top_k, self.lanes, self.shares, DTYPES[self.dtype], self.breaks_ties)
 
 
 class _Between:
     """Memory for what lies between the parts of a layer, which others of its shape share."""
 
     def __init__(self, hidden: int, count: int, top_k: int) -> None:
-        self.state = torch.empty(1, hidden, dtype=torch.bfloat16)
-        self.normed = torch.empty(1, hidden, dtype=torch.bfloat16)
+        self.state, self.normed, self.added = (torch.empty(1, hidden, dtype=torch.bfloat16) for _ in range(3))
         self.logits = torch.empty(1, count, dtype=torch.bfloat16)
         self.scores = torch.empty(1, count, dtype=torch.float32)
         self.rows = torch.empty(top_k, hidden, dtype=torch.float32)
@@ -129,54 +98,32 @@ class DecoderLayers:
 
     def __init__(self, keeper: Keeper, slots: Slots, check: Callable[[], None]) -> None:
         self.keeper, self.slots, self.check = keeper, slots, check
-        self.choosing: dict[tuple[object, ...], _Choosing | None] = {}
+        self.choosing: dict[tuple[object, ...], Choosing | None] = {}
         """How layers of a kind choose, which differ in their weights alone; None where they came out otherwise when
         they were tried.
         """
         self._between: dict[tuple[int, int, int], _Between] = {}
 
-    def find(self, layer: nn.Module, experts: nn.Module, maths: Any, span: range) -> NativeDecoderLayer | None:
+    def find(
+        self, layer: nn.Module, experts: nn.Module | None = None, maths: Any = None, span: range = range(0)
+    ) -> NativeDecoderLayer | None:
         """The forward of `layer` from now on, or None for one that is of another kind. `experts` is the module in it
-        whose experts `maths` computes, which have the numbers of `span` over all layers.
+        whose experts `maths` computes, which have the numbers of `span` over all layers; None for a layer without.
         """
         parts = dict(layer.named_children())
         norms = [getattr(parts.pop(name, None), "forward", None) for name in _NORMS]
-        attention = getattr(parts.pop(_ATTENTION, None), "forward", None)
-        if not isinstance(maths, NativeMaths) or not isinstance(attention, NativeSelfAttention) or len(parts) != 1:
+        attention = parts.pop(_ATTENTION, None)
+        if attention is None or len(parts) != 1 or not all(isinstance(norm, NativeNorm) for norm in norms):
             return None
         (block,) = parts.values()
-        others = [child for child in block.children() if child is not experts]
-        if len(others) != 1 or len(list(block.children())) != 2 or list(block.parameters(recurse=False)):
-            return None
-        gate, top_k = native_linear(others[0]), getattr(others[0], "top_k", None)
-        if gate is None or gate.layer.outputs != len(span):
-            return None
-        if not isinstance(top_k, int) or not 0 < top_k <= min(len(span) - 1, _MOST_CHOSEN):
-            return None
-        if not all(isinstance(norm, NativeNorm) for norm in norms):
-            return None
-        return NativeDecoderLayer(
-            self, layer, block, experts, _Parts(norms, attention, others[0], gate, top_k, maths, span.start)
-        )
+        feed = FeedForward.find(block, experts, maths, span)
+        return None if feed is None else NativeDecoderLayer(self, layer, norms, attention, feed)
 
     def between(self, hidden: int, count: int, top_k: int) -> _Between:
         shape = hidden, count, top_k
         if shape not in self._between:
             self._between[shape] = _Between(*shape)
         return self._between[shape]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What computes a layer, and how many experts a token chooses of those that begin with number `first`."""
-
-    norms: list[Any]
-    attention: NativeSelfAttention
-    router: nn.Module
-    gate: NativeLinear
-    top_k: int
-    maths: NativeMaths
-    first: int
 
 
 class LayerRun:
@@ -210,7 +157,7 @@ class LayerRun:
 
     def decode(self, state: torch.Tensor, begin: int, end: int) -> tuple[int, int]:
         """Write over `state` what layers make of it, and return what was found where they end, and how many they are:
-        with 0, as many as one call can compute.
+        with 0, as many as could be computed before somebody else has to attend.
         """
         layer = self._layers[begin]
         assert layer is not None
@@ -218,14 +165,20 @@ class LayerRun:
         found: int = layer.pool.lib.moe_decode(
             layer.pool.handle,
             self._first + begin * self._step,
-            end - begin if attended is None else 1,
+            end - begin,
             None if attended is None else attended.data_ptr(),
             state.data_ptr(),
             ctypes.addressof(self._done),
         )
+        done = self._done.value
+        if found == _UNDECIDED:
+            layer = self._layers[begin + done]
+            assert layer is not None
+            found = layer.decide(state)
+            done += not found
         if found < 0:
             raise MemoryError("no memory for a token's layers")
-        return found, self._done.value
+        return (0 if found == _UNATTENDED else found), done
 
 
 class NativeDecoderLayer:
@@ -233,32 +186,41 @@ class NativeDecoderLayer:
     leaves to the layer. That is tried when it is first asked for.
     """
 
-    def __init__(self, shared: DecoderLayers, layer: Any, block: Any, experts: Any, parts: _Parts) -> None:
-        self._shared, self._forward, self._block, self._experts = shared, layer.forward, block, experts
-        self._parts, self._attention, self.pool = parts, parts.attention, parts.maths.pool
+    def __init__(
+        self, shared: DecoderLayers, layer: Any, norms: list[Any], attention: nn.Module, feed: FeedForward
+    ) -> None:
+        self._shared, self._forward, self._feed, self.pool = shared, layer.forward, feed, feed.pool
+        self._norm: NativeNorm = norms[0]
+        hidden, count, top_k = self._norm.layer.size, len(feed.span), feed.top_k
+        self._ways: list[Attending] = [CalledAttending(attention, hidden)]
+        if isinstance(attention.forward, NativeSelfAttention):
+            self._ways.insert(0, NativeAttending(attention.forward))
+        self.attention = self._ways[0]
+        """What attends to the token that was taken last."""
         self._kind = tuple(map(kind_of, layer.modules()))
         self._hooks = hooks_of(list(layer.modules())[1:])
-        self._scale = float(getattr(layer, "residual_multiplier", 1))
-        self._choosing: _Choosing | None = None
-        self._known_for = 0
-        self._router = _Router()
-        self._between = shared.between(parts.maths.layer.hidden, parts.gate.layer.outputs, parts.top_k)
-        self._index = torch.empty(1, parts.top_k, dtype=torch.int64)
-        self._chosen = (c_int64 * parts.top_k).from_address(self._index.data_ptr())
-        resident = shared.slots.resident
-        computing = (*parts.norms, parts.attention, parts.gate)
+        self._choosing: Choosing | None = None
+        self._known_for: tuple[object, ...] = ()
+        self._router = Router()
+        self._between = shared.between(hidden, count, top_k)
+        self._index = torch.empty(1, top_k, dtype=torch.int64)
+        self._chosen = (c_int64 * top_k).from_address(self._index.data_ptr())
         self.layer = _DecoderLayer(
-            *(ctypes.addressof(part.layer) for part in computing),
-            router=ctypes.addressof(self._router),
-            experts=ctypes.addressof(parts.maths.layer),
-            scale=self._scale,
-            slots=resident.buffer_info()[0] + parts.first * resident.itemsize,
-            memory=shared.slots.address,
-            slot_bytes=shared.slots.nbytes,
-            between=parts.attention.between.data_ptr(),
+            *(ctypes.addressof(norm.layer) for norm in norms),
+            mlp=feed.mlp and ctypes.addressof(feed.mlp.layer),
+            asks_share=feed.share is not None,
+            top_k=top_k,
+            scale=float(getattr(layer, "residual_multiplier", 1)),
+            share=1,
             chosen=self._index.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in vars(self._between).items()},
         )
+        self.attention.describe(self.layer)
+        if feed.maths is not None:
+            resident = shared.slots.resident
+            self.layer.experts = ctypes.addressof(feed.maths.layer)
+            self.layer.slots = resident.buffer_info()[0] + feed.span.start * resident.itemsize
+            self.layer.memory, self.layer.slot_bytes = shared.slots.address, shared.slots.nbytes
         self._alone = LayerRun([self])
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -270,210 +232,144 @@ class NativeDecoderLayer:
         if not self.takes(*args, **named):
             return None
         self._shared.check()
-        number = self._experts.moeinf[1]
-        if not self._shared.keeper.may_compute(number) or not self.look_at(named["position_embeddings"], named[CACHE]):
+        state: torch.Tensor = args[0] if args else named.pop(_STATE)
+        experts = self._feed.experts
+        if experts is not None and not self._shared.keeper.may_compute(experts.moeinf[1]):
             return None
-        state: torch.Tensor = args[0] if args else named["hidden_states"]
+        if not self.look_at(self.attention, **named):
+            return None
         return self._alone.compute(state.clone(memory_format=torch.contiguous_format), 0, 1)
 
     def takes(self, hidden_states: torch.Tensor | None = None, **others: Any) -> bool:
         """Whether the library computes the layer for this token, given the rest, as the layer would."""
-        if others.pop(CACHE, None) is None or hidden_states is None:
+        if others.get(CACHE) is None or hidden_states is None or self.pool.handle is None:
             return False
-        return self._attention.takes(hidden_states, **others) and self._knows(others["position_embeddings"][0].shape[2])
+        for attention in self._ways:
+            way = attention.takes(hidden_states, **others)
+            if way is not None and self._knows(attention, way, others):
+                return True
+        return False
 
-    def look_at(self, angles: States, cache: Any) -> bool:
-        """Whether a token with these angles can be computed now, whose keys and values go into `cache`: then that has
-        room for them, and the layer knows where.
+    def look_at(self, attention: Attending, **named: Any) -> bool:
+        """Whether a token can be computed now, of which the layer is handed this, with what `attention` was when such a
+        one was taken: then there is room for it in the KV cache, and the layer knows where.
         """
-        if self._experts.moeinf[0] is not self._shared.keeper or (states := self._attention.grow(cache)) is None:
+        experts = self._feed.experts
+        if experts is not None and experts.moeinf[0] is not self._shared.keeper:
             return False
-        self._point_to(angles, states)
-        return True
+        self._use(attention)
+        return attention.look_at(self.layer, **named)
+
+    def _use(self, attention: Attending) -> None:
+        if attention is not self.attention:
+            self.attention = attention
+            attention.describe(self.layer)
 
     def attend(self, state: torch.Tensor) -> torch.Tensor | None:
-        """What the output's projection is given, where attention itself is not native."""
-        if self._attention.output is None:
-            return None
-        return self._attention.attend_by_torch(self._parts.norms[0].compute(state), *self._angles, self._states)
+        """What somebody else makes of the normed state, where the library does not attend."""
+        return self.attention.attend(lambda: self._norm.compute(state))
+
+    def decide(self, state: torch.Tensor) -> int:
+        """Choose, after the library has found that it does not know how to, and have the rest computed, over `state`.
+        Returns what was found then.
+        """
+        between, feed = self._between, self._feed
+        assert self._choosing is not None
+        if not self._choosing.lanes:
+            index, weights = feed.ask_router(between.normed)
+            self._index.copy_(index)
+            between.weights.copy_(weights)
+        if feed.share is not None:
+            self.layer.share = feed.ask_share(between.normed)
+        found: int = self.pool.lib.moe_finish(self.pool.handle, ctypes.addressof(self.layer), state.data_ptr())
+        return found
 
     def has_computed(self) -> None:
         """The library has computed all of it."""
-        self._shared.keeper.has_computed(self._experts.moeinf[1], list(self._chosen))
+        if self._feed.experts is not None:
+            self._shared.keeper.has_computed(self._feed.experts.moeinf[1], list(self._chosen))
 
     def complete(self, found: int) -> torch.Tensor:
         """The output [1, 1, H], after the library has `found` that it cannot compute the rest."""
-        between = self._between
-        if found == _TIED:
-            added: torch.Tensor = self._block(between.normed[None])
-        else:
-            assert self._choosing is not None
-            weights = between.weights.to(self._choosing.dtype)
-            keeper, number = self._experts.moeinf
-            added = keeper.forward(number, between.normed, self._index, weights)
-        return between.state[None] + added.view(1, 1, -1) * self._scale
+        between, feed = self._between, self._feed
+        if found == TIED:
+            return self._add(feed.block(between.normed[None])[0])
+        assert self._choosing is not None
+        keeper, number = feed.experts.moeinf
+        weights = between.weights.to(self._choosing.dtype)
+        added: torch.Tensor = keeper.forward(number, between.normed, self._index, weights)
+        return self._add(feed.add_mlp(added, between.normed, self.layer.share))
 
-    def _point_to(self, angles: States, states: States) -> None:
-        self._angles = cos, sin = angles[0].contiguous(), angles[1].contiguous()
-        self._states = states
-        self.layer.what = self._attention.point_to(cos, *states)
-        self.layer.cosines, self.layer.sines = cos.data_ptr(), sin.data_ptr()
+    def _add(self, added: torch.Tensor) -> torch.Tensor:
+        """The layer's output, if experts and MLP have `added` that."""
+        scale: float = self.layer.scale
+        return self._between.state[None] + added.view(1, 1, -1) * scale
 
-    def _knows(self, turned: int) -> bool:
-        """Whether it is known how the layer chooses, and all else comes out the same with so many angles."""
-        if turned != self._known_for:
-            kind = *self._kind, turned
+    def _knows(self, attention: Attending, way: object, named: dict[str, Any]) -> bool:
+        """Whether it is known how the layer chooses, and all else comes out the same for tokens that go this way. Then
+        it is set to that.
+        """
+        self._use(attention)
+        if (attention, way) != self._known_for:
+            kind = *self._kind, type(attention), way
             if kind not in self._shared.choosing:
-                self._shared.choosing[kind] = self._try(turned)
+                self._shared.choosing[kind] = self._try(named)
             if (choosing := self._shared.choosing[kind]) is None:
                 return False
             self._choose(choosing)
-            self._known_for = turned
+            self._known_for = attention, way
         return True
 
-    def _choose(self, choosing: _Choosing) -> None:
-        self._choosing = choosing
-        self._router = choosing.router(self._parts.gate.layer.outputs, self._parts.top_k)
+    def _choose(self, choosing: Choosing) -> None:
+        self._choosing, feed = choosing, self._feed
+        self._router = choosing.router(len(feed.span), feed.top_k)
         self.layer.router = ctypes.addressof(self._router)
-        self.layer.row_dtype, self.layer.sum_dtype = self._parts.maths.rounding[choosing.dtype]
+        self.layer.gate = ctypes.addressof(feed.gate.layer) if choosing.lanes and feed.gate else None
+        if feed.maths is not None:
+            self.layer.row_dtype, self.layer.sum_dtype = feed.maths.rounding[choosing.dtype]
 
-    def _try(self, turned: int) -> _Choosing | None:
-        with torch.inference_mode():
-            try:
-                choosing = self._find_choosing()
-                trials = self._run(turned) if choosing else []
-            except WANTS_MORE:
-                return None
-            if not choosing or not trials:
-                return None
-            choosing = replace(choosing, dtype=trials[0].asked.weights.dtype)
-            slots, nowhere = self.layer.slots, array("i", [-1]) * self._parts.gate.layer.outputs
-            try:
-                self.layer.slots, _ = nowhere.buffer_info()
-                self._choose(choosing)
-                found = list(map(self._compare, trials))
-            finally:
-                self.layer.slots, self._choosing = slots, None
-            return choosing if None not in found and _AWAY in found else None
-
-    def _find_choosing(self) -> _Choosing | None:
-        """How the layer chooses, or would in float32: there nothing is rounded that hides how it is computed."""
-        count, hidden = self._parts.gate.layer.outputs, self._between.state.shape[1]
-        if count > hidden:
-            return None
-        generator = torch.Generator().manual_seed(0)
-        choices = []
-        for spread, step in product(_SPREADS * _ROWS, _STEPS):
-            logits = (torch.randn(1, count, generator=generator) * spread / step).round() * step
-            state = torch.zeros(1, 1, hidden, dtype=torch.float32)
-            state[..., :count] = logits = logits.bfloat16()
-            asked = _Asked(hidden, torch.float32)
-            with self._asking(asked), _all_logits(self._block, self._parts.router):
-                self._block(state)
-            choices.append((logits, asked))
-        for breaks_ties, lanes, shares in product((True, False), LANES, _SHARES):
-            choosing = _Choosing(lanes, shares, breaks_ties, torch.float32)
-            found = [_compare_choice(self.pool, choosing, *choice) for choice in choices]
-            if None not in found and 0 in found:
-                return choosing
-        return None
-
-    def _run(self, turned: int) -> list[_Trial]:
-        """What the layer does with some states of one token."""
-        trials = []
-        for hidden, angles, cache in self._attention.trials(turned, _ROUNDS):
-            keys, values = (states.clone() for states in cache.states)
-            asked = _Asked(hidden.shape[-1], hidden.dtype)
-            given = {"position_embeddings": angles, "attention_mask": None, CACHE: cache}
-            with self._asking(asked):
-                output = self._forward(hidden, **given).view(1, -1)
-            trials.append(_Trial(hidden, angles, (keys, values), cache.states, asked, output))
-        return trials
-
-    @contextmanager
-    def _asking(self, asked: _Asked) -> Iterator[None]:
-        """While this is open, the layer's experts are asked of `asked`, once."""
-        computed_by = self._experts.moeinf
-        self._experts.moeinf = asked, 0
+    def _try(self, named: dict[str, Any]) -> Choosing | None:
+        before, slots, nowhere = self._choosing, self.layer.slots, array("i", [-1]) * len(self._feed.span)
+        self.layer.slots, _ = nowhere.buffer_info()
         try:
-            yield
+            with torch.inference_mode():
+                tried = (self._tried(choosing, named) for choosing in self._feed.choices())
+                return next((choosing for choosing in tried if choosing is not None), None)
+        except WANTS_MORE:
+            return None
         finally:
-            self._experts.moeinf = computed_by
-        if asked.times != 1 or asked.normed.shape != asked.added.shape:
-            raise ValueError("its experts are asked in another way than is known here")
+            self.layer.slots = slots
+            if before is not None:
+                self._choose(before)
 
-    def _compare(self, trial: _Trial) -> int | None:
+    def _tried(self, choosing: Choosing, named: dict[str, Any]) -> Choosing | None:
+        """The same with the dtype that weights have, if all else comes out the same with it."""
+        found = []
+        for trial in self.attention.trials(**named):
+            asked = Asked(trial.hidden.shape[-1], trial.hidden.dtype)
+            with self._feed.asking(asked):
+                output = self._forward(trial.hidden, **trial.named)
+            if self._feed.experts is not None:
+                choosing = replace(choosing, dtype=asked.weights.dtype)
+            self._choose(choosing)
+            found.append(self._compare(trial, asked, output.view(1, -1)))
+        ends = 0 if self._feed.experts is None else _AWAY
+        return choosing if None not in found and ends in found else None
+
+    def _compare(self, trial: Trial, asked: Asked, output: torch.Tensor) -> int | None:
         """What is found in the trial's place; None if anything is not the same."""
-        self._point_to(trial.angles, trial.states)
-        found, _ = self._alone.decode(trial.hidden.clone(), 0, 1)
-        between, asked = self._between, trial.asked
-        ours = [between.normed, between.state + asked.added * self._scale, *trial.states]
-        theirs = [asked.normed, trial.output, *trial.held]
+        trial.look_at(self.layer)
+        state = trial.hidden.clone()
+        found, _ = self._alone.decode(state, 0, 1)
+        between, feed = self._between, self._feed
+        ours, theirs = [*trial.ours], [*trial.theirs]
+        if feed.experts is not None:
+            share = self.layer.share if feed.share is None else feed.ask_share(between.normed)
+            state = self._add(feed.add_mlp(asked.added, between.normed, share))
+            ours.append(between.normed)
+            theirs.append(asked.normed)
         if found == _AWAY:
-            ours += _by_expert(self._index, between.weights.to(asked.weights.dtype))
-            theirs += _by_expert(asked.index, asked.weights)
-        return found if all(map(torch.equal, ours, theirs)) else None
-
-
-class _Asked:
-    """Stands where experts would be computed, and keeps what they are asked for."""
-
-    normed: torch.Tensor
-    index: torch.Tensor
-    weights: torch.Tensor
-
-    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
-        self.added = torch.randn(1, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
-        self.times = 0
-
-    def forward(self, _layer: int, *given: torch.Tensor) -> torch.Tensor:
-        self.normed, self.index, self.weights = (each.clone() for each in given)
-        self.times += 1
-        return self.added
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A state of one token, its angles, and what was in the cache before and after a layer ran; what that asked of its
-    experts, and gave.
-    """
-
-    hidden: torch.Tensor
-    angles: States
-    states: States
-    held: States
-    asked: _Asked
-    output: torch.Tensor
-
-
-@contextmanager
-def _all_logits(block: nn.Module, router: nn.Module) -> Iterator[None]:
-    """While this is open, the first numbers of what `block` is given, in float32, are the logits of its router."""
-    name = next(name for name, child in block.named_children() if child is router)
-    plain: Any = copy.copy(router)
-    vars(plain).pop("forward", None)
-    vars(plain)["_parameters"] = {
-        name: nn.Parameter(torch.eye(*each.shape) if each.dim() == 2 else torch.zeros(each.shape))
-        for name, each in router.named_parameters(recurse=False)
-    }
-    block._modules[name] = plain
-    try:
-        yield
-    finally:
-        block._modules[name] = router
-
-
-def _by_expert(index: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    """A token's choice, in ascending order of expert: who is as likely as another may come before it or after it."""
-    ordered, places = index[0].sort()
-    return [ordered, weights[0, places]]
-
-
-def _compare_choice(pool: NativePool, choosing: _Choosing, logits: torch.Tensor, asked: _Asked) -> int | None:
-    """What `moe_route` finds for these logits [1, count]; None if that is another choice than was asked for."""
-    chosen, weights = torch.empty_like(asked.index), torch.empty_like(asked.weights)
-    router, scores = choosing.router(logits.shape[1], chosen.shape[1]), torch.empty_like(logits, dtype=torch.float32)
-    addresses = (x.data_ptr() for x in (logits, scores, chosen, weights))
-    found: int = pool.lib.moe_route(ctypes.addressof(router), *addresses)
-    is_same = all(map(torch.equal, _by_expert(chosen, weights), _by_expert(asked.index, asked.weights)))
-    return found if is_same or (found == _TIED and not choosing.breaks_ties) else None
+            ours += by_expert(self._index, between.weights.to(asked.weights.dtype))
+            theirs += by_expert(asked.index, asked.weights)
+        is_same = torch.equal(state.view(1, -1), output) and all(map(torch.equal, ours, theirs))
+        return found if is_same else None

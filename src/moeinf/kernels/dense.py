@@ -24,7 +24,7 @@ from torch import nn
 from moeinf.ledger import WHOLE_BYTES
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
-from .native import LEAST_PRODUCTS, LinearLayer, NativePool, telling_rows
+from .native import LEAST_PRODUCTS, WANTS_MORE, LinearLayer, NativePool, telling_rows
 from .orders import MOST_ROWS, OWN, Order
 from .packed import LosslessLinear
 
@@ -34,6 +34,8 @@ Found = dict[tuple[int, ...], tuple[int, Order]]
 """For a shape, as many rows as come out the same, and in which order the library adds up one."""
 
 _TRIALS = 4
+_MOST_ALONE = 1 << 20
+"""A matrix of more numbers than this one thread would need longer for than two and what they cost others."""
 _MOST_NUMBERS = 1 << 15
 """More than one token brings to a norm, heads and all; torch has threads for more."""
 
@@ -56,6 +58,7 @@ def speed_up(model: nn.Module, pool: NativePool) -> int:
             replaced += 1
         elif not isinstance(module, nn.Linear | nn.Embedding):
             replaced += _wrap_matrices(module, pool, found)
+            _compute_alone(module)
     return replaced
 
 
@@ -72,6 +75,49 @@ def compute_packed(model: nn.Module, pool: NativePool) -> None:
             linear = NativeLinear(module.forward, pool, module.panels, module.bias, module.uppers)
             if linear.is_exact(found):
                 module.forward = linear  # type: ignore[method-assign]  # of this one alone
+
+
+def _compute_alone(module: nn.Module) -> None:
+    """Have a token's products by small matrices of the module's own, or of children of it, that are torch's because
+    they are in float32, computed by one of torch's threads, if that gives the same.
+    """
+    weights = [weight for weight in module.parameters() if weight.dim() == 2]
+    if len(weights) == 1 and LEAST_PRODUCTS < weights[0].numel() <= _MOST_ALONE:
+        alone = _OneThread(module.forward, weights[0].shape[1])
+        if alone.gives_the_same():
+            module.forward = alone  # type: ignore[method-assign, assignment, unused-ignore]  # of this one alone
+
+
+class _OneThread:
+    """The forward of a module of one input, by one of torch's threads where that is a token [..., inputs]: the others
+    would have to wake up, and stay awake for a while, on cores where the library's look out for work.
+    """
+
+    def __init__(self, forward: Callable[..., Any], inputs: int) -> None:
+        self._forward, self._inputs = forward, inputs
+
+    def __call__(self, x: torch.Tensor, *more: Any, **named: Any) -> Any:
+        if x.numel() != self._inputs:
+            return self._forward(x, *more, **named)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._forward(x, *more, **named)
+        finally:
+            torch.set_num_threads(threads)
+
+    def gives_the_same(self) -> bool:
+        generator = _generator()
+        with torch.inference_mode():
+            for _ in range(_TRIALS):
+                x = torch.randn(1, self._inputs, generator=generator).bfloat16()
+                try:
+                    ours, theirs = (tuple(forward(x)) for forward in (self, self._forward))
+                    if not all(map(torch.equal, ours, theirs)):
+                        return False
+                except WANTS_MORE:
+                    return False
+        return True
 
 
 def native_linear(module: nn.Module) -> NativeLinear | None:

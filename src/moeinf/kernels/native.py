@@ -153,6 +153,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_expand_int", None, (c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     ("moe_expand_lossless", None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
     ("moe_linear", c_int, (c_void_p, POINTER(LinearLayer), c_int64, c_void_p, c_void_p)),
+    ("moe_mlp", c_int, (c_void_p,) * 4),
     ("moe_norm", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p)),
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
     ("moe_self_attend", c_int, (c_void_p,) * 8),
@@ -160,6 +161,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_soften", c_int, (c_int64, c_int64, c_int32, c_void_p)),
     ("moe_route", c_int, (c_void_p,) * 5),
     ("moe_decode", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p)),
+    ("moe_finish", c_int, (c_void_p,) * 3),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
 )

@@ -36,10 +36,6 @@ _MEANT_FOR_OTHERS = {"cache_position", "position_ids", "use_cache"}
 _TRIALS = ((1, 1.0), (37, 30.0), (520, 1e3))
 """Tokens in the cache, the new one included, and the size of a state: sizes at which whoever limits something does."""
 
-_ONE_THREAD = 1 << 21
-"""Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would
-have to wake up, on cores where the library's look out for work (docs/experiments.md)."""
-
 States = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -164,14 +160,13 @@ class NativeSelfAttention:
     ) -> torch.Tensor:
         """What the output's projection is given, after `point_to`, where attention itself is not native."""
         self._call(ctypes.addressof(self._what), hidden, cos, sin, None)
-        heads, threads = self._what.heads, torch.get_num_threads()
+        heads = self._what.heads
         query = self.between[: heads * self._size].view(1, heads, 1, self._size)
-        is_small = query.numel() * states[0].shape[2] < _ONE_THREAD
-        torch.set_num_threads(1 if is_small and heads > 1 else threads)  # a single one is cut among all of them
-        try:
-            return F.scaled_dot_product_attention(query, *states, scale=self._scale, enable_gqa=True).contiguous()
-        finally:
-            torch.set_num_threads(threads)
+
+        def attend() -> torch.Tensor:
+            return F.scaled_dot_product_attention(query, *states, scale=self._scale, enable_gqa=True)
+
+        return NativeAttention.by_torch(query, states[0].shape[2], attend).contiguous()
 
     def _call(self, what: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, into: int | None) -> None:
         addresses = (x.data_ptr() for x in (hidden, cos, sin, self.between))

@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 20 };
+enum { MOE_INTERFACE = 21 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -130,6 +130,16 @@ typedef struct {
  * one are not. */
 MOE_API int moe_linear(moe_pool *pool, const moe_linear_layer *layer, int64_t count, const void *x, void *output);
 
+/* A gated MLP of the dense part in bfloat16: down (a(gate x) * up x), a being the activation; all is rounded after each step. */
+typedef struct {
+    const moe_linear_layer *gate, *up, *down;
+    const uint16_t *values; /* what the activation makes of each of the 65,536 bfloat16, as bfloat16 */
+    void *inner;            /* memory for what gate and up make */
+} moe_mlp_layer;
+
+/* The MLP's output for one x, which may be where x is. 0, -1 when memory is lacking. */
+MOE_API int moe_mlp(moe_pool *pool, const moe_mlp_layer *layer, const void *x, void *output);
+
 /* A root-mean-square norm of the dense part in bfloat16, weight being [size]: x / sqrt(mean(x²) + epsilon), rounded or
  * not, times weight. */
 typedef struct {
@@ -197,12 +207,15 @@ typedef struct {
 
 /* What a token chooses, the likeliest first, by logits in bfloat16; `scores` is memory for `count` numbers. 0, or MOE_TIED where
  * that is left to torch: an expert that is chosen is as likely as one that is not, or logits are not finite. */
-enum { MOE_AWAY = 1, MOE_TIED };
+enum { MOE_AWAY = 1, MOE_TIED, MOE_UNATTENDED, MOE_UNDECIDED };
 MOE_API int moe_route(const moe_router *router, const void *logits, float *scores, int64_t *chosen, float *weights);
 
-/* A decoder layer for one token: what attention makes of the normed state is added to it, and what experts make of that,
- * normed, is added, too, both times `scale`; and memory for what lies between, which layers may share but for `chosen`.
+/* A decoder layer for one token: what attention makes of the normed state is added to it, and what experts and an MLP make of
+ * that, normed, is added, too, both times `scale`; one of the two may be lacking (NULL). What the MLP makes is multiplied by
+ * `share` before. And memory for what lies between, which layers may share but for `chosen`.
  * Expert i is in the slot that slots[i] says, or nowhere if that is negative; slots lie in `memory`, so many bytes apart.
+ * Without a `gate` somebody else chooses, and where there is an MLP and `asks_share` somebody else says its share.
+ * Without `attention` somebody else attends, and where it `asks_attended` does all but its output's projection.
  * `what`, `cosines`, `sines` and `between` are as in moe_self_attend. */
 typedef struct {
     const moe_norm_layer *norm, *second_norm;
@@ -210,26 +223,33 @@ typedef struct {
     const moe_linear_layer *gate;
     const moe_router *router;
     const moe_layer *experts;
+    const moe_mlp_layer *mlp;
+    int32_t asks_attended, asks_share;
+    int32_t top_k;
     int32_t row_dtype, sum_dtype; /* as moe_experts and moe_sum take them */
-    float scale;
+    float scale, share;
     const int32_t *slots;
     const void *memory;
     int64_t slot_bytes;
     const moe_attention *what;
     const void *cosines, *sines;
     void *between;
-    void *state, *normed, *logits;  /* in bfloat16: [hidden], [hidden], [count] */
-    float *scores, *rows, *weights; /* [count], [top_k, hidden], [top_k] */
-    int64_t *chosen;                /* [top_k] */
+    void *state, *normed, *added, *logits; /* in bfloat16: [hidden] but for logits, [count] */
+    float *scores, *rows, *weights;        /* [count], [top_k, hidden], [top_k] */
+    int64_t *chosen;                       /* [top_k] */
 } moe_decoder_layer;
 
 /* Puts a token's state x, [hidden] in bfloat16, through `count` layers, one after the other; `done` receives the number of
- * those that are behind it. With an `attended` there is one layer, and that is what somebody else has made of its normed state,
- * all heads of it. 0, or what ended it at the layer that x is now before: MOE_AWAY where chosen experts are not all there, and
- * MOE_TIED: then that layer's `state` is what experts are to be added to, `normed` what they are given, and after MOE_AWAY
- * `chosen` and `weights` the choice. Or what moe_self_attend returns. */
+ * those that are behind it. `attended` is what somebody else has made of the first one's normed state, or NULL. 0, or what ended
+ * it at the layer that x is now before: MOE_UNATTENDED where somebody else is to attend first; or, when that layer's `state` is
+ * what is to be added to, and its `normed` what is given to experts and MLP, MOE_AWAY where chosen experts are not all there;
+ * MOE_UNDECIDED where somebody else chooses, or says the share, and then moe_finish is to be called; and MOE_TIED. After MOE_AWAY
+ * `chosen` and `weights` are the choice. Or what moe_self_attend returns. */
 MOE_API int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, const void *attended, void *x,
                        int32_t *done);
+
+/* The rest of such a layer, after its choice and share have been filled in: 0, and x is behind it, or MOE_AWAY. */
+MOE_API int moe_finish(moe_pool *pool, const moe_decoder_layer *layer, void *x);
 
 /* Reads memory as fast as the pool's threads can, and returns the exclusive or of its words: what the memory's rate is
  * measured with. */
