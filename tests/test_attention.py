@@ -77,15 +77,72 @@ def test_errors_of_rounding_are_torchs(
         assert torch.equal(attention.compute(*states, 1.0), expected(*states, 1.0))
 
 
+WIDE = [(16, 16, 192, 128), (3, 3, 32, 48), (8, 2, 64, 32), (5, 5, 80, 16), (2, 2, 128, 256)]
+"""Heads, KV heads, size of keys and of values: torch computes such in float32."""
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 20), 33, 255, 512, 513, 1026, 1027, 2051])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "value_size"), WIDE)
+def test_values_may_have_another_size_than_keys(
+    heads: int, kv_heads: int, size: int, value_size: int, tokens: int, attention: NativeAttention
+) -> None:
+    if not attention.knows(heads, kv_heads, size, value_size):
+        pytest.skip("torch adds in another order on this processor")
+    torch.manual_seed(tokens)
+    query, key, _ = tensors(heads, kv_heads, size, tokens + 9, random.Random(tokens).choice([0.3, 1, 4]))
+    _, _, value = tensors(heads, kv_heads, value_size, tokens + 9)
+    key, value = key[:, :, 4:-5], value[:, :, 5:-4]  # as they lie in a cache that has room for more
+    for scale in (size**-0.5, 0.1147, 1.0):
+        assert attention.takes(query, key, value)
+        assert torch.equal(attention.compute(query, key, value, scale), expected(query, key, value, scale))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "value_size"), WIDE)
+def test_errors_of_rounding_are_torchs_in_float32_too(
+    heads: int, kv_heads: int, size: int, value_size: int, attention: NativeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not attention.knows(heads, kv_heads, size, value_size):
+        pytest.skip("torch adds in another order on this processor")
+    monkeypatch.setattr(attention_module, "_ORDER_HEADS", (heads, kv_heads))
+    lengths = random.Random(size).sample(range(1, 1100), 15)
+    for states in attention_module.order_trials(heads, kv_heads, size, lengths, lengths, value_size):
+        assert torch.equal(attention.compute(*states, 0.7), expected(*states, 0.7))
+
+
+@pytest.mark.parametrize("turned", [0, 2, 3])
+def test_another_order_is_not_taken_in_float32_either(
+    turned: int, attention: NativeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, or inputs, in another order, or another exponential."""
+    if not attention.knows(4, 4, 64, 32):
+        pytest.skip("torch adds in another order on this processor")
+    right = attention_module._attend_as_torch_does
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        if turned == 2:
+            key, value = key.flip(2), value.flip(2)
+        if turned == 3:
+            query, key = query.flip(3), key.flip(3)
+        return right(query, key, value, scale)
+
+    if turned:
+        monkeypatch.setattr(attention_module, "_attend_as_torch_does", attend)
+    else:
+        monkeypatch.setattr(attention_module, "_TORCHS_LANES", 24 - attention_module._TORCHS_LANES)
+    assert not NativeAttention(attention.pool).knows(4, 4, 64, 32)
+
+
 def test_another_order_is_not_taken(attention: NativeAttention, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, or inputs, in another order: ordinary numbers seldom show it."""
     skip_unless_known(attention, 8, 2, 64)
     right = attention_module._attend_as_torch_does
     for dim in (2, 3):
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, turned: int = dim) -> torch.Tensor:
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float = 1.0, turned: int = dim
+        ) -> torch.Tensor:
             both = (value.flip(2), key.flip(2)) if turned == 2 else (value, key.flip(3))
-            return right(query.flip(3) if turned == 3 else query, both[1], both[0])
+            return right(query.flip(3) if turned == 3 else query, both[1], both[0], scale)
 
         monkeypatch.setattr(attention_module, "_attend_as_torch_does", attend)
         assert not NativeAttention(attention.pool).knows(8, 2, 64)
@@ -111,8 +168,8 @@ def test_sums_of_chances_in_another_order_are_not_taken(
     right, shuffled = attention_module._attend_as_torch_does, torch.arange(530)
     shuffled[:512] = torch.randperm(512, generator=torch.Generator().manual_seed(0))
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return right(query, key[:, :, shuffled], value[:, :, shuffled])
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return right(query, key[:, :, shuffled], value[:, :, shuffled], scale)
 
     monkeypatch.setattr(attention_module, "_attend_as_torch_does", attend)
     assert not NativeAttention(attention.pool).knows(4, 4, 16)
@@ -130,9 +187,13 @@ def test_caches_need_not_be_contiguous(attention: NativeAttention) -> None:
 @pytest.mark.parametrize("tokens", [7, 32, 40, 600])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["one key", "all keys", "the query"])
-def test_what_is_no_number_is_torchs_too(tokens: int, value: float, where: str, attention: NativeAttention) -> None:
+@pytest.mark.parametrize("value_size", [64, 32])
+def test_what_is_no_number_is_torchs_too(
+    tokens: int, value: float, where: str, value_size: int, attention: NativeAttention
+) -> None:
     """Whatever the order of sums is."""
     query, key, values = (torch.ones(1, 2, count, 64).bfloat16() for count in (1, tokens, tokens))
+    values = values[..., :value_size]
     key *= 0
     {"one key": key[:, :, 3], "all keys": key, "the query": query}[where][..., 0] = value
     found, wanted = attention.compute(query, key, values, 1.0), expected(query, key, values, 1.0)
@@ -153,7 +214,7 @@ def test_far_scores_weigh_nothing(attention: NativeAttention) -> None:
         lambda q, k, v: (torch.cat([q, q]), torch.cat([k, k]), torch.cat([v, v])),
         lambda q, k, v: (q.float(), k.float(), v.float()),
         lambda q, k, v: (q[..., :24], k[..., :24], v[..., :24]),
-        lambda q, k, v: (q, k, v[..., :16]),
+        lambda q, k, v: (q, k, v[..., :24]),
         lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v),
         lambda q, k, v: (q[:, :1], k[:, :1], v[:, :1]),
         lambda q, k, v: (q[:, :3], k, v),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from families import make_model
-from moeinf.kernels.native import NativePool
+from moeinf.kernels.native import DTYPES, NativePool
 from moeinf.kernels.sinks import NativeSinks
 from test_native import LIBRARY, TORCH_S
 from test_self_attention import hold_the_same, speed_up_copy
@@ -191,12 +191,12 @@ def test_chances_are_torchs(pool: NativePool) -> None:
     for count in (1, 3, 8, 15, 16, 17, 75, 500, 1024):
         rows = torch.randn(200, count, generator=torch.Generator().manual_seed(count)).bfloat16() * 3
         wanted = F.softmax(rows, dim=-1, dtype=torch.bfloat16)
-        assert pool.lib.moe_soften(len(rows), count, LANES, rows.data_ptr()) == 0
+        assert pool.lib.moe_soften(DTYPES[rows.dtype], len(rows), count, LANES, rows.data_ptr()) == 0
         assert torch.equal(rows, wanted)
     rows = torch.zeros(3, 20).bfloat16()
     rows[0, 7], rows[1, 19], rows[2, 3] = float("nan"), float("nan"), float("-inf")
     wanted = F.softmax(rows, dim=-1, dtype=torch.bfloat16)
-    assert pool.lib.moe_soften(3, 20, LANES, rows.data_ptr()) == 0
+    assert pool.lib.moe_soften(DTYPES[rows.dtype], 3, 20, LANES, rows.data_ptr()) == 0
     assert torch.equal(rows.isnan(), wanted.isnan())
     assert torch.equal(rows[2], wanted[2])
-    assert pool.lib.moe_soften(1, 1025, LANES, rows.data_ptr()) == -2
+    assert pool.lib.moe_soften(DTYPES[rows.dtype], 1, 1025, LANES, rows.data_ptr()) == -2

@@ -8,15 +8,16 @@ dozen small operations. Knows the tensors that transformers hands to such functi
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from .native import NativePool
+from .native import DTYPES, NativePool
 
 __all__ = ["AttentionCall", "NativeAttention", "NativeRotation", "order_trials"]
 
@@ -31,6 +32,13 @@ _ORDER_HEADS = 5, 1
 """The order is that of every head. Of heads that share keys the library takes four together, or one."""
 _SPREAD = 24
 """Powers of two that numbers which cancel out have: as many as float32 has bits."""
+_WIDE_TRIALS, _WIDE_ORDER_TRIALS = (1, 7, 100), (*range(1, 18), 40, 530, 1027)
+_WIDE_SCALE = 0.3
+"""The same where values are of another size than keys: the order goes by what four tokens leave over, and products are
+of a root that is rounded."""
+_SOFTENED = 24, 1021
+"""Rows of chances, of which each shows in which order exponentials are added up."""
+_TORCHS_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 _ONE_THREAD = 1 << 21
 """Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would
 have to wake up, on cores where the library's look out for work (docs/experiments.md)."""
@@ -45,15 +53,17 @@ class AttentionCall(ctypes.Structure):
     """`moe_attention` of moe.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("heads", "kv_heads", "size", "tokens")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "size", "value_size", "tokens")),
         *((name, c_int64) for name in ("key_head", "key_token", "value_head", "value_token")),
         *((name, c_void_p) for name in ("query", "keys", "values")),
         ("scale", c_float),
+        ("lanes", c_int32),
     )
 
     def point_to(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Attend to these, both [1, KV heads, tokens, size]."""
         self.tokens, self.keys, self.values = keys.shape[2], keys.data_ptr(), values.data_ptr()
+        self.value_size = values.shape[3]
         _, self.key_head, self.key_token, _ = keys.stride()
         _, self.value_head, self.value_token, _ = values.stride()
 
@@ -65,35 +75,42 @@ class NativeAttention:
 
     def __init__(self, pool: NativePool) -> None:
         self.pool = pool
-        self._is_exact: dict[tuple[int, int, int], bool] = {}
+        self._is_exact: dict[tuple[int, int, int, int], bool] = {}
 
     def rotation(self, function: Callable[..., Any]) -> NativeRotation:
         """What rotates queries and keys as `function` does."""
         return NativeRotation(function, self.pool)
 
     def takes(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether `compute` can do it: query [1, heads, 1, size], key and value [1, KV heads, tokens, size]."""
+        """Whether `compute` can do it: query [1, heads, 1, size], key [1, KV heads, tokens, size], and value of as many
+        tokens, whose size may be another.
+        """
         batch, heads, queries, size = query.shape
-        if batch * queries > 1 or self.pool.handle is None or key.shape != value.shape:
+        if batch * queries > 1 or self.pool.handle is None or key.shape[:3] != value.shape[:3]:
             return False
         if {query.dtype, key.dtype, value.dtype} != {torch.bfloat16} or key.stride(3) != 1 or value.stride(3) != 1:
             return False
-        return self.knows(heads, key.shape[1], size)
+        return self.knows(heads, key.shape[1], size, value.shape[3])
 
-    def knows(self, heads: int, kv_heads: int, size: int) -> bool:
-        """Whether it is torch's attention for so many heads of this size."""
-        if size % _LANES or size > _MOST_SIZE or heads % kv_heads or heads == 1:  # torch cuts one among its threads
+    def knows(self, heads: int, kv_heads: int, size: int, value_size: int | None = None) -> bool:
+        """Whether it is torch's attention for so many heads of this size, whose values are of that one, or the same."""
+        value_size = value_size or size
+        if size % _LANES or value_size % _LANES or max(size, value_size) > _MOST_SIZE:
             return False
-        if (heads, kv_heads, size) not in self._is_exact:
-            self._is_exact[heads, kv_heads, size] = self._try(heads, kv_heads, size)
-        return self._is_exact[heads, kv_heads, size]
+        if heads % kv_heads or heads == 1:  # torch cuts one among its threads
+            return False
+        kind = heads, kv_heads, size, value_size
+        if kind not in self._is_exact:
+            self._is_exact[kind] = self._try(*kind)
+        return self._is_exact[kind]
 
     def compute(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """What weighs the values [1, 1, heads, size]."""
-        heads, size = query.shape[1], query.shape[3]
+        """What weighs the values [1, 1, heads, value size]."""
+        heads, size, value_size = query.shape[1], query.shape[3], value.shape[3]
         query = query.contiguous()
-        output = query.new_empty(1, 1, heads, size)
-        what = AttentionCall(heads, key.shape[1], size, query=query.data_ptr(), scale=scale)
+        output = query.new_empty(1, 1, heads, value_size)
+        scale = scale if value_size == size else math.sqrt(scale)
+        what = AttentionCall(heads, key.shape[1], size, query=query.data_ptr(), scale=scale, lanes=_TORCHS_LANES)
         what.point_to(key, value)
         if self.pool.lib.moe_attend(self.pool.handle, ctypes.addressof(what), output.data_ptr()):
             raise MemoryError("no memory for the scores of attention")
@@ -110,11 +127,27 @@ class NativeAttention:
         finally:
             torch.set_num_threads(threads)
 
-    def _try(self, heads: int, kv_heads: int, size: int) -> bool:
+    def _try(self, heads: int, kv_heads: int, size: int, value_size: int) -> bool:
+        if value_size != size:
+            trials = order_trials(heads, kv_heads, size, _WIDE_TRIALS, _WIDE_ORDER_TRIALS, value_size=value_size)
+            return self._softens_alike and all(self._attends_alike(states, _WIDE_SCALE) for states in trials)
         if not self.pool.adds_as_torch_does or not self._sums_chances_alike:
             return False
-        trials = order_trials(heads, kv_heads, size)
-        return all(torch.equal(self.compute(*states, 1.0), _attend_as_torch_does(*states)) for states in trials)
+        return all(self._attends_alike(states, 1.0) for states in order_trials(heads, kv_heads, size))
+
+    def _attends_alike(self, states: States, scale: float) -> bool:
+        wanted = _attend_as_torch_does(*states, scale)
+        return torch.equal(self.compute(*states, scale), wanted)
+
+    @cached_property
+    def _softens_alike(self) -> bool:
+        """Whether its softmax of float32 is torch's."""
+        rows = torch.randn(_SOFTENED, generator=torch.Generator().manual_seed(0)) * 3
+        wanted = F.softmax(rows, dim=-1)
+        for row in rows:
+            if self.pool.lib.moe_soften(DTYPES[row.dtype], 1, len(row), _TORCHS_LANES, row.data_ptr()):
+                return False
+        return torch.equal(rows, wanted)
 
     @cached_property
     def _sums_chances_alike(self) -> bool:
@@ -144,8 +177,10 @@ class NativeAttention:
         return True
 
 
-def _attend_as_torch_does(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(query, key, value, scale=1.0, enable_gqa=True).transpose(1, 2)
+def _attend_as_torch_does(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def order_trials(
@@ -154,30 +189,32 @@ def order_trials(
     size: int,
     lengths: Sequence[int] = _TRIALS,
     order_lengths: Sequence[int] = _ORDER_TRIALS,
+    value_size: int | None = None,
 ) -> Iterator[States]:
-    """Queries, keys and values, for a scale of 1.
+    """Queries, keys and values, for a scale of 1; values of the keys' size, or another.
 
     Another order changes one of some 10,000 ordinary results, because they are rounded to bfloat16. Where numbers
     cancel out nothing but errors of rounding remains, and each order makes its own.
     """
     generator = torch.Generator().manual_seed(0)
+    value_size = value_size or size
 
-    def ordinary(number: int, tokens: int) -> torch.Tensor:
-        return torch.randn(1, number, tokens, size, generator=generator).bfloat16()
+    def ordinary(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=generator).bfloat16()
 
-    def cancelling(number: int, tokens: int, dim: int) -> torch.Tensor:
+    def cancelling(*shape: int, dim: int) -> torch.Tensor:
         """Sums along `dim` are 0."""
-        x = ordinary(number, tokens)
+        x = ordinary(*shape)
         x *= 2.0 ** torch.randint(_SPREAD, x.shape, generator=generator)
         return (x - x.flip(dim)).index_select(dim, torch.randperm(x.shape[dim], generator=generator))
 
     for tokens in lengths:
-        yield ordinary(heads, 1) / 5, ordinary(kv_heads, tokens), ordinary(kv_heads, tokens)
+        yield ordinary(heads, 1, size) / 5, ordinary(kv_heads, tokens, size), ordinary(kv_heads, tokens, value_size)
     heads, kv_heads = _ORDER_HEADS
     for tokens in order_lengths:
         query = torch.ones(1, heads, 1, size).bfloat16()
-        yield query, cancelling(kv_heads, tokens, 3), ordinary(kv_heads, tokens)
-        yield 0 * query, ordinary(kv_heads, tokens), cancelling(kv_heads, tokens, 2)
+        yield query, cancelling(kv_heads, tokens, size, dim=3), ordinary(kv_heads, tokens, value_size)
+        yield 0 * query, ordinary(kv_heads, tokens, size), cancelling(kv_heads, tokens, value_size, dim=2)
 
 
 class NativeRotation:

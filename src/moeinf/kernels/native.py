@@ -158,7 +158,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_attend", c_int, (c_void_p, c_void_p, c_void_p)),
     ("moe_self_attend", c_int, (c_void_p,) * 8),
     ("moe_attend_with_sinks", c_int, (c_void_p, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p)),
-    ("moe_soften", c_int, (c_int64, c_int64, c_int32, c_void_p)),
+    ("moe_soften", c_int, (c_int, c_int64, c_int64, c_int32, c_void_p)),
     ("moe_route", c_int, (c_void_p,) * 5),
     ("moe_decode", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p)),
     ("moe_finish", c_int, (c_void_p,) * 3),

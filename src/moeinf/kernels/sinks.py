@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import AttentionCall, order_trials
-from .native import LANES, WANTS_MORE, NativePool
+from .native import DTYPES, LANES, WANTS_MORE, NativePool
 
 __all__ = ["NativeSinks"]
 
@@ -169,7 +169,8 @@ def _softens_alike(pool: NativePool, lanes: int) -> bool:
     rows = torch.randn(_ROWS, _COUNT, generator=torch.Generator().manual_seed(0)).bfloat16() * 2
     rows -= rows.amax(1, keepdim=True)
     wanted = F.softmax(rows, dim=-1, dtype=torch.bfloat16)
-    return not pool.lib.moe_soften(_ROWS, _COUNT, lanes, rows.data_ptr()) and torch.equal(rows, wanted)
+    failed = pool.lib.moe_soften(DTYPES[rows.dtype], _ROWS, _COUNT, lanes, rows.data_ptr())
+    return not failed and torch.equal(rows, wanted)
 
 
 _Trial = tuple[States, torch.Tensor, torch.Tensor | None]

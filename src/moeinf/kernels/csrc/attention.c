@@ -74,6 +74,10 @@ int moe_attend(moe_pool *pool, const moe_attention *what, void *output) {
     const attention_loops *loops = find_loops(pool->kernels);
     if (loops == NULL)
         return -2;
+#if defined(__x86_64__)
+    if (what->value_size != what->size)
+        return attend_widely(pool, what, output);
+#endif
     size_t size = (size_t)what->size, all = (size_t)what->kv_heads, heads = (size_t)what->heads / all;
     size_t numbers = heads * (2 * size + BLOCK) * sizeof(float) + heads * sizeof(head);
     attending job = {.loops = loops, .what = what, .output = output, .scratch_bytes = ceil_div(numbers, 64) * 64};

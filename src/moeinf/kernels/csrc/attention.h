@@ -44,6 +44,9 @@ typedef struct {
 
 #if defined(__x86_64__)
 extern const attention_loops attention_avx2;
+
+/* moe_attend where values are of another width than keys. */
+int attend_widely(moe_pool *pool, const moe_attention *what, void *output);
 #endif
 #ifdef HAS_DOT_PAIRS
 extern const attention_loops attention_avx512;

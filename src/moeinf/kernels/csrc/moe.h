@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 21 };
+enum { MOE_INTERFACE = 22 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -152,16 +152,18 @@ typedef struct {
 /* The norm of `count` rows of x, one after the other; `output` may be x. 0, or -1 when memory is lacking. */
 MOE_API int moe_norm(moe_pool *pool, const moe_norm_layer *layer, int count, const void *x, void *output);
 
-/* Attention of one token in bfloat16: query and output are [heads, size], keys and values are `tokens` rows of `size`
- * for each of kv_heads, so many numbers apart; heads that follow each other share a KV head. `size` is a multiple of 16. */
+/* Attention of one token in bfloat16: query is [heads, size] and output [heads, value_size], keys and values are `tokens` rows of
+ * these sizes for each of kv_heads, so many numbers apart; heads that follow each other share a KV head. Sizes are multiples of
+ * 16. Where they differ, `scale` is the root of the scale, and exponentials are added up in vectors of `lanes`, 8 or 16. */
 typedef struct {
-    int64_t heads, kv_heads, size, tokens;
+    int64_t heads, kv_heads, size, value_size, tokens;
     int64_t key_head, key_token, value_head, value_token;
     const void *query, *keys, *values;
     float scale;
+    int32_t lanes;
 } moe_attention;
 
-/* The sum of values, weighed by softmax(scale * query * key). 0, -1 when memory is lacking, -2 where it is not compiled
+/* The sum of values, weighed by softmax(scale * query * key). Others than this take values of the keys' size. 0, -1 when memory is lacking, -2 where it is not compiled
  * in. */
 MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
 
@@ -172,8 +174,9 @@ MOE_API int moe_attend(moe_pool *pool, const moe_attention *what, void *output);
 MOE_API int moe_attend_with_sinks(moe_pool *pool, const moe_attention *what, const void *sinks, int32_t lanes, int64_t queries,
                                   const int64_t *begins, const int64_t *ends, void *output);
 
-/* Softmax of `rows` of `count` numbers in bfloat16, in place, as that takes it. 0, or -2 for more than 1024 numbers. */
-MOE_API int moe_soften(int64_t rows, int64_t count, int32_t lanes, void *x);
+/* Softmax of `rows` of `count` numbers of that dtype, in place, as these take it: in bfloat16 the one with sinks. 0, or -2 for more
+ * than 1024 numbers of bfloat16. */
+MOE_API int moe_soften(int dtype, int64_t rows, int64_t count, int32_t lanes, void *x);
 
 /* Rotary embedding in bfloat16 of `count` heads of x, one after the other: the halves of a head, [size], are turned by
  * the angles whose cosines and sines are given, [size] too; products are rounded before they are added. `output` may be x. */

@@ -99,7 +99,12 @@ void softmax_bf16(float *x, size_t count, size_t lanes, size_t begin, size_t end
     x[last] = rounded(x[last] * share, MOE_BF16);
 }
 
-int moe_soften(int64_t rows, int64_t count, int32_t lanes, void *x) {
+int moe_soften(int dtype, int64_t rows, int64_t count, int32_t lanes, void *x) {
+    if (dtype == MOE_F32) {
+        for (int64_t i = 0; i < rows; i++)
+            softmax((float *)x + i * count, (size_t)count, (size_t)lanes);
+        return 0;
+    }
     if (count > MOST_SOFTENED)
         return -2;
     for (uint16_t *row = x; rows > 0; rows--, row += count) {
