@@ -350,7 +350,7 @@ def test_each_wait_is_told_once(wide: str, monkeypatch: pytest.MonkeyPatch) -> N
     told: list[float] = []
     monkeypatch.setattr(Prefetcher, "has_run", lambda _, __, stalled_s: told.append(stalled_s))
     use_reader(monkeypatch, SlowReader)
-    with moeinf.load(wide, experts="8", prefetch="off") as engine:
+    with moeinf.load(wide, experts="8", prefetch="off", kernels="torch") as engine:
         run(engine, PROMPT[:1])
         assert len(told) == 12 * 3
         assert sum(told) == pytest.approx(engine.stats().stall_s)

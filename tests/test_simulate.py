@@ -97,7 +97,7 @@ def best_hits(chosen: tuple[tuple[int, ...], ...], slots: int) -> int:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_simulated_and_measured_hits_agree(tiny: str, policy: str, experts: str) -> None:
     history: list[Event] = []
-    with moeinf.load(tiny, policy=policy, experts=experts, prefetch="off") as engine:
+    with moeinf.load(tiny, policy=policy, experts=experts, prefetch="off", kernels="torch") as engine:
         engine.generation_config.eos_token_id = None
         forward, begins = engine.runtime.forward, True
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .kernels import Watching
 from .metamodel import output_collector
 from .predictors import Added
 
@@ -65,9 +66,9 @@ class GatePredictor:
         self._asked = -1
         self._news: Callable[[], None] | None = None
         for module in self._experts:
-            module.register_forward_hook(self._keep_added)
+            module.register_forward_hook(Watching(self._keep_added))
         if (first := first_decoder_layer(model, next(iter(experts)))) is not None:
-            first.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
+            first.register_forward_pre_hook(Watching(self._begin), prepend=True, with_kwargs=True)
 
     def forget(self) -> None:
         """Forget what was learned of how states change, and how many guesses came true. Nothing is named until a step
@@ -184,9 +185,9 @@ class _Entry:
         self._block = block
         self._tell = tell
         self._normed: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
-        self._watched = {norm: norm.register_forward_hook(self._keep_normed) for norm in norms}
+        self._watched = {norm: norm.register_forward_hook(Watching(self._keep_normed)) for norm in norms}
         self._like = torch.empty(1, 1, 0)
-        block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        block.register_forward_pre_hook(Watching(self._enter), with_kwargs=True)
 
     def run(self, state: torch.Tensor, more: _Inputs) -> None:
         """Run the block on the state [1, H] of one token, and with what else it is to be given."""

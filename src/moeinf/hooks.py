@@ -43,6 +43,7 @@ from .kernels import (
     NativeSinks,
     SelfAttentions,
     Slots,
+    Watching,
 )
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
@@ -229,7 +230,7 @@ def announce_tokens(first: nn.Module, runtime: ExpertRuntime) -> None:
         if state.numel() == state.shape[-1]:
             runtime.token_enters()
 
-    first.register_forward_pre_hook(enter, with_kwargs=True)
+    first.register_forward_pre_hook(Watching(enter), with_kwargs=True)
 
 
 def _experts_forward(
@@ -284,7 +285,7 @@ def decode(
             layer.forward = whole  # of this one alone
     first = first_decoder_layer(model, name)
     if first is not None and any(isinstance(each, NativeMaths) for each in maths):
-        token_forward = TokenForward.find(model, base, runtime, _interrupt.check, first._forward_pre_hooks)
+        token_forward = TokenForward.find(model, base, runtime, _interrupt.check, first)
         if token_forward is not None:
             model.forward = token_forward
 

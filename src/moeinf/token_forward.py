@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .kernels import Keeper, LayerRun, NativeDecoderLayer, hooks_of
+from .kernels import Hooks, Keeper, LayerRun, NativeDecoderLayer, all_watch, hooks_of, silenced
 from .kvcache import keeps_tokens, pretend_cache, windows_of
 from .metamodel import CACHE
 
@@ -46,19 +46,20 @@ class TokenForward:
         base: the module in it that has the decoder layers, and the norm behind them.
         keeper: who has the experts computed.
         check: is called before each token, and may raise.
-        announced: the hooks of the first layer, of which one tells the keeper of tokens. It need not know of those that
-            it lets compute.
+        first: the layer that tokens enter first. Hooks before it need not be told of tokens of which the keeper lets
+            experts be computed.
     """
 
-    def __init__(
-        self, model: Any, base: Any, keeper: Keeper, check: Callable[[], None], announced: dict[int, Any]
-    ) -> None:
+    def __init__(self, model: Any, base: Any, keeper: Keeper, check: Callable[[], None], first: Any) -> None:
         self._forward = model.forward
         self.__signature__ = inspect.signature(self._forward)
         self._parts = _Parts(model, base)
         self._config = model.config.get_text_config(decoder=True)
-        self._keeper, self._check, self._announced = keeper, check, announced
-        self._hooks = [hooks for hooks in hooks_of(list(model.modules())[1:]) if hooks is not announced]
+        self._keeper, self._check, self._first = keeper, check, first
+        natives = [each.forward for each in base.layers if isinstance(each.forward, NativeDecoderLayer)]
+        self._watched = [hooks for native in natives for hooks in native.watched]
+        every, watched = hooks_of(list(model.modules())[1:]), {id(each) for each in (*self._watched, self._entered)}
+        self._every, self._hooks = every, [hooks for hooks in every if id(hooks) not in watched]
         self._way: _Way | None = None
         self._is_tried = False
         self._known_cache: Callable[[], Any] = lambda: None
@@ -71,8 +72,14 @@ class TokenForward:
         has_usual = hasattr(base, "layers") and hasattr(base, "norm") and model.get_output_embeddings() is not None
         return cls(model, base, *others) if has_usual and hasattr(embedding, "num_embeddings") else None
 
+    @property
+    def _entered(self) -> Hooks:
+        hooks: Hooks = self._first._forward_pre_hooks
+        return hooks
+
     def __call__(self, *args: Any, **named: Any) -> Any:
-        output = None if args or any(self._hooks) or len(self._announced) > 1 else self._compute(**named)
+        is_watched_only = not any(self._hooks) and all_watch((self._entered, *self._watched))
+        output = self._compute(**named) if is_watched_only and not args else None
         return self._forward(*args, **named) if output is None else output
 
     def _compute(
@@ -103,9 +110,11 @@ class TokenForward:
         if position_ids is None:
             position_ids = torch.tensor([[held]])
         self._check()
-        if position_ids.shape != (1, 1) or not self._keeper.may_compute(0):
+        if position_ids.shape != (1, 1):
             return None
-        logits = self._parts.leave(way.put_through(way.enter(input_ids, position_ids, cache)))
+        token = way.enter(input_ids, position_ids, cache)
+        tells = any(self._watched) or len(self._entered) > 1 or not self._keeper.may_compute(0)
+        logits = self._parts.leave(way.put_through(token, self._entered if tells else None))
         return way.output_class(logits=logits, **{CACHE: cache})
 
     def takes(self, cache: Any) -> bool:
@@ -124,7 +133,7 @@ class TokenForward:
     def _find_way(self) -> _Way | None:
         if not self._is_tried:
             self._is_tried = True
-            with torch.inference_mode():
+            with torch.inference_mode(), silenced(self._every):
                 self._way = self._try()
         return self._way
 
@@ -340,14 +349,19 @@ class _Way:
         token.angles = [handed.call(rotary or self._parts.rotary, token) for handed in self._turns]
         return token
 
-    def put_through(self, token: _Token) -> torch.Tensor:
-        """Its state behind all layers. Those that follow each other are computed in one go, where the library can."""
-        state, begin = token.state.clone(), 0
+    def put_through(self, token: _Token, entered: Hooks | None = None) -> torch.Tensor:
+        """Its state behind all layers. Those that follow each other are computed in one go, where the library can. With
+        hooks that want to know when it has `entered` the first layer, others are told of its experts, too.
+        """
+        state, begin, tells = token.state.clone(), 0, entered is not None
         for place, native in enumerate(self._natives):
             if native is None or not self._looks[place](token):
-                token.state = self._run.compute(state, begin, place)
+                token.state = self._run.compute(state, begin, place, tells=tells)
                 state, begin = self._handed[place].call(self._parts.layers[place], token), place + 1
-        return self._run.compute(state, begin, len(self._natives))
+            elif place == 0 and entered:
+                for hook in list(entered.values()):
+                    hook(self._parts.layers[0], (token.state,), {})
+        return self._run.compute(state, begin, len(self._natives), tells=tells)
 
 
 def _looked(native: NativeDecoderLayer | None, call: _Call, seen: _Seen) -> _Give:

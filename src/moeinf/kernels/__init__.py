@@ -32,14 +32,16 @@ from .native import (
     may_compute_any_rows,
 )
 from .packed import LosslessLinear
-from .self_attention import SelfAttentions, hooks_of
+from .self_attention import SelfAttentions
 from .sinks import NativeSinks
 from .torch_maths import DeviceSlots, ExpertMaths, PromptMaths, Tensors, TokenMaths
+from .watching import Hooks, Watching, all_watch, hooks_of, silenced
 
 __all__ = [
     "DecoderLayers",
     "DeviceSlots",
     "ExpertMaths",
+    "Hooks",
     "Keeper",
     "LayerRun",
     "LosslessLinear",
@@ -53,6 +55,8 @@ __all__ = [
     "Slots",
     "Tensors",
     "TokenMaths",
+    "Watching",
+    "all_watch",
     "choose_device_maths",
     "choose_maths",
     "computes_from_packed",
@@ -60,6 +64,7 @@ __all__ = [
     "hooks_of",
     "is_native_exactly",
     "may_take_long_prompts",
+    "silenced",
     "speed_up_dense",
     "takes_long_prompts",
 ]

@@ -26,7 +26,8 @@ from .attending import Attending, CalledAttending, NativeAttending, Trial
 from .dense import NativeNorm
 from .feed_forward import TIED, Asked, Choosing, FeedForward, Router, by_expert
 from .native import WANTS_MORE
-from .self_attention import NativeSelfAttention, hooks_of, kind_of
+from .self_attention import NativeSelfAttention, kind_of
+from .watching import Hooks, all_watch, hooks_of, silenced
 
 __all__ = ["DecoderLayers", "Keeper", "LayerRun", "NativeDecoderLayer", "Slots"]
 
@@ -41,7 +42,7 @@ class Keeper(Protocol):
 
     def may_compute(self, layer: int) -> bool:
         """Whether the experts of a token may be computed in this MoE layer where they are, before anybody is told of
-        them. What follows is `has_computed`, or `forward`.
+        them. What follows is `has_computed`, or `forward`, as it is where they may not.
         """
 
     def has_computed(self, layer: int, experts: list[int]) -> None:
@@ -138,12 +139,13 @@ class LayerRun:
         self._first, self._step = ctypes.addressof(self._addresses), ctypes.sizeof(c_void_p)
         self._done = c_int32()
 
-    def compute(self, state: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    def compute(self, state: torch.Tensor, begin: int, end: int, *, tells: bool) -> torch.Tensor:
         """What becomes of `state` [1, 1, H], which is written over, in the layers from `begin` to before `end`. They
-        have all been told where to look (`NativeDecoderLayer.look_at`).
+        have all been told where to look (`NativeDecoderLayer.look_at`). Where it `tells`, their keeper hears of experts
+        before they are computed.
         """
         while begin < end:
-            found, done = self.decode(state, begin, end)
+            found, done = self.decode(state, begin, end, tells=tells)
             for layer in self._layers[begin : begin + done]:
                 assert layer is not None
                 layer.has_computed()
@@ -155,7 +157,7 @@ class LayerRun:
                 begin += 1
         return state
 
-    def decode(self, state: torch.Tensor, begin: int, end: int) -> tuple[int, int]:
+    def decode(self, state: torch.Tensor, begin: int, end: int, *, tells: bool = False) -> tuple[int, int]:
         """Write over `state` what layers make of it, and return what was found where they end, and how many they are:
         with 0, as many as could be computed before somebody else has to attend.
         """
@@ -166,6 +168,7 @@ class LayerRun:
             layer.pool.handle,
             self._first + begin * self._step,
             end - begin,
+            tells,
             None if attended is None else attended.data_ptr(),
             state.data_ptr(),
             ctypes.addressof(self._done),
@@ -174,7 +177,7 @@ class LayerRun:
         if found == _UNDECIDED:
             layer = self._layers[begin + done]
             assert layer is not None
-            found = layer.decide(state)
+            found = layer.decide(state, tells=tells)
             done += not found
         if found < 0:
             raise MemoryError("no memory for a token's layers")
@@ -198,7 +201,16 @@ class NativeDecoderLayer:
         self.attention = self._ways[0]
         """What attends to the token that was taken last."""
         self._kind = tuple(map(kind_of, layer.modules()))
-        self._hooks = hooks_of(list(layer.modules())[1:])
+        self._second_norm = getattr(layer, _NORMS[1])
+        self.watched: list[Hooks] = []
+        """Hooks that are told of a token here, too, as long as they do nothing but watch: those before the block, and
+        behind the norm before it, and behind experts.
+        """
+        if feed.experts is not None:
+            behind = (module._forward_hooks for module in (self._second_norm, feed.experts))
+            self.watched = [feed.block._forward_pre_hooks, *behind]
+        every, watched = hooks_of(list(layer.modules())[1:]), set(map(id, self.watched))
+        self._hooks = [hooks for hooks in every if id(hooks) not in watched]
         self._choosing: Choosing | None = None
         self._known_for: tuple[object, ...] = ()
         self._router = Router()
@@ -224,7 +236,8 @@ class NativeDecoderLayer:
         self._alone = LayerRun([self])
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        output = None if len(args) > 1 or any(self._hooks) else self._compute(*args, **named)
+        is_watched_only = not any(self._hooks) and all_watch(self.watched)
+        output = self._compute(*args, **named) if len(args) < 2 and is_watched_only else None
         return self._forward(*args, **named) if output is None else output
 
     def _compute(self, *args: Any, **named: Any) -> torch.Tensor | None:
@@ -233,12 +246,11 @@ class NativeDecoderLayer:
             return None
         self._shared.check()
         state: torch.Tensor = args[0] if args else named.pop(_STATE)
-        experts = self._feed.experts
-        if experts is not None and not self._shared.keeper.may_compute(experts.moeinf[1]):
-            return None
         if not self.look_at(self.attention, **named):
             return None
-        return self._alone.compute(state.clone(memory_format=torch.contiguous_format), 0, 1)
+        experts = self._feed.experts
+        tells = experts is not None and (any(self.watched) or not self._shared.keeper.may_compute(experts.moeinf[1]))
+        return self._alone.compute(state.clone(memory_format=torch.contiguous_format), 0, 1, tells=tells)
 
     def takes(self, hidden_states: torch.Tensor | None = None, **others: Any) -> bool:
         """Whether the library computes the layer for this token, given the rest, as the layer would."""
@@ -269,9 +281,9 @@ class NativeDecoderLayer:
         """What somebody else makes of the normed state, where the library does not attend."""
         return self.attention.attend(lambda: self._norm.compute(state))
 
-    def decide(self, state: torch.Tensor) -> int:
-        """Choose, after the library has found that it does not know how to, and have the rest computed, over `state`.
-        Returns what was found then.
+    def decide(self, state: torch.Tensor, *, tells: bool) -> int:
+        """Choose, after the library has found that it does not know how to, and have the rest computed, over `state`,
+        unless it `tells`. Returns what was found then.
         """
         between, feed = self._between, self._feed
         assert self._choosing is not None
@@ -281,6 +293,8 @@ class NativeDecoderLayer:
             between.weights.copy_(weights)
         if feed.share is not None:
             self.layer.share = feed.ask_share(between.normed)
+        if tells:
+            return _AWAY
         found: int = self.pool.lib.moe_finish(self.pool.handle, ctypes.addressof(self.layer), state.data_ptr())
         return found
 
@@ -290,15 +304,25 @@ class NativeDecoderLayer:
             self._shared.keeper.has_computed(self._feed.experts.moeinf[1], list(self._chosen))
 
     def complete(self, found: int) -> torch.Tensor:
-        """The output [1, 1, H], after the library has `found` that it cannot compute the rest."""
+        """The output [1, 1, H], after the library has `found` that it cannot compute the rest, or is not to."""
         between, feed = self._between, self._feed
+        before_block, behind_norm, behind_experts = self.watched
+        normed = between.normed[None].clone()  # who is told may keep what he is given
+        if before_block or behind_norm:
+            state = between.state[None].clone()
+            for hook in list(behind_norm.values()):
+                hook(self._second_norm, (state,), normed)
+            for hook in list(before_block.values()):
+                hook(feed.block, (normed,), {})
         if found == TIED:
-            return self._add(feed.block(between.normed[None])[0])
+            return self._add(feed.block.forward(normed)[0])
         assert self._choosing is not None
         keeper, number = feed.experts.moeinf
-        weights = between.weights.to(self._choosing.dtype)
-        added: torch.Tensor = keeper.forward(number, between.normed, self._index, weights)
-        return self._add(feed.add_mlp(added, between.normed, self.layer.share))
+        weights = between.weights.to(self._choosing.dtype, copy=True)
+        added: torch.Tensor = keeper.forward(number, normed[0], self._index.clone(), weights)
+        for hook in behind_experts.values():
+            hook(feed.experts, (), added)
+        return self._add(feed.add_mlp(added, normed[0], self.layer.share))
 
     def _add(self, added: torch.Tensor) -> torch.Tensor:
         """The layer's output, if experts and MLP have `added` that."""
@@ -332,7 +356,7 @@ class NativeDecoderLayer:
         before, slots, nowhere = self._choosing, self.layer.slots, array("i", [-1]) * len(self._feed.span)
         self.layer.slots, _ = nowhere.buffer_info()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), silenced([*self._hooks, *self.watched]):
                 tried = (self._tried(choosing, named) for choosing in self._feed.choices())
                 return next((choosing for choosing in tried if choosing is not None), None)
         except WANTS_MORE:

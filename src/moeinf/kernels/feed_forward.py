@@ -24,6 +24,7 @@ from .attending import replaced
 from .dense import NativeLinear, native_linear
 from .mlp import NativeMlp
 from .native import DTYPES, LANES, NativeMaths, NativePool
+from .watching import hooks_of, silenced
 
 __all__ = ["TIED", "Asked", "Choosing", "FeedForward", "Router", "by_expert"]
 
@@ -129,7 +130,11 @@ class FeedForward:
             return forward(_state, *args, **named)
 
         state = torch.zeros(1, 1, self.maths.layer.hidden, dtype=torch.bfloat16)
-        with self.asking(Asked(state.shape[2], state.dtype)), replaced(self.router, "forward", see):
+        with (
+            silenced(hooks_of(self.block.modules())),
+            self.asking(Asked(state.shape[2], state.dtype)),
+            replaced(self.router, "forward", see),
+        ):
             self.block(state)
         ((args, named),) = handed
         for value in (*args, *named.values()):

@@ -18,7 +18,8 @@ from torch import nn
 
 from .dense import NativeLinear
 from .native import WANTS_MORE, NativePool
-from .self_attention import hooks_of, kind_of
+from .self_attention import kind_of
+from .watching import hooks_of
 
 __all__ = ["NativeMlp", "speed_up_mlps"]
 

@@ -160,7 +160,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_attend_with_sinks", c_int, (c_void_p, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p)),
     ("moe_soften", c_int, (c_int, c_int64, c_int64, c_int32, c_void_p)),
     ("moe_route", c_int, (c_void_p,) * 5),
-    ("moe_decode", c_int, (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p)),
+    ("moe_decode", c_int, (c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p)),
     ("moe_finish", c_int, (c_void_p,) * 3),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_int64, c_void_p
 from typing import Any
 
@@ -24,8 +24,9 @@ from moeinf.metamodel import CACHE
 from .attention import AttentionCall, NativeAttention
 from .dense import NativeLinear, NativeNorm
 from .native import WANTS_MORE
+from .watching import hooks_of
 
-__all__ = ["NativeSelfAttention", "SelfAttentions", "States", "TrialCache", "hooks_of", "kind_of"]
+__all__ = ["NativeSelfAttention", "SelfAttentions", "States", "TrialCache", "kind_of"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -237,11 +238,6 @@ def _has_usual_parts(module: Any) -> bool:
     forward = inspect.signature(type(module).forward)
     asked = {name for name, each in forward.parameters.items() if each.kind is not each.VAR_KEYWORD}
     return asked == {"self", *_ASKED}
-
-
-def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
-    """What somebody has registered who wants to be told when these are called."""
-    return [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
 
 
 def kind_of(module: nn.Module) -> tuple[object, ...]:

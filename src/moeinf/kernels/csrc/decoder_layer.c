@@ -88,15 +88,16 @@ int moe_finish(moe_pool *pool, const moe_decoder_layer *layer, void *x) {
     return 0;
 }
 
-int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, const void *attended, void *x,
-               int32_t *done) {
+int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, int tells, const void *attended,
+               void *x, int32_t *done) {
     int found = 0;
     for (*done = 0; found == 0 && *done < count; *done += found == 0, attended = NULL) {
         const moe_decoder_layer *layer = layers[*done];
         if (attended == NULL && (layer->attention == NULL || layer->asks_attended))
             return MOE_UNATTENDED;
         found = begin(pool, layer, attended, x);
-        found = found ? found : moe_finish(pool, layer, x);
+        if (found == 0)
+            found = tells && layer->experts != NULL ? MOE_AWAY : moe_finish(pool, layer, x);
     }
     return found;
 }

@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 22 };
+enum { MOE_INTERFACE = 23 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -245,11 +245,11 @@ typedef struct {
 /* Puts a token's state x, [hidden] in bfloat16, through `count` layers, one after the other; `done` receives the number of
  * those that are behind it. `attended` is what somebody else has made of the first one's normed state, or NULL. 0, or what ended
  * it at the layer that x is now before: MOE_UNATTENDED where somebody else is to attend first; or, when that layer's `state` is
- * what is to be added to, and its `normed` what is given to experts and MLP, MOE_AWAY where chosen experts are not all there;
- * MOE_UNDECIDED where somebody else chooses, or says the share, and then moe_finish is to be called; and MOE_TIED. After MOE_AWAY
- * `chosen` and `weights` are the choice. Or what moe_self_attend returns. */
-MOE_API int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, const void *attended, void *x,
-                       int32_t *done);
+ * what is to be added to, and its `normed` what is given to experts and MLP, MOE_AWAY where chosen experts are not all there, or
+ * `tells`, and then no experts are computed; MOE_UNDECIDED where somebody else chooses, or says the share, and then moe_finish may
+ * be called; and MOE_TIED. After MOE_AWAY `chosen` and `weights` are the choice. Or what moe_self_attend returns. */
+MOE_API int moe_decode(moe_pool *pool, const moe_decoder_layer *const *layers, int count, int tells, const void *attended,
+                       void *x, int32_t *done);
 
 /* The rest of such a layer, after its choice and share have been filled in: 0, and x is behind it, or MOE_AWAY. */
 MOE_API int moe_finish(moe_pool *pool, const moe_decoder_layer *layer, void *x);
