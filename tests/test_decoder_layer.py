@@ -23,6 +23,7 @@ import moeinf
 from engines import Load, engines_of, pulled
 from moeinf.engine import Engine
 from moeinf.errors import MoeinfError
+from moeinf.gate import GatePredictor
 from moeinf.kernels import decoder_layer
 from moeinf.kernels.attention import NativeAttention
 from moeinf.kernels.decoder_layer import DecoderLayers, LayerRun, NativeDecoderLayer
@@ -30,6 +31,7 @@ from moeinf.kernels.feed_forward import TIED, Choosing
 from moeinf.kernels.native import NativePool
 from moeinf.kvcache import make_cache
 from moeinf.metamodel import CACHE
+from moeinf.token_forward import TokenForward
 from readers import SlowReader, use_reader
 from test_native import LIBRARY, TORCH_S
 
@@ -245,6 +247,41 @@ def test_who_watches_is_told_before_experts_are_computed(load: Load, found: list
     assert set(found) == {AWAY}
 
 
+@pytest.mark.parametrize("experts", ["20%", "100%"])
+def test_who_only_watches_sees_the_same(
+    experts: str, load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router that is asked early: tokens' states on their way, and what experts add; and what it makes of them."""
+    seen: list[Any] = []
+    for name in ("_begin", "_enter", "_keep_added"):
+        told: Any = getattr(GatePredictor, name)
+
+        def tell(self: GatePredictor, *args: Any, name: str = name, told: Any = told) -> None:
+            tensors = [
+                each for each in (*args, *(args[1] if name == "_begin" else ())) if isinstance(each, torch.Tensor)
+            ]
+            seen.append((name, [each.tolist() for each in tensors]))
+            told(self, *args)
+
+        monkeypatch.setattr(GatePredictor, name, tell)
+
+    def run(engine: Engine) -> list[Any]:
+        seen.clear()
+        session = engine.session()
+        tokens = [session.generate(prompt, SAMPLING).tokens for prompt in (PROMPT, [*PROMPT, 3, 7])]
+        return [*seen, tokens, engine.runtime.decode, engine.runtime.prefetch.named, engine.runtime.prefetch.right]
+
+    ours = run(load(experts=experts, prefetch="gate"))
+    assert found
+    assert set(found) <= {AWAY, TIED}
+    assert len(seen) == 2 * 24 * (1 + 2 * 2)
+    monkeypatch.setattr(DecoderLayers, "find", lambda *_: None)
+    monkeypatch.setattr(TokenForward, "find", lambda *_: None)
+    found.clear()
+    assert run(load(experts=experts, prefetch="gate")) == ours
+    assert not found
+
+
 def test_a_layer_that_does_more_is_left_alone(load: Load, found: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     forward = modeling_qwen3_moe.Qwen3MoeDecoderLayer.forward
     block = modeling_qwen3_moe.Qwen3MoeSparseMoeBlock.forward
@@ -287,7 +324,8 @@ def test_ctrl_c_waits_for_the_end_of_the_token(load: Load, found: list[int], mon
         calls += 1
         if calls == 3:
             signal.raise_signal(signal.SIGINT)
-        return decode(*args, **named)
+        result: tuple[int, int] = decode(*args, **named)
+        return result
 
     def count(_token: int) -> None:
         nonlocal tokens
