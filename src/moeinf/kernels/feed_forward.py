@@ -172,14 +172,15 @@ class FeedForward:
             return None
         generator = torch.Generator().manual_seed(0)
         choices = []
-        for spread, step in product(_SPREADS * _ROWS, _STEPS):
-            logits = (torch.randn(1, count, generator=generator) * spread / step).round() * step
-            state = torch.zeros(1, 1, hidden, dtype=torch.float32)
-            state[..., :count] = logits = logits.bfloat16()
-            asked = Asked(hidden, torch.float32)
-            with self.asking(asked), self._all_logits():
-                self.block(state)
-            choices.append((logits, asked))
+        with self._all_logits():
+            for spread, step in product(_SPREADS * _ROWS, _STEPS):
+                logits = (torch.randn(1, count, generator=generator) * spread / step).round() * step
+                state = torch.zeros(1, 1, hidden, dtype=torch.float32)
+                state[..., :count] = logits = logits.bfloat16()
+                asked = Asked(hidden, torch.float32)
+                with self.asking(asked):
+                    self.block(state)
+                choices.append((logits, asked))
         for breaks_ties, lanes, shares in product((True, False), LANES, _SHARES):
             choosing = Choosing(lanes, shares, breaks_ties)
             found = [_compare_choice(self.pool, choosing, *choice) for choice in choices]
