@@ -44,6 +44,7 @@ from .kernels import (
     SelfAttentions,
     Slots,
     Watching,
+    one_thread,
 )
 from .kvcache import grows_in_place
 from .ledger import MemoryPlan
@@ -325,15 +326,11 @@ def _attention_forward(
     is_plain = is_plain and more.get("position_bias") is None and more.get("cache") is None
     if native is not None and is_plain and native.takes(query, key, value):
         return native.compute(query, key, value, scaling or query.shape[3] ** -0.5), None
-
-    def attend() -> tuple[torch.Tensor, None]:
+    with one_thread(native is not None and native.is_small(query, key.shape[2])):
         output: tuple[torch.Tensor, None] = _sdpa_forward(
             module, query, key, value, attention_mask, scaling=scaling, **more
         )
-        return output
-
-    is_token = native is not None and len(query) * query.shape[2] == 1
-    return NativeAttention.by_torch(query, key.shape[2], attend) if is_token else attend()
+    return output
 
 
 ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention_forward)

@@ -30,6 +30,7 @@ from .native import (
     can_add_as_torch_does,
     computes_any_rows,
     may_compute_any_rows,
+    one_thread,
 )
 from .packed import LosslessLinear
 from .self_attention import SelfAttentions
@@ -64,6 +65,7 @@ __all__ = [
     "hooks_of",
     "is_native_exactly",
     "may_take_long_prompts",
+    "one_thread",
     "silenced",
     "speed_up_dense",
     "takes_long_prompts",

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +40,11 @@ _SOFTENED = 24, 1021
 """Rows of chances, of which each shows in which order exponentials are added up."""
 _TORCHS_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 _ONE_THREAD = 1 << 21
-"""Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads: the others would
-have to wake up, on cores where the library's look out for work (docs/experiments.md)."""
+"""Fewer numbers than this in the keys of all heads are attended to sooner by one of torch's threads."""
 _SUM_TRIAL = 8, 530, 128
 """KV heads, tokens, and size of a head where the sums of chances are tried."""
 
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_Output = TypeVar("_Output")
 
 
 class AttentionCall(ctypes.Structure):
@@ -117,15 +115,10 @@ class NativeAttention:
         return output
 
     @staticmethod
-    def by_torch(query: torch.Tensor, tokens: int, attend: Callable[[], _Output]) -> _Output:
-        """What `attend` returns, which has torch attend to so many tokens by one query [1, heads, 1, size]."""
-        threads = torch.get_num_threads()
-        is_small = query.numel() * tokens < _ONE_THREAD
-        torch.set_num_threads(1 if is_small and query.shape[1] > 1 else threads)  # one head is cut among all of them
-        try:
-            return attend()
-        finally:
-            torch.set_num_threads(threads)
+    def is_small(query: torch.Tensor, tokens: int) -> bool:
+        """Whether one thread of torch attends to so many tokens by this query as several would, and sooner."""
+        is_token = len(query) * query.shape[2] == 1 and query.dtype == torch.bfloat16
+        return is_token and query.shape[1] > 1 and query.numel() * tokens < _ONE_THREAD  # one head is cut among all
 
     def _try(self, heads: int, kv_heads: int, size: int, value_size: int) -> bool:
         if value_size != size:

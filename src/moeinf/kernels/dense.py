@@ -24,7 +24,7 @@ from torch import nn
 from moeinf.ledger import WHOLE_BYTES
 from moeinf.manifest import PANEL_INPUTS, PANEL_ROWS
 
-from .native import LEAST_PRODUCTS, WANTS_MORE, LinearLayer, NativePool, telling_rows
+from .native import LEAST_PRODUCTS, WANTS_MORE, LinearLayer, NativePool, one_thread, telling_rows
 from .orders import MOST_ROWS, OWN, Order
 from .packed import LosslessLinear
 
@@ -89,9 +89,7 @@ def _compute_alone(module: nn.Module) -> None:
 
 
 class _OneThread:
-    """The forward of a module of one input, by one of torch's threads where that is a token [..., inputs]: the others
-    would have to wake up, and stay awake for a while, on cores where the library's look out for work.
-    """
+    """The forward of a module of one input, by one of torch's threads where that is a token [..., inputs]."""
 
     def __init__(self, forward: Callable[..., Any], inputs: int) -> None:
         self._forward, self._inputs = forward, inputs
@@ -99,12 +97,8 @@ class _OneThread:
     def __call__(self, x: torch.Tensor, *more: Any, **named: Any) -> Any:
         if x.numel() != self._inputs:
             return self._forward(x, *more, **named)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             return self._forward(x, *more, **named)
-        finally:
-            torch.set_num_threads(threads)
 
     def gives_the_same(self) -> bool:
         generator = _generator()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .dense import NativeLinear
-from .native import WANTS_MORE, NativePool
+from .native import TAIL, WANTS_MORE, WHOLE, NativePool, every_bfloat16
 from .self_attention import kind_of
 from .watching import hooks_of
 
@@ -27,9 +27,6 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATION = "act_fn"
 _TRIALS = (1.0, 30.0, 1e3)
 """Sizes of a state."""
-_WHOLE, _TAIL = 64, 32
-"""torch may have an activation of what is beyond multiples of the first number by other code than of the rest, which
-shows in so few at a time."""
 
 
 class _MlpLayer(ctypes.Structure):
@@ -117,7 +114,7 @@ class NativeMlp:
         """Whether it gives what the module gives."""
         generator = torch.Generator().manual_seed(0)
         states = [(torch.randn(1, 1, self.hidden, generator=generator) * size).bfloat16() for size in _TRIALS]
-        is_smooth = self._inner % _WHOLE == 0 or _has_no_tails(self._activation)
+        is_smooth = self._inner % WHOLE == 0 or _has_no_tails(self._activation)
         return is_smooth and all(torch.equal(self.compute(x), self._forward(x)) for x in states)
 
 
@@ -136,15 +133,11 @@ def _has_usual_parts(module: Any) -> bool:
     return (gate.inputs, gate.outputs) == (up.inputs, up.outputs) == (down.outputs, down.inputs)
 
 
-def _every_bfloat16() -> torch.Tensor:
-    return torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(torch.bfloat16)
-
-
 def _tabulate(activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return activation(_every_bfloat16()).contiguous()
+    return activation(every_bfloat16()).contiguous()
 
 
 def _has_no_tails(activation: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Whether it makes the same of few numbers as of many."""
-    few = torch.cat([activation(each) for each in torch.split(_every_bfloat16(), _TAIL)])
+    few = torch.cat([activation(each) for each in torch.split(every_bfloat16(), TAIL)])
     return torch.allclose(few, _tabulate(activation), rtol=0, atol=0, equal_nan=True)

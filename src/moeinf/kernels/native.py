@@ -12,6 +12,7 @@ import ctypes
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache, cached_property, partial
 from itertools import count, product, takewhile
@@ -32,7 +33,9 @@ __all__ = [
     "DTYPES",
     "LANES",
     "LEAST_PRODUCTS",
+    "TAIL",
     "WANTS_MORE",
+    "WHOLE",
     "ExpandingMaths",
     "LinearLayer",
     "NativeLayer",
@@ -41,7 +44,9 @@ __all__ = [
     "best_variant",
     "can_add_as_torch_does",
     "computes_any_rows",
+    "every_bfloat16",
     "may_compute_any_rows",
+    "one_thread",
     "telling_rows",
     "variant_of_torch",
     "variants",
@@ -79,7 +84,7 @@ _FAR, _SIZES = 2.0**40, 24
 _PROBE = 1024
 """Values that an activation is tried on."""
 
-_TAIL, _WHOLE = 32, 64
+TAIL, WHOLE = 32, 64
 """torch has GELU of so few gates, and of what a row has beyond multiples of the second, by other code than of many."""
 
 _SMALL = 1e-5
@@ -216,6 +221,24 @@ def variant_of_torch(path: Path | None = None) -> str | None:
         finally:
             pool.close()
     return None
+
+
+def every_bfloat16() -> torch.Tensor:
+    """All 65,536, in the order of their bits."""
+    return torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+@contextmanager
+def one_thread(is_enough: bool = True) -> Iterator[None]:
+    """While this is open, torch has one thread, if that `is_enough`: others would have to wake up, and stay awake for a
+    while, on cores where the library's look out for work (docs/experiments.md).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if is_enough else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def telling_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
@@ -602,11 +625,11 @@ class NativeMaths(ExpandingMaths):
     def _compare_tails(self, gate: str) -> None:
         """See whether the tables hold where rows are short, and where torch's threads part them."""
         several = self._values[1]
-        tails = self._tabulate(gate, len(several) // _TAIL)
+        tails = self._tabulate(gate, len(several) // TAIL)
         others = ((tails != several) & ~(tails.isnan() & several.isnan())).nonzero().flatten()
         self.activates_rows_alike = not len(others)
-        if len(others) and self.layer.inner % _WHOLE:
-            row = others[torch.arange(_TAIL) % len(others)]
+        if len(others) and self.layer.inner % WHOLE:
+            row = others[torch.arange(TAIL) % len(others)]
             self.activates_alike = torch.equal(self._tabulate(gate, 1, row), self._values[0][row])
 
     def _candidates(self, has_gate: bool) -> Iterator[tuple[str, str]]:
@@ -619,8 +642,8 @@ class NativeMaths(ExpandingMaths):
         of it, or as an up, in so many rows: where gates of several stand apart from each other, torch computes GELU in
         another way.
         """
-        numbers = torch.arange(1 << 16) if numbers is None else numbers
-        values = numbers.to(torch.int32).to(torch.int16).view(rows, -1).view(torch.bfloat16)
+        values = every_bfloat16() if numbers is None else every_bfloat16()[numbers]
+        values = values.view(rows, -1)
         if gate != "none":
             ups = torch.full_like(values, 0 if gate == "sigmoid" else 1)
             both = (values, ups)

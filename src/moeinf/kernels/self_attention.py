@@ -23,7 +23,7 @@ from moeinf.metamodel import CACHE
 
 from .attention import AttentionCall, NativeAttention
 from .dense import NativeLinear, NativeNorm
-from .native import WANTS_MORE
+from .native import WANTS_MORE, one_thread
 from .watching import hooks_of
 
 __all__ = ["NativeSelfAttention", "SelfAttentions", "States", "TrialCache", "kind_of"]
@@ -163,11 +163,8 @@ class NativeSelfAttention:
         self._call(ctypes.addressof(self._what), hidden, cos, sin, None)
         heads = self._what.heads
         query = self.between[: heads * self._size].view(1, heads, 1, self._size)
-
-        def attend() -> torch.Tensor:
-            return F.scaled_dot_product_attention(query, *states, scale=self._scale, enable_gqa=True)
-
-        return NativeAttention.by_torch(query, states[0].shape[2], attend).contiguous()
+        with one_thread(NativeAttention.is_small(query, states[0].shape[2])):
+            return F.scaled_dot_product_attention(query, *states, scale=self._scale, enable_gqa=True).contiguous()
 
     def _call(self, what: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, into: int | None) -> None:
         addresses = (x.data_ptr() for x in (hidden, cos, sin, self.between))
