@@ -108,6 +108,21 @@ def test_an_answer_in_which_memory_ran_out_is_not(tiny: str, monkeypatch: pytest
     assert run.slots == 4
 
 
+def test_the_way_that_was_best_is_gone_first_by_the_next_engine(tiny: str) -> None:
+    answer(tiny, 90, experts="4")  # 18 tokens each way, if they are close, and the same again
+    folder = Store().path(tiny) / TRACES_FOLDER
+    [run] = read_runs(folder, me())
+    assert run.best in ("off", "gate", "eam")
+    for other in ("gate", "off"):
+        (folder / RUNS_FILE).write_text(json.dumps({**dataclasses.asdict(run), "best": other}) + "\n")
+        with moeinf.load(tiny, experts="4") as engine:
+            assert (engine.runtime.predictor, engine.runtime.best_predictor) == (other, other)
+        with moeinf.load(tiny, experts="5") as engine:  # that is another matter
+            assert (engine.runtime.predictor, engine.runtime.best_predictor) == ("off", "")
+        with moeinf.load(tiny, experts="4", prefetch="eam") as engine:
+            assert (engine.runtime.predictor, engine.runtime.best_predictor) == ("eam", "")
+
+
 def test_a_run_never_fails_for_its_log(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise moeinf.MoeinfError("the disk is full")

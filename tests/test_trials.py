@@ -10,6 +10,7 @@ import pytest
 
 from moeinf.trials import (
     _LEAST_ASKS,
+    _LEAST_TRIAL_TOKENS,
     _MOST_TRIAL_TOKENS,
     _SETTLED_TOKENS,
     _TRIAL_TOKENS,
@@ -46,11 +47,11 @@ def test_the_way_that_costs_least_is_found_and_kept(best: str) -> None:
     trials = Trials(["off", "gate", "eam"])
     stalls = {"off": 1.2, "gate": 1.2, "eam": 1.2, best: 0.9 if best == "off" else 0.75}
     costs = {way: (0.0 if way == "off" else 0.1, stalls[way]) for way in ("off", "gate", "eam")}
-    tried = run(trials, 2 * _TRIAL_TOKENS, costs)
-    assert tried == ["off", "gate"] * _TRIAL_TOKENS  # in turn
+    tried = run(trials, 2 * _LEAST_TRIAL_TOKENS, costs)
+    assert tried == ["off", "gate"] * _LEAST_TRIAL_TOKENS  # in turn
     assert trials.is_settled == (best == "gate")
     if best != "gate":
-        assert run(trials, 2 * _TRIAL_TOKENS, costs) == ["off", "eam"] * _TRIAL_TOKENS
+        assert run(trials, 2 * _LEAST_TRIAL_TOKENS, costs) == ["off", "eam"] * _LEAST_TRIAL_TOKENS
     assert trials.is_settled
     assert run(trials, _SETTLED_TOKENS, costs) == [best] * _SETTLED_TOKENS
     assert run(trials, 3, costs) == ["off", "gate", "off"]  # from the beginning
@@ -70,9 +71,9 @@ def test_what_wins_again_stays_longer() -> None:
     costs = {"off": (0.0, 1.0), "gate": (0.1, 0.6)}
     for times in (1, 2, 4, 8, 16, 16):
         expected = times * _SETTLED_TOKENS
-        run(trials, 2 * _TRIAL_TOKENS, costs)
+        run(trials, 2 * _LEAST_TRIAL_TOKENS, costs)
         assert run(trials, expected, costs) == ["gate"] * expected
-    run(trials, 2 * _TRIAL_TOKENS, {"off": (0.0, 1.0), "gate": (0.1, 1.2)})
+    run(trials, 2 * _LEAST_TRIAL_TOKENS, {"off": (0.0, 1.0), "gate": (0.1, 1.2)})
     assert run(trials, _SETTLED_TOKENS, costs) == ["off"] * _SETTLED_TOKENS
     assert not trials.is_settled
 
@@ -107,7 +108,7 @@ def test_reads_that_slow_the_maths_count() -> None:
     trials = Trials(["off", "gate"])
     run(
         trials,
-        2 * _TRIAL_TOKENS,
+        2 * _LEAST_TRIAL_TOKENS,
         {"off": (0.0, 1.0), "gate": (0.1, 0.7)},
         other_s=lambda: 5.0 if trials.way == "off" else 7.0,
     )
@@ -182,3 +183,13 @@ def test_one_slow_token_of_the_best_keeps_others_in() -> None:
     times = iter([5.0, 5.0, 5.0, 15.0, *[5.0] * 20])
     tried = run(trials, 12, costs, other_s=lambda: next(times))
     assert tried == ["off", "gate"] * 6
+
+
+def test_what_was_best_before_is_gone_first() -> None:
+    trials = Trials(["off", "gate"], "gate")
+    costs = {"off": (0.0, 1.0), "gate": (0.1, 0.6)}
+    assert trials.is_settled
+    assert run(trials, _SETTLED_TOKENS, costs) == ["gate"] * _SETTLED_TOKENS
+    assert run(trials, 2 * _LEAST_TRIAL_TOKENS, costs) == ["off", "gate"] * _LEAST_TRIAL_TOKENS
+    assert run(trials, 2 * _SETTLED_TOKENS, costs) == ["gate"] * 2 * _SETTLED_TOKENS  # the best again
+    assert not Trials(["off", "gate"], "eam").is_settled

@@ -249,7 +249,7 @@ class Engine:
         """An answer has ended, and took the times of `timing`: what it cost altogether."""
         self._last = timing
         if self.learns:
-            self._run_log.add(self.plan, timing.tpot_s, self.runtime.decode)
+            self._run_log.add(self.plan, timing.tpot_s, self.runtime.decode, self.runtime.best_predictor)
         return self.stats()
 
     def save_collection(self) -> None:
@@ -411,6 +411,10 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     if options.compiles:
         compile_layers(model, list(modules.values()), model.device)
         notes = (*notes, _COMPILES)
+    run_log = RunLog(
+        traces, placement.manifest, placement.shape, plan, options, device=placement.device, reads_files=reads_files
+    )
+    runtime.begin_with(run_log.best_way())
     return Engine(
         manifest,
         plan,
@@ -420,9 +424,7 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
         runtime,
         device=placement.device,
         collection_file=collection_file,
-        run_log=RunLog(
-            traces, placement.manifest, placement.shape, plan, options, device=placement.device, reads_files=reads_files
-        ),
+        run_log=run_log,
         quality=quality,
         notes=(*placement.notes, *generation_notes, *notes, *more_notes),
         libraries_bytes=libraries_bytes,

@@ -222,7 +222,7 @@ class PastRun:
     """An answer of a model that is long enough to be measured. `hit_rate` leaves out what was foreseen.
     `predicted_s` is what was expected, None where the machine had not been measured. `device` is the name of the GPU
     that computed, with `host_slots` behind it, and "" where the processor did. `model` says whose it is
-    (`evidence.owner`).
+    (`evidence.owner`), and `best` the way of prefetching that `auto` had found by then, or "".
     """
 
     date: str
@@ -240,6 +240,7 @@ class PastRun:
     device: str = ""
     host_slots: int = 0
     model: str = ""
+    best: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,15 @@ class Prefetcher:
         """The predictor that is asked now, by its name."""
         return self._trials.way
 
+    @property
+    def best(self) -> str:
+        """The predictor that was found to be best; "" where no other was compared with it, or that has not ended."""
+        return self.way if len(self._predictors) > 1 and self._trials.is_settled else ""
+
+    def begin_with(self, way: str) -> None:
+        """Ask this predictor, which was the best before, and try the others later."""
+        self._trials = Trials(list(self._predictors), way)
+
     def leave_out(self, way: str) -> None:
         """Ask this predictor no more, if there is one of this name beside others; all others are tried anew."""
         if self._predictors.pop(way, None) is not None:

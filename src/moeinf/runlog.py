@@ -1,4 +1,5 @@
-"""What an engine's answers took, beside what was expected of them: kept for later forecasts.
+"""What an engine's answers took, beside what was expected of them: kept for later forecasts, and for later engines,
+which begin as these ended.
 
 Predicting takes what `moeinf profile` measured before, and measures nothing.
 """
@@ -23,6 +24,8 @@ __all__ = ["RunLog"]
 
 _LEAST_TOKENS = 16
 """Shorter answers say more about their beginning than about a token."""
+_NEAR = 0.1
+"""Numbers of slots that differ by this share of one of them are about the same."""
 
 
 class RunLog:
@@ -52,10 +55,18 @@ class RunLog:
         self._owner = evidence.owner(manifest)
         self._runs: list[tuple[MemoryPlan, PastRun]] = []
 
-    def add(self, plan: MemoryPlan, tpot_s: float, decode: CacheCounters) -> None:
+    def best_way(self) -> str:
+        """The way of prefetching that was best when the last answer with these options and about as many slots ended;
+        "" if that is not known.
+        """
+        runs = evidence.read_runs(self._folder, self._owner)
+        now = self._run(self._plan)
+        return next((run.best for run in reversed(runs) if run.best and _are_alike(run, now)), "")
+
+    def add(self, plan: MemoryPlan, tpot_s: float, decode: CacheCounters, best: str) -> None:
         """Note an answer that took `tpot_s` per token, and met the cache like this while decoding; `plan` is what goes
-        where by now. An answer in which that has changed is left out, and so is what is not foretold: compiled layers,
-        and experts that the processor computed for a GPU.
+        where by now, `best` the way of prefetching that was found to be that. An answer in which the plan has changed
+        is left out, and so is what is not foretold: compiled layers, and experts that the processor computed for a GPU.
         """
         if plan != self._plan:
             self._plan = plan
@@ -63,23 +74,28 @@ class RunLog:
         tokens = decode.requests // plan.token_experts
         if tokens < _LEAST_TOKENS or not tpot_s or decode.passed_by or self._options.compiles:
             return
-        run = PastRun(
+        hit_rate = max(0.0, 1 - (decode.misses + decode.prefetch_used) / decode.requests)
+        run = dataclasses.replace(self._run(plan), tokens=tokens, hit_rate=hit_rate, tpot_s=tpot_s, best=best)
+        self._runs.append((plan, run))
+
+    def _run(self, plan: MemoryPlan) -> PastRun:
+        """One that begins now."""
+        return PastRun(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             slots=plan.slots,
             budget=plan.budget,
-            tokens=tokens,
-            hit_rate=max(0.0, 1 - (decode.misses + decode.prefetch_used) / decode.requests),
+            tokens=0,
+            hit_rate=0.0,
             reads_files=self._reads_files,
             policy=self._options.policy,
             prefetch=self._options.prefetch,
             kernels=self._options.kernels,
             threads=self._options.threads,
-            tpot_s=tpot_s,
+            tpot_s=0.0,
             device=self._device.name if self._device else "",
             host_slots=plan.host.slots if plan.host else 0,
             model=self._owner,
         )
-        self._runs.append((plan, run))
 
     def save(self) -> None:
         """Write what was noted since the last time beside the model. Raises CapacityError or UsageError."""
@@ -110,3 +126,16 @@ class RunLog:
             except MoeinfError:  # it was not measured
                 return None
         return foretell(situation, plan).tpot_s
+
+
+def _are_alike(run: PastRun, other: PastRun) -> bool:
+    """Whether one says how the other will go: memory that is free is not the same twice."""
+    are_near = all(
+        abs(before - now) <= _NEAR * now
+        for before, now in ((run.slots, other.slots), (run.host_slots, other.host_slots))
+    )
+    return are_near and _conditions(run) == _conditions(other)
+
+
+def _conditions(run: PastRun) -> tuple[object, ...]:
+    return run.device, run.reads_files, run.policy, run.prefetch, run.kernels, run.threads

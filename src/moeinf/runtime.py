@@ -164,6 +164,15 @@ class ExpertRuntime:
         """Which predictor is asked now, by its name."""
         return self._prefetcher.way
 
+    @property
+    def best_predictor(self) -> str:
+        """Which of several predictors was found to be best, "" where that is not known yet."""
+        return self._prefetcher.best
+
+    def begin_with(self, predictor: str) -> None:
+        """Of several predictors this one was the best before: ask it at first."""
+        self._prefetcher.begin_with(predictor)
+
     def leave_out(self, predictor: str) -> None:
         """Ask this one of several predictors no more."""
         self._prefetcher.leave_out(predictor)

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 __all__ = ["Trials"]
 
+_LEAST_TRIAL_TOKENS = 4
 _TRIAL_TOKENS = 6
 _MOST_TRIAL_TOKENS = 18
-"""So many tokens go each of two ways before the better is chosen: the few where it is plain, the more where ways are
-close.
+"""So many tokens go each of two ways before the better is chosen: the least where each of its tokens took less than any
+of the other's, the few where the difference is plain all the same, the most where ways are close.
 """
 _FIRST_LOOK_TOKENS = 3
 _HOPELESS = 1.2
@@ -51,9 +52,12 @@ class Trials:
     The first way and another take turns, token by token, so that both meet the same text and the same cache. If the
     other loses, it is the next one's turn. One that spends more on foreseeing than all the waiting without it cannot
     win, and is out at once; one that is far behind, after a few tokens.
+
+    Args:
+        known: the way that was best before, which is then gone first for as long as one that was found now.
     """
 
-    def __init__(self, ways: Sequence[str]) -> None:
+    def __init__(self, ways: Sequence[str], known: str = "") -> None:
         self.way = ways[0]
         """The one to go now."""
         self._ways = ways
@@ -61,6 +65,8 @@ class Trials:
         self._patience = _SETTLED_TOKENS
         self._settled_tokens = 0
         self._begin()
+        if known in ways:
+            self._settle(known)
 
     @property
     def is_settled(self) -> bool:
@@ -88,7 +94,7 @@ class Trials:
         tried = {way: self._accounts[way].tokens for way in self._candidates}
         if len(tried) == 1:
             self._end(self._candidates[0])
-        elif all(len(tokens) >= _TRIAL_TOKENS for tokens in tried.values()) and (best := self._find_best(tried)):
+        elif all(len(tokens) >= _LEAST_TRIAL_TOKENS for tokens in tried.values()) and (best := self._find_best(tried)):
             self._end(best)
         else:
             self.way = min(self._candidates, key=lambda way: len(tried[way]))
@@ -97,8 +103,13 @@ class Trials:
         """Which of two ways has the tokens that take least; None if more tokens should say. Where they cannot, it is
         the first way.
         """
-        costs = {way: _typical(seconds) for way, seconds in _as_if_alike(tried).items()}
+        seconds = _as_if_alike(tried)
+        costs = {way: _typical(its) for way, its in seconds.items()}
         best, other = sorted(costs, key=lambda way: costs[way][0])
+        if max(seconds[best]) < min(seconds[other]):
+            return best
+        if any(len(tokens) < _TRIAL_TOKENS for tokens in tried.values()):
+            return None
         first = self._ways[0]
         lead = costs[other][0] - costs[best][0]
         doubt = math.hypot(costs[other][1], costs[best][1])
