@@ -175,6 +175,31 @@ def test_experts_have_the_room_of_weights_that_only_prompts_unpack(
     assert prompt_room(packed) - prompt_room(manifest) == room
 
 
+def test_a_table_stays_on_disk_unless_there_is_room_for_it_beside_all_experts() -> None:
+    manifest = make_manifest()
+    shape = dataclasses.replace(SHAPE, lookup_bytes=64 * MIB, table="embed_tokens.weight")
+
+    def both(available: int, **options: Any) -> tuple[MemoryPlan, MemoryPlan]:
+        plans = (
+            make_plan(manifest, each, available_bytes=available, context=1024, **options) for each in (SHAPE, shape)
+        )
+        return next(plans), next(plans)
+
+    plain, lean = both(1200 * MIB)
+    assert (lean.dense, lean.looked_up) == (plain.dense - 64 * MIB, 64 * MIB)
+    assert lean.slots - plain.slots in (64 // 3, 64 // 3 + 1)
+    assert lean.total <= lean.budget
+    plain, lean = both(8 * 1024 * MIB)
+    assert plain.regime == "resident"
+    assert lean == plain
+    plain, lean = both(plain.total - MIB, host_memory=f"{plain.total // MIB - 1}MiB")  # all fit but for the table
+    assert (plain.regime, lean.regime, lean.looked_up) == ("streaming", "resident", 64 * MIB)
+    plain, lean = both(8 * 1024 * MIB, experts="100%")
+    assert lean == plain
+    plain, lean = both(8 * 1024 * MIB, widening=2, host_memory="2GiB")
+    assert (lean.looked_up, lean) == (0, plain)
+
+
 def test_options_are_kept() -> None:
     made = plan(8000 * MIB, experts="25%", context=1000)
     assert (made.slots, made.context) == (256, 1000)

@@ -99,11 +99,13 @@ class DenseFiles:
         return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
 
 
-def read_plain(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """All of them, plain, the largest first: what is packed is then never much beside what is unpacked already."""
+def read_plain(folder: Path, manifest: Manifest, left_out: str = "") -> dict[str, torch.Tensor]:
+    """All of them but the one of the name `left_out`, plain, the largest first: what is packed is then never much
+    beside what is unpacked already.
+    """
     with DenseFiles(folder, manifest) as files:
         by_size = sorted(files.tensors, key=lambda tensor: -math.prod(tensor[2]) * DTYPE_BYTES[tensor[1]])
-        return {name: files.read(name) for name, _, _ in by_size}
+        return {name: files.read(name) for name, _, _ in by_size if name != left_out}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

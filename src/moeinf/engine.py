@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +32,7 @@ from .compiling import compile_layers, load_compiler
 from .densefile import DenseFiles, read_plain
 from .device import Device, is_out_of_memory
 from .dtypes import TORCH_DTYPES
+from .embedding import EmbeddingTable
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .gate import GatePredictor, first_decoder_layer
 from .generation import Session
@@ -55,7 +56,7 @@ from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions, check_transformers, tune_libraries
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
-from .tensorfile import TensorFile
+from .tensorfile import TensorEntry, TensorFile
 from .tiers import DevicePool, HostTier
 from .trace import ModelIdentity
 from .transfer import READERS, ExpertReader, Fetcher, Pool, SlotPool, allocate_buffer, can_read_direct
@@ -63,6 +64,8 @@ from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load", "load_tokenizer"]
 
+_PAGE_BYTES = 4096
+"""Direct reads begin at multiples of so many."""
 _COMPILES = "torch compiles layers while the first answer is made, which takes a while"
 _NOT_PINNED = (
     "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
@@ -355,9 +358,17 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     is_as_stored = placement.manifest.packed_dense == manifest.packed_dense
-    tensors = _read_dense(folder, manifest, direct) if is_as_stored else read_plain(folder, manifest)
+    read = partial(_read_dense, direct) if is_as_stored else read_plain
+    table = None
+    if placement.plan.looked_up:
+        table = stack.enter_context(EmbeddingTable(folder, manifest, shape.table))
+        tensors = {**read(folder, manifest, table.name), table.name: table.weight}
+    else:
+        tensors = read(folder, manifest)
     packed = _take_packed(tensors, placement.manifest)
     model = hooks.load_dense_model(config, tensors, placement.dtype, packed)
+    if table is not None:
+        table.serve(model.get_input_embeddings())
     del tensors, packed
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     if placement.device is not None:
@@ -568,28 +579,41 @@ def _take_packed(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[s
     }
 
 
-def _read_dense(folder: Path, manifest: Manifest, direct: bool) -> dict[str, torch.Tensor]:
-    """The dense tensors by name, as they lie: views of one buffer per file, filled at the disk's speed."""
+def _read_dense(direct: bool, folder: Path, manifest: Manifest, left_out: str = "") -> dict[str, torch.Tensor]:
+    """The dense tensors by name, but the one of the name `left_out`, as they lie: views of one or two buffers per file,
+    filled at the disk's speed.
+    """
     with DenseFiles(folder, manifest):
         pass  # it has looked at the headers
     reader = open_reader(threads=READERS, direct=direct)
     try:
         tensors: dict[str, torch.Tensor] = {}
-        for number, name in enumerate(manifest.dense_files):
-            size = manifest.files[name].size
-            buffer = allocate_buffer(align_up(size, 4096))
-            reader.fetch(number, folder / name, 0, size, memoryview(buffer))
-            arrival = reader.wait()
-            if arrival.error is not None:
-                raise arrival.error
+        for name in manifest.dense_files:
             with TensorFile.open(folder / name) as file:
-                for entry in file.entries.values():
-                    dtype = TORCH_DTYPES[entry.dtype]
-                    count = math.prod(entry.shape)
-                    flat = torch.empty(0, dtype=dtype)
-                    if count:
-                        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.begin)
-                    tensors[entry.name] = flat.view(entry.shape)
+                entries = dict(file.entries)
+            for begin, end in _around(entries.pop(left_out, None), manifest.files[name].size):
+                buffer = allocate_buffer(align_up(end - begin, _PAGE_BYTES))
+                reader.fetch(0, folder / name, begin, end, memoryview(buffer))
+                arrival = reader.wait()
+                if arrival.error is not None:
+                    raise arrival.error
+                inside = [entry for entry in entries.values() if begin <= entry.begin and entry.end <= end]
+                tensors |= {entry.name: _tensor(entry, buffer, entry.begin - begin) for entry in inside}
         return tensors
     finally:
         reader.close()
+
+
+def _around(entry: TensorEntry | None, size: int) -> list[tuple[int, int]]:
+    """The parts of a file of `size` bytes before and behind a tensor, which begin and end with pages, or all of it."""
+    if entry is None:
+        return [(0, size)]
+    parts = (0, align_up(entry.begin, _PAGE_BYTES)), (entry.end - entry.end % _PAGE_BYTES, size)
+    return [(begin, min(end, size)) for begin, end in parts if begin < min(end, size)]
+
+
+def _tensor(entry: TensorEntry, buffer: Any, offset: int) -> torch.Tensor:
+    """The tensor whose bytes are in `buffer` from `offset` on."""
+    dtype, count = TORCH_DTYPES[entry.dtype], math.prod(entry.shape)
+    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+    return flat.view(entry.shape)

@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from .errors import CapacityError, UsageError
@@ -92,11 +93,12 @@ class ModelShape:
     """What the workspace and the time of a token depend on, from the model's config. `score_heads` is 0 where attention
     never holds a whole score matrix. `sharing` heads have the same keys and values. `layers` are all layers, MoE or
     not. Of the dense weights, `head_bytes` are the output layer's, and `lookup_bytes` those of an embedding table of
-    which a token needs a row only. Where the KV cache has latents, `expanded_bytes` are what one layer makes of a
-    token's, its keys and values; they are kept, too, in `kept_layers`, and made anew for each token in others
-    (latents.py). Where a model `has_plain_attention`, all layers attend to all tokens' keys and values by torch's
-    kernel: no latents, windows, states or whole score matrices, which ask for other matrix products. Where its KV cache
-    `grows_in_place`, the memory of tokens to come is set aside, and untouched until they do (kvcache.py).
+    which a token needs a row only; `table` is its name if it can stay on disk for that, or "". Where the KV cache has
+    latents, `expanded_bytes` are what one layer makes of a token's, its keys and values; they are kept, too, in
+    `kept_layers`, and made anew for each token in others (latents.py). Where a model `has_plain_attention`, all layers
+    attend to all tokens' keys and values by torch's kernel: no latents, windows, states or whole score matrices, which
+    ask for other matrix products. Where its KV cache `grows_in_place`, the memory of tokens to come is set aside, and
+    untouched until they do (kvcache.py).
     """
 
     hidden: int
@@ -111,6 +113,7 @@ class ModelShape:
     kept_layers: int = 0
     has_plain_attention: bool = True
     grows_in_place: bool = True
+    table: str = ""
 
     @property
     def kept_bytes(self) -> int:
@@ -162,7 +165,8 @@ class MemoryPlan:
     GPU's slots lend nothing. `token_experts` is what one token asks for: with fewer slots than that, an LRU cache finds
     nothing twice. `expanded` is the part of `kv_cache` for keys and values that were made of latents. Experts may have
     what is needed at times alone: `token_room` for each token of the conversation, until it comes, and `prompt_room`,
-    the part of `workspace` that steps of several tokens take. 0: they may not.
+    the part of `workspace` that steps of several tokens take. 0: they may not. `looked_up` are bytes of dense weights
+    beside `dense`: a table that stays on disk, where tokens find their rows.
     """
 
     budget: int
@@ -180,6 +184,7 @@ class MemoryPlan:
     expanded: int = 0
     token_room: int = 0
     prompt_room: int = 0
+    looked_up: int = 0
     libraries: Libraries = Libraries()
 
     @property
@@ -277,7 +282,8 @@ def make_plan(
     libraries: Libraries = Libraries(),
 ) -> MemoryPlan:
     """Divide the memory. `available_bytes`: what this process may take; sizes as typed by the user, None meaning
-    "choose". Weights take `widening` times their bytes when they are computed with.
+    "choose". Weights take `widening` times their bytes when they are computed with. A table of which a token needs a
+    row stays on disk where that can be, unless there is room for it beside all experts.
 
     Raises CapacityError when the model cannot run within the budget, with the budget that would do; UsageError for bad
     options.
@@ -287,11 +293,12 @@ def make_plan(
     lends = experts is None
     unpacked = _unpacked_bytes(manifest) if libraries.takes_tokens and widening == 1 else 0
 
-    def plan(tokens: int) -> MemoryPlan:
+    def plan(looked_up: int, tokens: int) -> MemoryPlan:
         token_workspace = _token_workspace(manifest, shape, tokens)
         empty = MemoryPlan(
             budget=budget,
-            dense=widening * manifest.dense_bytes,
+            dense=widening * manifest.dense_bytes - looked_up,
+            looked_up=looked_up,
             kv_cache=widening * manifest.kv_fixed_bytes + tokens * kv_token,
             expanded=tokens * shape.kept_bytes,
             token_room=kv_token + _repeated_bytes(manifest, shape, widening) if lends and shape.grows_in_place else 0,
@@ -309,7 +316,13 @@ def make_plan(
         )
         return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
 
-    return _with_context(plan, manifest, shape, context, budget)
+    looked_up = shape.lookup_bytes if shape.table and widening == 1 else 0
+    made = _with_context(partial(plan, looked_up), manifest, shape, context, budget)
+    if looked_up and made.regime == "resident":
+        with suppress(CapacityError):
+            whole = plan(0, made.context)
+            return whole if whole.regime == "resident" else made
+    return made
 
 
 def make_device_plan(

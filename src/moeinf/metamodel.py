@@ -188,6 +188,7 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
     )  # their values are smaller than keys
     widest = max(max(tensor.shape) for tensor in manifest.layout.unpacked.tensors)
     table_bytes = text.vocab_size * text.hidden_size * MATHS_DTYPES[manifest.dtype].itemsize
+    is_tied = getattr(config, "tie_word_embeddings", False)
     return ModelShape(
         hidden=text.hidden_size,
         widest=max(widest, getattr(text, "intermediate_size", None) or 0),
@@ -196,12 +197,22 @@ def model_shape(config: PreTrainedConfig, manifest: Manifest) -> ModelShape:
         sharing=max(map(_sharing, text.per_layer_config)),
         layers=text.num_hidden_layers,
         head_bytes=table_bytes,
-        lookup_bytes=0 if getattr(config, "tie_word_embeddings", False) else table_bytes,
+        lookup_bytes=0 if is_tied else table_bytes,
         expanded_bytes=expanded_bytes,
         kept_layers=plain_layers if expanded_bytes else 0,
         has_plain_attention=plain_layers == text.num_hidden_layers and not (holds_scores or manifest.kv_fixed_bytes),
         grows_in_place=_grows_in_place(config, text),
+        table="" if is_tied else _table_name(config),
     )
+
+
+def _table_name(config: PreTrainedConfig) -> str:
+    """The parameter that is the table of input embeddings: its class says which one an output layer could share with
+    it, and then it is of the same shape. "" where that is not said.
+    """
+    untyped: Any = causal_lm_class(config)
+    shared = set((untyped._tied_weights_keys or {}).values())
+    return shared.pop() if len(shared) == 1 else ""
 
 
 def _sharing(layer: Any) -> int:

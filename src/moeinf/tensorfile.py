@@ -115,6 +115,11 @@ class TensorFile:
         except (OSError, _FormatError) as error:
             raise IntegrityError(f"{self.path} cannot be read: {error}") from error
 
+    def will_read(self, offset: int, size: int) -> None:
+        """Have the system read these bytes into its page cache, if it can, without waiting for it."""
+        if self._descriptor is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
 
 def encode_header(
     tensors: Sequence[tuple[str, str, Sequence[int]]],
