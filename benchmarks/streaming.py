@@ -6,8 +6,9 @@ docs/performance.md has of that, one shape after the other.
 
 Writes a random checkpoint of the shape to FOLDER, pulls it into FOLDER/home, and has `moeinf bench` run moeinf,
 transformers with its weights mapped, and accelerate's disk offload in turn, in a cgroup that holds the dense weights, a
-quarter of the experts and 1 GiB (the small shape: 1600 MiB in all). `bench` says what the disk gave, and what bounds a
-token by that.
+quarter of the experts and 1 GiB (the small shape: 1600 MiB in all). moeinf has answered once before, as a model has
+that is in use: `--prefetch auto` then knows what pays. `bench` says what the disk gave, and what bounds a token by
+that.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def main() -> None:
             "--repeat",
             asked.repeat,
         ]
-        moeinf("bench", name, "--host-memory", str(budget(name, shape, store)), *what, *against, home=store.home)
+        memory = ["--host-memory", str(budget(name, shape, store))]
+        moeinf("run", name, "Once upon a time", "--max-tokens", "48", "--temperature", "1", *memory, home=store.home)
+        moeinf("bench", name, *memory, *what, *against, home=store.home)
 
 
 if __name__ == "__main__":

@@ -170,13 +170,14 @@ def _memory_rows(plan: MemoryPlan, available: int) -> list[tuple[str, str, str]]
     steps = f"steps of {plan.step_tokens} tokens; longer ones {longer}"
     if plan.last_slots > plan.slots:
         steps += f"; between prompts, {plan.last_slots - plan.slots:,} more experts"
+    table = f"{format_bytes(plan.looked_up)} of embeddings stay on disk" if plan.looked_up else ""
     rows = [
         (
             "MEMORY" if plan.host is None else "MEMORY OF THE GPU",
             format_bytes(plan.total),
             f"of a budget of {format_bytes(plan.budget)}",
         ),
-        ("  dense weights", format_bytes(plan.dense), ""),
+        ("  dense weights", format_bytes(plan.dense), table),
         ("  KV cache", format_bytes(cache), tokens),
         *([("  made of it", format_bytes(plan.expanded), "keys and values of its latents")] if plan.expanded else []),
         ("  workspace", format_bytes(plan.workspace), steps),
