@@ -17,6 +17,7 @@ from moeinf.engine import Engine
 from moeinf.errors import IntegrityError
 from moeinf.pull import pull
 from moeinf.store import Store
+from standin import PLACE, use_device
 
 NAME = "model.embed_tokens.weight"
 
@@ -56,8 +57,8 @@ def test_a_token_that_there_is_not_is_refused(engine: Engine) -> None:
             embedding(torch.tensor([[0, token]]))
 
 
-def test_what_does_more_than_torchs_own_reads_the_mapped_table(tiny: str) -> None:
-    """Some families scale what they look up."""
+def test_what_a_family_does_with_its_rows_is_done(tiny: str) -> None:
+    """Some scale what they look up, and a token that fills gaps may be any."""
 
     class Scaled(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -66,8 +67,27 @@ def test_what_does_more_than_torchs_own_reads_the_mapped_table(tiny: str) -> Non
     stored, table = Store().open(tiny), whole(tiny)
     with EmbeddingTable(stored.path, stored.manifest, NAME) as on_disk:
         module = make_embedding(Scaled, on_disk.weight)
+        module.padding_idx = 7
         on_disk.serve(module)
         assert torch.equal(module(torch.tensor([[1, 2]])), table(torch.tensor([[1, 2]])) * 3)
+
+
+def test_a_gpu_has_no_memory_for_it(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = moeinf.Sampling(max_tokens=20, temperature=0)
+    with moeinf.load(tiny, experts="4") as engine:
+        expected = engine.session().generate([5, 6, 7], sampling).tokens
+    table = whole(tiny)
+    with use_device(monkeypatch), moeinf.load(tiny, experts="4") as engine:
+        assert engine.plan.looked_up == table.weight.nbytes
+        assert engine.plan.dense + engine.plan.looked_up == engine.manifest.dense_bytes
+        embedding: Any = engine.model.get_input_embeddings()
+        ids = torch.tensor([[3, 1, 3]], device=PLACE)
+        assert embedding(ids).device == PLACE
+        assert torch.equal(embedding(ids).cpu(), table(ids.cpu()))
+        assert (embedding.weight.device, embedding.weight.shape) == (PLACE, table.weight.shape)
+        assert embedding.weight.stride() == (0, 0)
+        assert embedding.weight[0].cpu().isnan().all()
+        assert engine.session().generate([5, 6, 7], sampling).tokens == expected
 
 
 def test_a_table_that_no_file_has_is_damage(tiny: str) -> None:

@@ -315,6 +315,23 @@ def test_random_gpus_and_hosts_never_exceed_their_budgets() -> None:
     assert 0 < refused < 300
 
 
+def test_a_gpu_has_no_table_either() -> None:
+    manifest, shape = make_manifest(), dataclasses.replace(SHAPE, lookup_bytes=64 * MIB, table="embed_tokens.weight")
+    for device, is_resident in ((1200, False), (8000, True)):
+        plain, lean = (
+            make_device_plan(manifest, each, device_bytes=device * MIB, host_bytes=2000 * MIB, context=1024)
+            for each in (SHAPE, shape)
+        )
+        assert (plain.regime == "resident") == is_resident
+        assert lean.looked_up == (0 if is_resident else 64 * MIB)
+        assert lean.dense + lean.looked_up == plain.dense
+        assert (lean.slots > plain.slots) != is_resident
+    small: dict[str, Any] = {"device_bytes": 2000 * MIB, "host_bytes": 300 * MIB, "experts": "8", "context": 1024}
+    assert make_device_plan(manifest, shape, **small).host  # less passes through host memory
+    with pytest.raises(CapacityError, match="of host memory"):
+        make_device_plan(manifest, SHAPE, **small)
+
+
 def test_regimes_of_two_tiers() -> None:
     assert device_plan(8 * GIB, 8 * GIB).regime == "resident"
     assert device_plan(8 * GIB, 8 * GIB, experts="50%").regime == "host-cached"

@@ -6,11 +6,12 @@ which keeps those of common tokens.
 
 from __future__ import annotations
 
+import copy
+import math
 import mmap
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .errors import IntegrityError
 from .manifest import Manifest
 from .tensorfile import TensorEntry, TensorFile
 
-__all__ = ["EmbeddingTable"]
+__all__ = ["EmbeddingTable", "left_behind"]
 
 
 class EmbeddingTable:
@@ -54,16 +55,22 @@ class EmbeddingTable:
         self._stack.close()
 
     def serve(self, embedding: nn.Module) -> None:
-        """Let `embedding`, which has the weight of this, have its rows from here, if it does with them what torch's
-        own does. Pages that are mapped would count as memory of this process, a dozen for each row.
+        """Let `embedding`, whose weight this is, find rows here, and do with them whatever its class does. (Pages of
+        the mapped table would count as this process's memory, up to sixteen for each row.)
         """
-        own: Callable[..., Any] = nn.Embedding.forward
-        if isinstance(embedding, nn.Embedding) and type(embedding).forward is own and embedding.max_norm is None:
-            embedding.forward = MethodType(lambda _, ids: self.rows(ids), embedding)  # type: ignore[method-assign]
+        shallow: Any = copy.copy(embedding)
+        shallow._parameters, shallow.padding_idx = {}, None
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            shallow._parameters["weight"] = self.rows(ids)
+            found: torch.Tensor = shallow.forward(torch.arange(ids.numel(), device=ids.device).view(ids.shape))
+            return found
+
+        embedding.forward = forward  # of this one alone
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of `ids` [...], as a tensor [..., H]. Raises IndexError for a token that there is not, and
-        IntegrityError where reading fails.
+        """The rows of `ids` [...], flattened, as a tensor [tokens, H] beside them. Raises IndexError for a token that
+        there is not, and IntegrityError where reading fails.
         """
         tokens = ids.flatten().tolist()
         if tokens and not 0 <= min(tokens) <= max(tokens) < self._words:
@@ -75,7 +82,23 @@ class EmbeddingTable:
         rows = torch.empty(len(tokens), self._width, dtype=self._dtype)
         for row, place in zip(rows.view(torch.uint8).numpy(), places, strict=True):
             self._file.pread_into(row.data, place)
-        return rows.view(*ids.shape, self._width)
+        return rows.to(ids.device)
+
+
+@contextmanager
+def left_behind(embedding: nn.Module) -> Iterator[None]:
+    """While this is open, a model may be moved to a device without the weight of `embedding`, which has none of its own
+    there afterwards: what stands for it has its shape, takes no memory, and is no number.
+    """
+    weight: Any = embedding.weight
+    embedding.weight = _as_weight(weight.new_empty(0))
+    yield
+    place: Any = embedding.weight.device
+    embedding.weight = _as_weight(torch.full((1, 1), math.nan, dtype=weight.dtype, device=place).expand(weight.shape))
+
+
+def _as_weight(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _map(path: Path, entry: TensorEntry) -> memoryview:

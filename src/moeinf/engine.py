@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from .compiling import compile_layers, load_compiler
 from .densefile import DenseFiles, read_plain
 from .device import Device, is_out_of_memory
 from .dtypes import TORCH_DTYPES
-from .embedding import EmbeddingTable
+from .embedding import EmbeddingTable, left_behind
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .gate import GatePredictor, first_decoder_layer
 from .generation import Session
@@ -373,7 +373,8 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     modules = {layer.module: model.get_submodule(layer.module) for layer in manifest.layers}
     if placement.device is not None:
         on_host = copy.deepcopy(list(modules.values())) if options.computes_on_host else []
-        hooks.move(model, placement.device.place)
+        with left_behind(model.get_input_embeddings()) if table is not None else nullcontext():
+            hooks.move(model, placement.device.place)
     if (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = _load_part(GenerationConfig, folder, "generation config")
     generation_notes = _simplify(model.generation_config)

@@ -65,7 +65,7 @@ class _GpuCosts:
         self._fetch_s, self._foresee_s = machine.fetch_s / SUSTAINED, machine.foresee_s / SUSTAINED
         self._prefetch, self._foreseen = situation.prefetch, situation.foreseen
         self._is_grouped = situation.kernels == "triton"
-        self._widening = plan.dense // manifest.dense_bytes if manifest.dense_bytes else 1
+        self._widening = (plan.dense + plan.looked_up) // manifest.dense_bytes if manifest.dense_bytes else 1
         self._expert_bytes = manifest.layout.nbytes
         self.token_bytes = manifest.token_experts * self._expert_bytes
         self._dense_bytes = self._widening * max(0, manifest.dense_bytes - shape.lookup_bytes)

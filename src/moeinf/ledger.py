@@ -316,13 +316,7 @@ def make_plan(
         )
         return dataclasses.replace(empty, slots=_slots(manifest, empty, experts, "--host-memory"))
 
-    looked_up = shape.lookup_bytes if shape.table and widening == 1 else 0
-    made = _with_context(partial(plan, looked_up), manifest, shape, context, budget)
-    if looked_up and made.regime == "resident":
-        with suppress(CapacityError):
-            whole = plan(0, made.context)
-            return whole if whole.regime == "resident" else made
-    return made
+    return _with_table(plan, manifest, shape, context, budget, widening)
 
 
 def make_device_plan(
@@ -349,9 +343,9 @@ def make_device_plan(
 
     fewest = max(layer.top_k for layer in manifest.layers)
 
-    def plan(tokens: int) -> MemoryPlan:
+    def plan(looked_up: int, tokens: int) -> MemoryPlan:
         token_workspace = _token_workspace(manifest, shape, tokens)
-        dense = widening * manifest.dense_bytes
+        dense = widening * manifest.dense_bytes - looked_up
         kv_cache = widening * (manifest.kv_fixed_bytes + tokens * manifest.kv_token_bytes)
         wanted = parse_slots(experts, manifest.num_experts, fewest) or fewest
         left = budget - dense - kv_cache - wanted * slot_bytes(manifest.layout)
@@ -361,6 +355,7 @@ def make_device_plan(
         empty = MemoryPlan(
             budget=budget,
             dense=dense,
+            looked_up=looked_up,
             kv_cache=kv_cache,
             workspace=base + step_tokens * token_workspace,
             token_workspace=token_workspace,
@@ -375,19 +370,21 @@ def make_device_plan(
         most = manifest.num_experts if slots < manifest.num_experts else _PASSING_SLOTS
         expanded = manifest.layout.expanded_bytes + _wide_bytes(manifest, widening)
         workspace = _LIBRARY_BYTES + (expanded if computes_on_host else 0)
-        host = _plan_host(manifest, host_memory, host_bytes, most, workspace)
+        loaded = manifest.dense_bytes - looked_up
+        host = _plan_host(manifest, loaded, host_memory, host_bytes, most, workspace)
         return dataclasses.replace(empty, slots=slots, host=host)
 
-    return _with_context(plan, manifest, shape, context, budget)
+    return _with_table(plan, manifest, shape, context, budget, widening)
 
 
 def _plan_host(
-    manifest: Manifest, host_memory: str | None, host_bytes: int, most_slots: int, workspace: int
+    manifest: Manifest, loaded: int, host_memory: str | None, host_bytes: int, most_slots: int, workspace: int
 ) -> HostPlan:
+    """`loaded` are the dense weights that pass through."""
     budget = _budget(host_memory, host_bytes)
     _check_free(budget, host_bytes, "--host-memory", "of host memory, which a GPU's copies keep from being swapped out")
     size, fewest = slot_bytes(manifest.layout), max(layer.top_k for layer in manifest.layers)
-    least = workspace + max(manifest.dense_bytes, fewest * size)
+    least = workspace + max(loaded, fewest * size)
     if budget < least:
         raise CapacityError(
             f"the model needs {format_bytes(least)} of host memory: {format_bytes(workspace)} of workspace, and"
@@ -490,6 +487,26 @@ def _context(manifest: Manifest, shape: ModelShape, asked: int | None, budget: i
     if token_bytes := manifest.kv_token_bytes + shape.kept_bytes:
         tokens = min(tokens, max(256, budget // 8 // token_bytes))
     return tokens
+
+
+def _with_table(
+    plan: Callable[[int, int], MemoryPlan],
+    manifest: Manifest,
+    shape: ModelShape,
+    context: int | None,
+    budget: int,
+    widening: int,
+) -> MemoryPlan:
+    """The plan, of bytes that are looked up and tokens, with a table left on disk where one can be, unless all experts
+    fit beside it.
+    """
+    looked_up = shape.lookup_bytes if shape.table and widening == 1 else 0
+    made = _with_context(partial(plan, looked_up), manifest, shape, context, budget)
+    if looked_up and made.regime == "resident":
+        with suppress(CapacityError):
+            whole = plan(0, made.context)
+            return whole if whole.regime == "resident" else made
+    return made
 
 
 def _with_context(
