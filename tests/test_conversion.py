@@ -211,10 +211,10 @@ def test_what_the_memory_ledger_is_told(home: Path, tmp_path: Path) -> None:
         model = pull(str(tmp_path / family), store=Store(home))
         found[family] = model_shape(load_config(model.path).config, model.manifest)
     table = VOCAB * 32 * 2
-    plain = ModelShape(32, 48, VOCAB, 0, 2, layers=3, head_bytes=table, lookup_bytes=table)
+    plain = ModelShape(32, 48, VOCAB, 0, 2, 3, table, lookup_bytes=table, table="model.embed_tokens.weight")
     assert found == {
         "qwen3_moe": plain,
-        "ernie4_5_moe": dataclasses.replace(plain, lookup_bytes=0),
+        "ernie4_5_moe": dataclasses.replace(plain, lookup_bytes=0, table=""),
         "deepseek_v3": dataclasses.replace(
             plain,
             widest=112,
