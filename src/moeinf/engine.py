@@ -36,7 +36,7 @@ from .embedding import EmbeddingTable, left_behind
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .gate import GatePredictor, first_decoder_layer
 from .generation import Session
-from .kernels import choose_device_maths, choose_maths, expands_for_a_token, speed_up_dense
+from .kernels import choose_device_maths, choose_maths, expands_for_a_token, speed_up_convolutions, speed_up_dense
 from .kvcache import continues
 from .latents import keep_expanded
 from .ledger import MemoryPlan, can_cache_files
@@ -396,6 +396,8 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
             misses = _make_misses(on_host, fetcher, manifest, options, stack)
     else:
         maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
+        if options.kernels != "torch":
+            speed_up_convolutions(model)
         if not options.compiles:
             hooks.attend(model, speed_up_dense(model, maths))
         keep_expanded(model, plan.expanded)

@@ -2,8 +2,8 @@
 
 `torch_maths` is transformers' own maths and the reference, on any device; `native` gives decoding to a library in C
 (csrc/) that reads weights as fast as memory gives them and rounds where torch rounds; `dense` and `attention` give it
-what lies between them, too, `packed` linear layers among it. `triton_maths` has kernels for a GPU. Knows nothing of
-caches.
+what lies between them, too, `packed` linear layers among it. `triton_maths` has kernels for a GPU. `convolution` has
+torch itself do sooner what it is slow at. Knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moeinf.quantized import fill_randomly
 from moeinf.shared_library import NotNativeError
 
 from .attention import NativeAttention
+from .convolution import speed_up_convolutions
 from .decoder_layer import DecoderLayers, Keeper, LayerRun, NativeDecoderLayer, Slots
 from .dense import NativeLinear, compute_packed, speed_up
 from .mlp import speed_up_mlps
@@ -67,6 +68,7 @@ __all__ = [
     "may_take_long_prompts",
     "one_thread",
     "silenced",
+    "speed_up_convolutions",
     "speed_up_dense",
     "takes_long_prompts",
 ]
