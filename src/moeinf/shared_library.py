@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["NotNativeError", "Signature", "built_library", "load_library"]
 
-_INTERFACE = 23
+_INTERFACE = 24
 """The number of moe.h."""
 
 Signature = tuple[str, Any, tuple[Any, ...]]

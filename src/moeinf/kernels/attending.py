@@ -45,6 +45,11 @@ class Attending(ABC):
 
     asks_for: tuple[str, ...] | None = None
     """What `look_at` needs of what the layer is handed, by name; None for all of it."""
+    learned: dict[str, str]
+    """What trials have shown, which holds for all layers of a kind."""
+
+    def __init__(self) -> None:
+        self.learned = {}
 
     @abstractmethod
     def describe(self, layer: Any) -> None:
@@ -77,6 +82,7 @@ class NativeAttending(Attending):
     asks_for = (_ANGLES, CACHE)
 
     def __init__(self, native: NativeSelfAttention) -> None:
+        super().__init__()
         self._native = native
         self._angles: States | None = None
         self._states: States | None = None
@@ -122,12 +128,18 @@ class NativeAttending(Attending):
 
 
 class CalledAttending(Attending):
-    """Any attention module, which is called as the layer calls it: with what that is handed. `hidden` is how many
-    numbers a state has.
+    """Any attention module, or what stands in its place, which is called as the layer calls it: with what that is
+    handed, by the same names or others.
+
+    Args:
+        module: it.
+        hidden: how many numbers a state has.
+        gives_more: whether its output is the first of several that it gives.
     """
 
-    def __init__(self, module: nn.Module, hidden: int) -> None:
-        self._module, self._hidden = module, hidden
+    def __init__(self, module: nn.Module, hidden: int, *, gives_more: bool) -> None:
+        super().__init__()
+        self._module, self._hidden, self._gives_more = module, hidden, gives_more
         self._handed: dict[str, Any] = {}
 
     def describe(self, layer: Any) -> None:
@@ -136,7 +148,8 @@ class CalledAttending(Attending):
     def takes(self, hidden: torch.Tensor, **named: Any) -> object:
         if hidden.numel() != self._hidden or hidden.dtype != torch.bfloat16:
             return None
-        return tuple((name, value if isinstance(value, bool) else type(value)) for name, value in sorted(named.items()))
+        kinds = ((name, value if isinstance(value, bool) else type(value)) for name, value in sorted(named.items()))
+        return self._gives_more, *kinds
 
     def look_at(self, layer: Any, **named: Any) -> bool:
         self._handed = named
@@ -144,8 +157,9 @@ class CalledAttending(Attending):
 
     def attend(self, normed: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         handed, self._handed = self._handed, {}  # a KV cache whose memory somebody may want to have back
-        output, *_ = self._module(hidden_states=normed(), **handed)
-        attended: torch.Tensor = output
+        given = {name: handed[source] if source else None for name, source in self.learned.items()}
+        output = self._module(hidden_states=normed(), **given)
+        attended: torch.Tensor = output[0] if self._gives_more else output
         return attended.contiguous()
 
     def trials(self, **named: Any) -> Iterator[Trial]:
@@ -153,12 +167,13 @@ class CalledAttending(Attending):
         asked: list[dict[str, Any]] = []
         attended = torch.empty(0)
 
-        def attend(**handed: Any) -> tuple[torch.Tensor, None]:
+        def attend(**handed: Any) -> Any:
             asked.append(handed)
-            return attended, None
+            return (attended, None) if self._gives_more else attended
 
         def look_at(_layer: Any) -> None:
             self._handed = named
+            self.learned = _sources(asked[0], named)
 
         for size in _SIZES * _ROUNDS:
             asked.clear()
@@ -167,11 +182,25 @@ class CalledAttending(Attending):
             )
             with replaced(self._module, "forward", attend):
                 yield Trial(hidden, named, look_at)
-            first, *others = (each.pop(_STATE) for each in asked)
-            if not all(torch.equal(each, first) for each in others) or not all(
-                _are_the_same(each, named) for each in asked
-            ):
+            theirs, ours = asked
+            if not torch.equal(theirs.pop(_STATE), ours.pop(_STATE)) or not _are_the_same(theirs, ours):
                 raise ValueError("attention is handed something else")
+
+
+def _sources(handed: dict[str, Any], named: dict[str, Any]) -> dict[str, str]:
+    """By which names what is `handed` on is found in what the layer is handed, `named`; "" for nothing. Raises
+    ValueError for what is not there.
+    """
+    sources = {}
+    for name, value in handed.items():
+        if name == _STATE:
+            continue
+        others = (name,) if value is None else (name, *named)
+        same = [other for other in others if other in named and named[other] is value]
+        if not same and value is not None:
+            raise ValueError("attention is handed what its layer is not")
+        sources[name] = same[0] if same else ""
+    return sources
 
 
 def _are_the_same(ones: dict[str, Any], others: dict[str, Any]) -> bool:

@@ -4,8 +4,8 @@ attention, norm, router, experts, MLP, and the sums.
 What it is made of is native and torch's to the last bit by itself (`self_attention`, `dense`, `mlp`, `native`). What is
 saved are the small steps of Python between, which cost more than they seem to: the weights of each layer drive Python's
 data out of the processor's caches (docs/experiments.md). Of attention, and of routers, that the library does not know,
-it is told the results, and computes the rest. No family is named: a layer is taken when it has the usual parts under
-their usual names, and gives on trial what these give in the usual order.
+it is told the results, and computes the rest. No family is named: a layer is taken when it has the usual parts, by
+whatever names, and gives on trial what these give in the usual order.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from moeinf.metamodel import CACHE
 from .attending import Attending, CalledAttending, NativeAttending, Trial
 from .dense import NativeNorm
 from .feed_forward import TIED, Asked, Choosing, FeedForward, Router, by_expert
+from .mlp import NativeMlp
 from .native import WANTS_MORE
 from .self_attention import NativeSelfAttention, kind_of
 from .watching import Hooks, all_watch, hooks_of, silenced
 
 __all__ = ["DecoderLayers", "Keeper", "LayerRun", "NativeDecoderLayer", "Slots"]
 
-_ATTENTION, _NORMS = "self_attn", ("input_layernorm", "post_attention_layernorm")
 _STATE = "hidden_states"
 _AWAY, _UNATTENDED, _UNDECIDED = 1, 3, 4
 """What `moe_decode` returns where experts are not in memory, where somebody else is to attend, and to choose."""
@@ -99,9 +99,9 @@ class DecoderLayers:
 
     def __init__(self, keeper: Keeper, slots: Slots, check: Callable[[], None]) -> None:
         self.keeper, self.slots, self.check = keeper, slots, check
-        self.choosing: dict[tuple[object, ...], Choosing | None] = {}
-        """How layers of a kind choose, which differ in their weights alone; None where they came out otherwise when
-        they were tried.
+        self.known: dict[tuple[object, ...], tuple[Choosing, dict[str, str]] | None] = {}
+        """How layers of a kind choose, which differ in their weights alone, and what is known of how they attend; None
+        where they came out otherwise when they were tried.
         """
         self._between: dict[tuple[int, int, int], _Between] = {}
 
@@ -111,13 +111,13 @@ class DecoderLayers:
         """The forward of `layer` from now on, or None for one that is of another kind. `experts` is the module in it
         whose experts `maths` computes, which have the numbers of `span` over all layers; None for a layer without.
         """
-        parts = dict(layer.named_children())
-        norms = [getattr(parts.pop(name, None), "forward", None) for name in _NORMS]
-        attention = parts.pop(_ATTENTION, None)
-        if attention is None or len(parts) != 1 or not all(isinstance(norm, NativeNorm) for norm in norms):
+        parts = list(layer.children())
+        norms: list[Any] = [part for part in parts if isinstance(part.forward, NativeNorm)]
+        blocks = [part for part in parts if part not in norms and _is_block(part, experts)]
+        if len(norms) != 2 or len(blocks) != 1 or len(parts) != 4:
             return None
-        (block,) = parts.values()
-        feed = FeedForward.find(block, experts, maths, span)
+        (attention,) = (part for part in parts if part not in (*norms, *blocks))
+        feed = FeedForward.find(blocks[0], experts, maths, span)
         return None if feed is None else NativeDecoderLayer(self, layer, norms, attention, feed)
 
     def between(self, hidden: int, count: int, top_k: int) -> _Between:
@@ -125,6 +125,11 @@ class DecoderLayers:
         if shape not in self._between:
             self._between[shape] = _Between(*shape)
         return self._between[shape]
+
+
+def _is_block(part: nn.Module, experts: nn.Module | None) -> bool:
+    """Whether it has the experts, or is all that a layer has in their place."""
+    return isinstance(part.forward, NativeMlp) if experts is None else any(each is experts for each in part.modules())
 
 
 class LayerRun:
@@ -193,15 +198,15 @@ class NativeDecoderLayer:
         self, shared: DecoderLayers, layer: Any, norms: list[Any], attention: nn.Module, feed: FeedForward
     ) -> None:
         self._shared, self._forward, self._feed, self.pool = shared, layer.forward, feed, feed.pool
-        self._norm: NativeNorm = norms[0]
+        self._norm: NativeNorm = norms[0].forward
+        self._second_norm = norms[1]
         hidden, count, top_k = self._norm.layer.size, len(feed.span), feed.top_k
-        self._ways: list[Attending] = [CalledAttending(attention, hidden)]
+        self._ways: list[Attending] = [CalledAttending(attention, hidden, gives_more=more) for more in (True, False)]
         if isinstance(attention.forward, NativeSelfAttention):
             self._ways.insert(0, NativeAttending(attention.forward))
         self.attention = self._ways[0]
         """What attends to the token that was taken last."""
         self._kind = tuple(map(kind_of, layer.modules()))
-        self._second_norm = getattr(layer, _NORMS[1])
         self.watched: list[Hooks] = []
         """Hooks that are told of a token here, too, as long as they do nothing but watch: those before the block, and
         behind the norm before it, and behind experts.
@@ -218,7 +223,7 @@ class NativeDecoderLayer:
         self._index = torch.empty(1, top_k, dtype=torch.int64)
         self._chosen = (c_int64 * top_k).from_address(self._index.data_ptr())
         self.layer = _DecoderLayer(
-            *(ctypes.addressof(norm.layer) for norm in norms),
+            *(ctypes.addressof(norm.layer) for norm in (self._norm, self._second_norm.forward)),
             mlp=feed.mlp and ctypes.addressof(feed.mlp.layer),
             asks_share=feed.share is not None,
             top_k=top_k,
@@ -336,10 +341,12 @@ class NativeDecoderLayer:
         self._use(attention)
         if (attention, way) != self._known_for:
             kind = *self._kind, type(attention), way
-            if kind not in self._shared.choosing:
-                self._shared.choosing[kind] = self._try(named)
-            if (choosing := self._shared.choosing[kind]) is None:
+            if kind not in self._shared.known:
+                choosing = self._try(named)
+                self._shared.known[kind] = None if choosing is None else (choosing, attention.learned)
+            if (known := self._shared.known[kind]) is None:
                 return False
+            choosing, attention.learned = known
             self._choose(choosing)
             self._known_for = attention, way
         return True

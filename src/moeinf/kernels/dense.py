@@ -34,6 +34,8 @@ Found = dict[tuple[int, ...], tuple[int, Order]]
 """For a shape, as many rows as come out the same, and in which order the library adds up one."""
 
 _TRIALS = 4
+_NORMS = (True, False), (False, False), (False, True)
+"""Kinds of norms: whether they round before they multiply, and by one more than the weight."""
 _MOST_ALONE = 1 << 20
 """A matrix of more numbers than this one thread would need longer for than two and what they cost others."""
 _MOST_NUMBERS = 1 << 15
@@ -145,7 +147,7 @@ def _stand_in(module: nn.Module, pool: NativePool, found: Found) -> _Native | No
         linear = NativeLinear(module.forward, pool, module.weight, module.bias)
         return linear if linear.is_exact(found) else None
     if len(weights) == 1 and weights[0].dim() == 1 and _epsilon(module) and not list(module.children()):
-        norms = (NativeNorm(module, pool, weights[0], rounds_first=first) for first in (True, False))
+        norms = (NativeNorm(module, pool, weights[0], *kind) for kind in _NORMS)
         return next((norm for norm in norms if norm.is_exact()), None)
     return None
 
@@ -286,16 +288,24 @@ class _NativeWeight(nn.Parameter):
 class _NormLayer(ctypes.Structure):
     """`moe_norm_layer` of moe.h."""
 
-    _fields_ = (("size", c_int64), ("epsilon", c_float), ("rounds_first", c_int32), ("weight", c_void_p))
+    _fields_ = (
+        ("size", c_int64),
+        ("epsilon", c_float),
+        ("rounds_first", c_int32),
+        ("adds_one", c_int32),
+        ("weight", c_void_p),
+    )
 
 
 class NativeNorm(_Native):
-    """Families differ in whether they round before they multiply by the weight."""
+    """Families differ in whether they round before they multiply by the weight, and in whether that is by one more."""
 
-    def __init__(self, module: nn.Module, pool: NativePool, weight: torch.Tensor, *, rounds_first: bool) -> None:
+    def __init__(
+        self, module: nn.Module, pool: NativePool, weight: torch.Tensor, rounds_first: bool, adds_one: bool
+    ) -> None:
         super().__init__(module.forward, pool)
         self._size = weight.numel()
-        self.layer = _NormLayer(self._size, _epsilon(module), rounds_first, weight.data_ptr())
+        self.layer = _NormLayer(self._size, _epsilon(module), rounds_first, adds_one, weight.data_ptr())
         self._address = ctypes.addressof(self.layer)
 
     def takes(self, x: torch.Tensor) -> bool:

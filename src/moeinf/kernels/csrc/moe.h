@@ -56,7 +56,7 @@ typedef struct {
 typedef struct moe_pool moe_pool;
 
 /* Changes whenever anything in this file does, so that nobody calls a library that was built from another one. */
-enum { MOE_INTERFACE = 23 };
+enum { MOE_INTERFACE = 24 };
 MOE_API int moe_interface(void);
 
 /* The instruction sets that this processor can run, by number from 0, the best one last; NULL past the last. */
@@ -141,11 +141,11 @@ typedef struct {
 MOE_API int moe_mlp(moe_pool *pool, const moe_mlp_layer *layer, const void *x, void *output);
 
 /* A root-mean-square norm of the dense part in bfloat16, weight being [size]: x / sqrt(mean(x²) + epsilon), rounded or
- * not, times weight. */
+ * not, times weight, or times one more than that. */
 typedef struct {
     int64_t size;
     float epsilon;
-    int32_t rounds_first;
+    int32_t rounds_first, adds_one;
     const void *weight;
 } moe_norm_layer;
 

@@ -81,7 +81,8 @@ int moe_norm(moe_pool *pool, const moe_norm_layer *layer, int count, const void 
         float scale = 1 / sqrtf(sum_like_torch(squares, size) / (float)size + layer->epsilon);
         for (size_t i = 0; i < size; i++) {
             float value = values[i] * scale;
-            out[i] = to_bf16(from_bf16(weight[i]) * (layer->rounds_first ? rounded(value, MOE_BF16) : value));
+            float times = from_bf16(weight[i]) + (layer->adds_one ? 1.0f : 0.0f);
+            out[i] = to_bf16(times * (layer->rounds_first ? rounded(value, MOE_BF16) : value));
         }
     }
     return 0;
