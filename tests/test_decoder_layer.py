@@ -54,6 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 32},
     "gpt_oss": {},
     "hunyuan_v1_moe": {},
+    "lfm2_moe": {},
     "mellum": EXPERTS,
     "phimoe": {},
     "mixtral": {"num_local_experts": 32},
@@ -62,6 +63,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 32, "residual_multiplier": 0.22},
     "minimax_m2": {"num_local_experts": 32},
     "qwen2_moe": EXPERTS,
+    "qwen3_5_moe_text": EXPERTS,
+    "qwen3_next": EXPERTS,
 }
 LEFT = {"phimoe"}
 """The families whose layers are left alone: their norms are unknown to the library, or in other places."""

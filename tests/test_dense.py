@@ -186,7 +186,9 @@ def test_what_a_router_multiplies_is_torchs(has_bias: bool, pool: NativePool, mo
 
 
 class Norm(nn.Module):
-    """As most families have it; others multiply by the weight before they round, or add 1 to it, or gate the result."""
+    """As most families have it; others multiply by the weight, or by one more, before they round, or add 1 to it and
+    round that, or gate the result.
+    """
 
     def __init__(self, size: int, kind: str = "rounds first") -> None:
         super().__init__()
@@ -199,11 +201,13 @@ class Norm(nn.Module):
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         if self.kind == "rounds last":
             return (self.weight * wide).to(x.dtype)
+        if self.kind == "one more":
+            return (wide * (1.0 + self.weight.float())).to(x.dtype)
         weight = 1 + self.weight if self.kind == "adds one" else self.weight
         return weight * wide.to(x.dtype) if gate is None else weight * wide.to(x.dtype) * gate
 
 
-@pytest.mark.parametrize("kind", ["rounds first", "rounds last"])
+@pytest.mark.parametrize("kind", ["rounds first", "rounds last", "one more"])
 @pytest.mark.parametrize("size", [1, 7, 8, 33, 64, 100, 128, 520, 1024, 2880, 7168])
 @pytest.mark.skipif(TORCH_S is None, reason="torch may add in another order on such a processor")
 def test_norms_are_torchs(size: int, kind: str) -> None:
