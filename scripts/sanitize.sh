@@ -12,5 +12,5 @@ trap 'rm -rf "$work"' EXIT
 # Python itself leaks on purpose; the sanitizer's allocator has to be the first, and what throws torch's errors known to it.
 export ASAN_OPTIONS=detect_leaks=0 MOEINF_TEST_LIBRARY="$work/moe.so"
 preload="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libstdc++.so.6)"
-LD_PRELOAD="$preload" "$PYTHON" -m pytest -p no:cacheprovider tests/test_native.py tests/test_avx2.py tests/test_native_prompts.py tests/test_orders.py tests/test_lossless.py tests/test_dense.py tests/test_mlp.py tests/test_attention.py \
+LD_PRELOAD="$preload" "$PYTHON" -m pytest -p no:cacheprovider tests/test_native.py tests/test_avx2.py tests/test_native_prompts.py tests/test_orders.py tests/test_lossless.py tests/test_dense.py tests/test_mlp.py tests/test_delta_rule.py tests/test_attention.py \
     tests/test_self_attention.py tests/test_decoder_layer.py tests/test_sinks.py tests/test_native_routing.py tests/test_neighbour_use.py tests/test_transfer.py "$@"

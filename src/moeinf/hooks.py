@@ -14,6 +14,7 @@ named here.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from .kernels import (
     ExpertMaths,
     LosslessLinear,
     NativeAttention,
+    NativeDeltaRule,
     NativeMaths,
     NativeSinks,
     SelfAttentions,
@@ -60,6 +62,8 @@ _ROTATION = "apply_rotary_pos_emb"
 """What most families call the function that turns queries and keys."""
 _EAGER = "eager_attention_forward"
 """What they call the one that attends step by step."""
+_DELTA_RULE = "torch_recurrent_gated_delta_rule"
+"""What Qwen's call a step of a recurrent state."""
 _interrupt = KeptInterrupt()
 """Within a forward pass, Ctrl-C waits for the next MoE layer that is not part of a larger call, or the end."""
 
@@ -254,7 +258,7 @@ def attend(model: nn.Module, attention: NativeAttention | None) -> None:
     wholes = SelfAttentions(attention)
     for module in model.modules():
         module.moeinf_attention = attention  # type: ignore[assignment]  # a plain attribute, not a submodule
-        forward: Any = type(module).forward
+        forward = _forward_of(module)
         if _called(forward):
             if forward not in forwards:
                 forwards[forward] = _with_native(forward, attention)
@@ -291,17 +295,28 @@ def decode(
             model.forward = token_forward
 
 
+def _forward_of(module: nn.Module) -> Any:
+    """That of its class; where that has a recurrent state, without what accelerate has wrapped around it."""
+    forward: Any = type(module).forward
+    bare = inspect.unwrap(forward)
+    return bare if _DELTA_RULE in _called(bare) else forward
+
+
 def _called(forward: Any) -> set[str]:
     """Which of the functions that the library may have it calls, by their names in its module."""
     if not isinstance(forward, FunctionType):
         return set()
-    return {_ROTATION, _EAGER}.intersection(forward.__code__.co_names, forward.__globals__)
+    return {_ROTATION, _EAGER, _DELTA_RULE}.intersection(forward.__code__.co_names, forward.__globals__)
 
 
 def _with_native(forward: FunctionType, attention: NativeAttention) -> FunctionType:
     """The same code, to which these names mean what the library has."""
     names = dict(forward.__globals__)
-    makers: dict[str, Any] = {_ROTATION: attention.rotation, _EAGER: partial(NativeSinks, pool=attention.pool)}
+    makers: dict[str, Any] = {
+        _ROTATION: attention.rotation,
+        _EAGER: partial(NativeSinks, pool=attention.pool),
+        _DELTA_RULE: partial(NativeDeltaRule, pool=attention.pool),
+    }
     names |= {name: makers[name](names[name]) for name in _called(forward)}
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__

@@ -22,6 +22,7 @@ from moeinf.shared_library import NotNativeError
 from .attention import NativeAttention
 from .convolution import speed_up_convolutions
 from .decoder_layer import DecoderLayers, Keeper, LayerRun, NativeDecoderLayer, Slots
+from .delta_rule import NativeDeltaRule
 from .dense import NativeLinear, compute_packed, speed_up
 from .mlp import speed_up_mlps
 from .native import (
@@ -49,6 +50,7 @@ __all__ = [
     "LosslessLinear",
     "NativeAttention",
     "NativeDecoderLayer",
+    "NativeDeltaRule",
     "NativeLinear",
     "NativeMaths",
     "NativeSinks",

@@ -167,6 +167,7 @@ _FUNCTIONS: tuple[Signature, ...] = (
     ("moe_route", c_int, (c_void_p,) * 5),
     ("moe_decode", c_int, (c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p)),
     ("moe_finish", c_int, (c_void_p,) * 3),
+    ("moe_delta_rule", c_int, (c_void_p,) * 10),
     ("moe_rotate", None, (c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     ("moe_read", c_uint64, (c_void_p, c_void_p, c_size_t)),
 )

@@ -182,6 +182,19 @@ MOE_API int moe_soften(int dtype, int64_t rows, int64_t count, int32_t lanes, vo
  * the angles whose cosines and sines are given, [size] too; products are rounded before they are added. `output` may be x. */
 MOE_API void moe_rotate(int count, int64_t size, const void *x, const void *cosines, const void *sines, void *output);
 
+/* The gated delta rule for one token: a state [keys, values] in float32 per head, which decays, is corrected by what the key
+ * finds in it, and gives what the query finds then. `heads` share `key_heads` queries and keys, some that follow each other
+ * each; these are multiplied by one over their norm, and queries divided by `root`. */
+typedef struct {
+    int64_t key_heads, heads, keys, values;
+    float root, epsilon;
+} moe_delta_rule_layer;
+
+/* query and key are [key_heads, keys], value and output [heads, values] in bfloat16, beta [heads] too; decay is [heads] in float32.
+ * `next` may be `state`. 0, or -1 when memory is lacking. */
+MOE_API int moe_delta_rule(moe_pool *pool, const moe_delta_rule_layer *layer, const void *query, const void *key, const void *value,
+                           const float *decay, const void *beta, const float *state, float *next, void *output);
+
 /* All of a layer's attention for one token: queries, keys and values of x; norms of queries and keys, of a head or of all
  * together, or none (NULL); of every head the first `turned` numbers turned; attention, the token itself included; and the
  * output's projection. */
