@@ -396,9 +396,9 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
             misses = _make_misses(on_host, fetcher, manifest, options, stack)
     else:
         maths = choose_maths(modules.values(), manifest.layout, options.kernels, pool.tensors(0), stack)
-        if options.kernels != "torch":
-            speed_up_convolutions(model)
         if not options.compiles:
+            if options.kernels != "torch":
+                speed_up_convolutions(model)
             hooks.attend(model, speed_up_dense(model, maths))
         keep_expanded(model, plan.expanded)
         if expands_for_a_token(model, maths, manifest.layout):
