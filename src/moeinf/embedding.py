@@ -32,7 +32,6 @@ class EmbeddingTable:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, name: str) -> None:
-        self.name = name
         with ExitStack() as stack:
             files = [stack.enter_context(TensorFile.open(folder / each)) for each in manifest.dense_files]
             file = next((each for each in files if name in each.entries), None)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,7 @@ from .kernels import choose_device_maths, choose_maths, expands_for_a_token, spe
 from .kvcache import continues
 from .latents import keep_expanded
 from .ledger import MemoryPlan, can_cache_files
-from .manifest import Manifest, expert_path, uppers_name
+from .manifest import EXPERT_ALIGNMENT, Manifest, expert_path, uppers_name
 from .metamodel import model_shape
 from .misses import HostMisses, MissChoice
 from .native_reader import open_reader
@@ -64,8 +64,6 @@ from .units import align_up, format_bytes
 
 __all__ = ["Engine", "load", "load_tokenizer"]
 
-_PAGE_BYTES = 4096
-"""Direct reads begin at multiples of so many."""
 _COMPILES = "torch compiles layers while the first answer is made, which takes a while"
 _NOT_PINNED = (
     "the system does not let the GPU reach host memory by itself (ulimit -l may say why): experts are copied slower"
@@ -358,13 +356,11 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     reads_files = placement.device is None and can_cache_files(placement.plan, manifest, memory.available_bytes())
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     is_as_stored = placement.manifest.packed_dense == manifest.packed_dense
-    read = partial(_read_dense, direct) if is_as_stored else read_plain
-    table = None
-    if placement.plan.looked_up:
-        table = stack.enter_context(EmbeddingTable(folder, manifest, shape.table))
-        tensors = {**read(folder, manifest, table.name), table.name: table.weight}
-    else:
-        tensors = read(folder, manifest)
+    on_disk = shape.table if placement.plan.looked_up else ""
+    tensors = _read_dense(folder, manifest, direct, on_disk) if is_as_stored else read_plain(folder, manifest, on_disk)
+    table = stack.enter_context(EmbeddingTable(folder, manifest, on_disk)) if on_disk else None
+    if table is not None:
+        tensors[on_disk] = table.weight
     packed = _take_packed(tensors, placement.manifest)
     model = hooks.load_dense_model(config, tensors, placement.dtype, packed)
     if table is not None:
@@ -582,7 +578,7 @@ def _take_packed(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[s
     }
 
 
-def _read_dense(direct: bool, folder: Path, manifest: Manifest, left_out: str = "") -> dict[str, torch.Tensor]:
+def _read_dense(folder: Path, manifest: Manifest, direct: bool, left_out: str) -> dict[str, torch.Tensor]:
     """The dense tensors by name, but the one of the name `left_out`, as they lie: views of one or two buffers per file,
     filled at the disk's speed.
     """
@@ -595,7 +591,7 @@ def _read_dense(direct: bool, folder: Path, manifest: Manifest, left_out: str = 
             with TensorFile.open(folder / name) as file:
                 entries = dict(file.entries)
             for begin, end in _around(entries.pop(left_out, None), manifest.files[name].size):
-                buffer = allocate_buffer(align_up(end - begin, _PAGE_BYTES))
+                buffer = allocate_buffer(align_up(end - begin, EXPERT_ALIGNMENT))
                 reader.fetch(0, folder / name, begin, end, memoryview(buffer))
                 arrival = reader.wait()
                 if arrival.error is not None:
@@ -611,7 +607,7 @@ def _around(entry: TensorEntry | None, size: int) -> list[tuple[int, int]]:
     """The parts of a file of `size` bytes before and behind a tensor, which begin and end with pages, or all of it."""
     if entry is None:
         return [(0, size)]
-    parts = (0, align_up(entry.begin, _PAGE_BYTES)), (entry.end - entry.end % _PAGE_BYTES, size)
+    parts = (0, align_up(entry.begin, EXPERT_ALIGNMENT)), (entry.end - entry.end % EXPERT_ALIGNMENT, size)
     return [(begin, min(end, size)) for begin, end in parts if begin < min(end, size)]
 
 

@@ -1,24 +1,17 @@
 #include "library.h"
 
-#include <math.h>
-
 /* torch computes the gated delta rule step by step, each of which reads and writes the whole state. Here a head's is read twice
- * and written twice, the second time in the processor's caches. Sums over keys are those of torch (SumKernel.cpp, found
- * again by trying): LEVELS sums of rows, of which the first is emptied into the next every 16 rows or more, and that into the
- * next. Products are rounded before they are added, so nothing here may be made one rounding of two. */
+ * and written twice, the second time in the processor's caches. Sums over keys are sums of rows (row_sum.h). Products are rounded
+ * before they are added, so nothing here may be made one rounding of two. */
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-enum { LEVELS = 4 };
+#include "row_sum.h"
 
-typedef struct {
-    float *levels; /* [LEVELS, values] */
-    size_t values, row, step;
-    int power;
-} row_sum;
+#include <math.h>
 
 typedef struct {
     const moe_delta_rule_layer *layer;
@@ -29,40 +22,6 @@ typedef struct {
     float *scratch; /* per head */
     size_t numbers; /* of it */
 } delta_rule;
-
-static void add_to(float *sums, const float *values, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        sums[i] += values[i];
-}
-
-static row_sum begin_sum(float *levels, size_t rows, size_t values) {
-    int log2 = 0;
-    while ((size_t)1 << log2 < rows)
-        log2++;
-    int power = log2 / LEVELS > 4 ? log2 / LEVELS : 4;
-    memset(levels, 0, LEVELS * values * sizeof *levels);
-    return (row_sum){.levels = levels, .values = values, .step = (size_t)1 << power, .power = power};
-}
-
-/* A row has been added to the first sum. */
-static void end_row(row_sum *sum) {
-    size_t values = sum->values;
-    if (++sum->row % sum->step != 0)
-        return;
-    for (int level = 1; level < LEVELS; level++) {
-        float *filled = sum->levels + (size_t)(level - 1) * values;
-        add_to(filled + values, filled, values);
-        memset(filled, 0, values * sizeof *filled);
-        if ((sum->row & ((sum->step - 1) << (level * sum->power))) != 0)
-            break;
-    }
-}
-
-static const float *end_sum(row_sum *sum) {
-    for (size_t level = 1; level < LEVELS; level++)
-        add_to(sum->levels, sum->levels + level * sum->values, sum->values);
-    return sum->levels;
-}
 
 /* x / sqrt(sum(x²) + epsilon) */
 static void normalise(const moe_delta_rule_layer *layer, const uint16_t *x, float *normed, float *squares) {
@@ -108,21 +67,21 @@ static void run_ticket(void *job, size_t head) {
     for (size_t k = 0; k < keys; k++)
         query[k] /= layer->root;
 
-    row_sum sum = begin_sum(levels, keys, values);
+    row_sum sum = begin_rows(levels, keys, values);
     for (size_t k = 0; k < keys; k++) {
         forget(state + k * values, rule->decay[head], key[k], values, next + k * values, levels);
         end_row(&sum);
     }
-    const float *found = end_sum(&sum);
+    const float *found = end_rows(&sum);
     for (size_t v = 0; v < values; v++)
         delta[v] = (from_bf16(rule->value[head * values + v]) - found[v]) * from_bf16(rule->beta[head]);
 
-    sum = begin_sum(levels, keys, values);
+    sum = begin_rows(levels, keys, values);
     for (size_t k = 0; k < keys; k++) {
         correct(delta, key[k], query[k], values, next + k * values, levels);
         end_row(&sum);
     }
-    found = end_sum(&sum);
+    found = end_rows(&sum);
     for (size_t v = 0; v < values; v++)
         rule->output[head * values + v] = to_bf16(found[v]);
 }

@@ -1,24 +1,12 @@
 #include "library.h"
+#include "row_sum.h"
 
 #include <math.h>
 
-/* torch adds the squares of a row in LANES interleaved sums of 4 vectors each; such a sum is emptied into the next of 4
- * LEVELS every 16 vectors or more, and that one into the next, so that no sum takes in too many small numbers. What does
+/* torch adds the squares of a row in LANES interleaved sums of 4 vectors each, which are rows of numbers (row_sum.h). What does
  * not fill 4 vectors, and then a vector, comes last. Less than a vector has 4 interleaved sums, the first of which takes in what
- * is left over. (ATen/native/cpu/SumKernel.cpp, found again by trying.) */
-enum { LANES = 8, ABREAST = 4, ROW = LANES * ABREAST, LEVELS = 4 };
-
-static int ceil_log2(size_t size) {
-    int power = 0;
-    while ((size_t)1 << power < size)
-        power++;
-    return power;
-}
-
-static void add_to(float *sums, const float *values, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        sums[i] += values[i];
-}
+ * is left over. */
+enum { LANES = 8, ABREAST = 4, ROW = LANES * ABREAST };
 
 static float sum_few(const float *values, size_t size) {
     float sums[ABREAST] = {0};
@@ -31,33 +19,23 @@ static float sum_few(const float *values, size_t size) {
 float sum_like_torch(const float *values, size_t size) {
     if (size < LANES)
         return sum_few(values, size);
-    float sums[LEVELS][ROW] = {{0}};
-    size_t vectors = size / LANES, rows = vectors / ABREAST, row = 0;
-    int log2 = ceil_log2(rows), power = log2 / LEVELS > 4 ? log2 / LEVELS : 4;
-    size_t step = (size_t)1 << power;
-    while (row + step <= rows) {
-        for (size_t end = row + step; row < end; row++)
-            add_to(sums[0], values + row * ROW, ROW);
-        for (int level = 1; level < LEVELS; level++) {
-            add_to(sums[level], sums[level - 1], ROW);
-            memset(sums[level - 1], 0, sizeof sums[0]);
-            if ((row & ((step - 1) << (level * power))) != 0)
-                break;
-        }
+    float levels[LEVELS * ROW];
+    size_t vectors = size / LANES, rows = vectors / ABREAST;
+    row_sum sum = begin_rows(levels, rows, ROW);
+    for (size_t row = 0; row < rows; row++) {
+        add_to(levels, values + row * ROW, ROW);
+        end_row(&sum);
     }
-    for (; row < rows; row++)
-        add_to(sums[0], values + row * ROW, ROW);
-    for (int level = 1; level < LEVELS; level++)
-        add_to(sums[0], sums[level], ROW);
+    float *sums = end_rows(&sum);
     for (size_t i = rows * ABREAST; i < vectors; i++)
-        add_to(sums[0], values + i * LANES, LANES);
+        add_to(sums, values + i * LANES, LANES);
     for (size_t i = 1; i < ABREAST; i++)
-        add_to(sums[0], sums[0] + i * LANES, LANES);
+        add_to(sums, sums + i * LANES, LANES);
     float total = 0;
     for (size_t i = vectors * LANES; i < size; i++)
         total += values[i];
     for (size_t i = 0; i < LANES; i++)
-        total += sums[0][i];
+        total += sums[i];
     return total;
 }
 
