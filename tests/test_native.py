@@ -30,7 +30,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.hardware import processor_features
 from moeinf.kernels import ExpertMaths, Tensors, choose_maths, native
 from moeinf.kernels.native import ExpandingMaths, NativeMaths, NativePool
-from moeinf.kernels.orders import IN_TURN
+from moeinf.kernels.orders import IN_TURN, OWN
 from moeinf.manifest import GROUPS, ExpertLayout, TensorSpec, scales_name
 from moeinf.metamodel import is_experts_module
 from moeinf.native_reader import NativeReader
@@ -346,7 +346,7 @@ def test_the_output_of_a_real_layer_is_torch_s(pool: NativePool, kind: str) -> N
         found.append(compute(NativeMaths(module, layout, pool), hidden, weights, experts))
         wanted.append(compute(ExpertMaths(module), hidden, weights, experts))
     assert_alike(torch.cat(found), torch.cat(wanted))
-    if TORCH_S == "avx512bf16" if module.is_transposed else pool.adds_as_torch_does:
+    if pool.adds_as_torch_does and not (module.is_transposed and pool.known.columns != OWN):
         assert torch.equal(torch.cat(found), torch.cat(wanted))
 
 

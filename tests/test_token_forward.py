@@ -42,6 +42,7 @@ TAKEN = [
 ]
 NOT_TAKEN = ["cohere2_moe", "gemma4_text", "gpt_oss", "jamba", "qwen3_next"]
 """With logits times a factor, layers in other places, masks for every token, and state of other kinds."""
+EXPERTS = {"num_experts": 32}
 SIZES: dict[str, dict[str, Any]] = {
     "granitemoe": {"embedding_multiplier": 3.0, "logits_scaling": 7.0, "residual_multiplier": 0.22},
     "phimoe": {
@@ -49,21 +50,24 @@ SIZES: dict[str, dict[str, Any]] = {
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 1e4,
-            "short_factor": [1.0] * 4,
-            "long_factor": [3.0] * 4,
+            "short_factor": [1.0] * 32,
+            "long_factor": [3.0] * 32,
             "short_mscale": 1.1,
             "long_mscale": 1.2,
             "original_max_position_embeddings": 16,
         },
     },
-    "qwen3_moe": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "qwen3_moe": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, **EXPERTS},
 }
 PIECES = [5, *[1] * 12, 3, *[1] * 12]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return pulled(tmp_path_factory.mktemp("models"), lambda family: SIZES.get(family, {}))
+    return pulled(
+        tmp_path_factory.mktemp("models"),
+        lambda family: {"hidden_size": 256, "head_dim": 64, **SIZES.get(family, {})},
+    )
 
 
 @pytest.fixture
