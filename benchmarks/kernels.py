@@ -2,6 +2,7 @@
 this machine reads memory.
 
     python benchmarks/kernels.py
+    python benchmarks/kernels.py --weights lossless
     python benchmarks/kernels.py --weights int4
     python benchmarks/kernels.py --weights fp8
     python benchmarks/kernels.py --weights mxfp4 --shapes gpt-oss-20b
@@ -9,8 +10,9 @@ this machine reads memory.
 
 Every step takes the next experts of a working set far beyond the cache. Reading, torch and native take turns, so what
 else the machine does meets all three. Prints the median time per layer and the rate at which weights are read. With
-whole numbers for weights, torch's side is its own kernels for them, and the two projections alone. torch has none for
-fp8 and mxfp4: its side expands weights and multiplies, as `--kernels torch` does.
+whole numbers for weights, torch's side is its own kernels for them, and the two projections alone; with lossless ones
+it is the plain weights. torch has none for fp8 and mxfp4: its side expands weights and multiplies, as `--kernels torch`
+does.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ from torch import nn
 from moeinf.dtypes import TORCH_DTYPES
 from moeinf.kernels import ExpertMaths, Tensors
 from moeinf.kernels.native import NativeMaths, NativePool
-from moeinf.manifest import GROUPS, NUMBER_BITS, ExpertLayout, TensorSpec
+from moeinf.lossless import LosslessPacker
+from moeinf.manifest import GROUPS, LOSSLESS, NUMBER_BITS, ExpertLayout, TensorSpec
 from moeinf.quantized import Packer, Quantizer, fill_randomly
+from moeinf.transfer import allocate_buffer
 
 GB = 1e9
 TURN = 16
@@ -170,12 +174,19 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
             torch.frombuffer(bytearray(b"".join(quantizer.encode(sample, "an expert"))), dtype=torch.uint8)
             for sample in samples
         ]
+    elif weights == LOSSLESS:
+        packer = LosslessPacker(layout, shape.is_transposed)
+        layout = packer.layout
+        images = [
+            torch.frombuffer(bytearray(b"".join(packer.encode(sample, "an expert"))), dtype=torch.uint8)
+            for sample in samples
+        ]
     elif weights in RELEASED:
         layout = Packer(layout, shape.is_transposed, weights).layout
         images = [released(layout, generator) for _ in range(COPIES)]
     size = images[0].numel()
     count = max(2, working_set // (size * shape.top_k)) * shape.top_k
-    memory = torch.empty(count, size, dtype=torch.uint8)
+    memory = torch.frombuffer(allocate_buffer(count * size), dtype=torch.uint8).view(count, size)  # as slots have it
     for number in range(count):
         memory[number] = images[number % COPIES]
     hidden = torch.randn(1, shape.hidden, generator=generator).bfloat16()
@@ -197,8 +208,13 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
             ]
             for group in cycle(groups):
                 yield partial(torch_numbers, hidden, [all_numbers[number] for number in group])
-        maths = ExpertMaths(Experts(shape), layout.quantization)
-        experts = [views(layout, image) for image in memory]
+        if weights == LOSSLESS:
+            maths, experts = ExpertMaths(Experts(shape)), [dict(samples[number % COPIES]) for number in range(count)]
+            for expert in experts:
+                expert.update((name, tensor.clone()) for name, tensor in expert.items())
+        else:
+            maths = ExpertMaths(Experts(shape), layout.quantization)
+            experts = [views(layout, image) for image in memory]
         for group in cycle(groups):
             yield partial(token, maths, hidden, shares, [experts[number] for number in group])
 
@@ -252,14 +268,14 @@ def busy(count: int) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--weights", choices=(*BITS, *RELEASED), default="bf16")
+    parser.add_argument("--weights", choices=(*BITS, LOSSLESS, *RELEASED), default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--working-set", type=float, default=2.0, metavar="GB")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--busy", type=int, default=0, help="programs beside it that never rest")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.weights in ("fp8", "int8", "int4"):
+    if arguments.weights in ("fp8", LOSSLESS, "int8", "int4"):
         arguments.shapes = [name for name in arguments.shapes if not SHAPES[name].is_transposed]
     torch.set_num_threads(arguments.threads)
     pool = NativePool(arguments.threads)

@@ -2,7 +2,8 @@
  *
  * A panel has 16 rows because a vector has 16 lanes, and four columns of a row in a word because two shifts then leave two
  * pairs. So weights are read in the order in which they lie, and nothing is transposed: three loads and ten
- * operations make four vectors of pairs. */
+ * operations make four vectors of pairs. A panel is one stream, of which memory is asked for what comes AHEAD bytes later;
+ * several panels are added up side by side, since each sum of one would wait for the one before it. */
 #include "pairs.h"
 #include "panels.h"
 
@@ -11,6 +12,11 @@
 #include <stdbool.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+enum {
+    TOGETHER = 4, /* panels */
+    AHEAD = 4 * PANEL_BYTES,
+};
 
 TARGET static inline __m512i load_table(const lossless *w) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->table));
@@ -31,32 +37,57 @@ TARGET static inline void expand_eight(const uint8_t *w, __m512i table, cursor *
     }
 }
 
-/* All outputs of a panel, in chains of so many inputs. */
-TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out) {
-    const uint8_t *from = w->panels + panel * width / PANEL_INPUTS * PANEL_BYTES;
+static inline void fetch(const uint8_t *panel) {
+    for (int line = 0; line < PANEL_BYTES; line += LINE_BYTES)
+        _mm_prefetch((const char *)panel + line, _MM_HINT_T0);
+}
+
+/* All outputs of so many panels that follow each other, in chains of so many inputs. */
+TARGET static inline __attribute__((always_inline)) void dot_some(const lossless *w, size_t panel, size_t count, size_t width,
+                                                                  size_t chain, const uint16_t *x, float *out) {
+    size_t panel_bytes = width / PANEL_INPUTS * PANEL_BYTES;
+    const uint8_t *from = w->panels + panel * panel_bytes;
     __m512i table = load_table(w);
-    cursor at = exceptions_of(w, panel);
-    __m512 total = _mm512_setzero_ps();
+    cursor at[TOGETHER];
+    __m512 totals[TOGETHER], sums[TOGETHER];
+    for (size_t p = 0; p < count; p++) {
+        at[p] = exceptions_of(w, panel + p);
+        totals[p] = _mm512_setzero_ps();
+    }
     for (size_t start = 0; start < width; start += chain) {
         size_t end = width - start < chain ? width : start + chain;
-        __m512 sum = _mm512_setzero_ps();
+        for (size_t p = 0; p < count; p++)
+            sums[p] = _mm512_setzero_ps();
         for (size_t i = start; i < end; i += PANEL_INPUTS, from += PANEL_BYTES) {
-            __m512i pairs[4];
-            expand_eight(from, table, &at, i, pairs);
+            __m512i pairs[TOGETHER][4];
+            for (size_t p = 0; p < count; p++) {
+                fetch(from + p * panel_bytes + AHEAD);
+                expand_eight(from + p * panel_bytes, table, &at[p], i, pairs[p]);
+            }
             for (int k = 0; k < 4; k++)
-                sum = add_pair(pairs[k], x + i + 2 * k, sum);
+                for (size_t p = 0; p < count; p++)
+                    sums[p] = add_pair(pairs[p][k], x + i + 2 * k, sums[p]);
         }
-        total = _mm512_add_ps(total, sum);
+        for (size_t p = 0; p < count; p++)
+            totals[p] = _mm512_add_ps(totals[p], sums[p]);
     }
-    _mm512_storeu_ps(out, total);
+    for (size_t p = 0; p < count; p++)
+        _mm512_storeu_ps(out + p * PANEL_ROWS, totals[p]);
+}
+
+TARGET static void dot_panel(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out) {
+    dot_some(w, panel, 1, width, chain, x, out);
+}
+
+TARGET static void dot_panels(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out) {
+    dot_some(w, panel, TOGETHER, width, chain, x, out);
 }
 
 #ifdef HAS_DOT_AMX
 /* The same in the order of amx.c, by what AMX's instruction consists of: the even and the odd inputs of a step are added up
  * apart, each from 0 on, one product at a time. A tile would have to wait until the words are in memory. What the instruction
- * takes for 0, numbers too small to be normal, are 0 as long as SMALL_IS_0 is set in MXCSR. A panel is one stream, of which
- * memory is asked for what comes AHEAD bytes later. */
-enum { SMALL_IS_0 = 0x8040, AHEAD = 16 * PANEL_BYTES };
+ * takes for 0, numbers too small to be normal, are 0 as long as SMALL_IS_0 is set in MXCSR. */
+enum { SMALL_IS_0 = 0x8040, FAR_AHEAD = 16 * PANEL_BYTES };
 
 TARGET static inline void add_word(__m512i pairs, const float *x, __m512 *even, __m512 *odd) {
     __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -89,8 +120,7 @@ TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, si
             __m512 even = _mm512_setzero_ps(), odd = even;
             for (; i < last; i += PANEL_INPUTS, from += PANEL_BYTES) {
                 __m512i pairs[4];
-                for (int line = 0; line < PANEL_BYTES; line += LINE_BYTES)
-                    _mm_prefetch((const char *)from + AHEAD + line, _MM_HINT_T0);
+                fetch(from + FAR_AHEAD);
                 expand_eight(from, table, &at, i, pairs);
                 for (int k = 0; k < 4; k++)
                     add_word(pairs[k], wide + i - start + 2 * k, &even, &odd);
@@ -107,21 +137,27 @@ TARGET static __attribute__((noinline)) void dot_panel_amx(const lossless *w, si
 }
 #endif
 
-typedef void dot_panels(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out);
+typedef void panel_dot(const lossless *w, size_t panel, size_t width, size_t chain, const uint16_t *x, float *out);
 
-static void dot_all(dot_panels *dot, const lossless *w, size_t width, size_t first, size_t rows, size_t chain,
+/* By `some`, TOGETHER panels at once, and by `one` what is left; by that alone if `some` is NULL. */
+static void dot_all(panel_dot *some, panel_dot *one, const lossless *w, size_t width, size_t first, size_t rows, size_t chain,
                     const void *packed, float *out) {
     for (size_t r = first, end = first + rows; r < end;) {
         size_t inside = r % PANEL_ROWS, count = end - r < PANEL_ROWS - inside ? end - r : PANEL_ROWS - inside;
-        float panel[PANEL_ROWS];
-        dot(w, r / PANEL_ROWS, width, chain, packed, panel);
-        memcpy(out + r - first, panel + inside, count * sizeof *out);
+        if (some != NULL && inside == 0 && end - r >= TOGETHER * PANEL_ROWS) {
+            count = TOGETHER * PANEL_ROWS;
+            some(w, r / PANEL_ROWS, width, chain, packed, out + r - first);
+        } else {
+            float panel[PANEL_ROWS];
+            one(w, r / PANEL_ROWS, width, chain, packed, panel);
+            memcpy(out + r - first, panel + inside, count * sizeof *out);
+        }
         r += count;
     }
 }
 
 void dot_lossless(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
-    dot_all(dot_panel, w, width, first, rows, CHAIN, packed, out);
+    dot_all(dot_panels, dot_panel, w, width, first, rows, CHAIN, packed, out);
 }
 
 #ifdef HAS_DOT_AMX
@@ -129,7 +165,7 @@ void dot_lossless_chains(const lossless *w, size_t width, size_t first, size_t r
                          float *out) {
     unsigned before = _mm_getcsr();
     _mm_setcsr(before | SMALL_IS_0);
-    dot_all(dot_panel_amx, w, width, first, rows, chain, packed, out);
+    dot_all(NULL, dot_panel_amx, w, width, first, rows, chain, packed, out);
     _mm_setcsr(before);
 }
 

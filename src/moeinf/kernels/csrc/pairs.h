@@ -47,6 +47,27 @@ PAIRS_TARGET static inline void transpose(const char *rows, size_t stride, __m51
     }
 }
 
+/* The same by loads of parts of rows, which leave half of the work to whatever else the processor's ports are free for. */
+PAIRS_TARGET static inline void transpose_parts(const char *rows, size_t stride, __m512i words[16]) {
+    for (int c = 0; c < 4; c++, rows += 16) {
+        __m512i parts[4]; /* of rows k, 4 + k, 8 + k and 12 + k */
+        for (int k = 0; k < 4; k++) {
+            const char *row = rows + (size_t)k * stride;
+            parts[k] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row));
+            for (int j = 1; j < 4; j++) {
+                __m128i part = _mm_loadu_si128((const __m128i *)(row + (size_t)(4 * j) * stride));
+                parts[k] = _mm512_mask_broadcast_i32x4(parts[k], (__mmask16)(0xf << 4 * j), part);
+            }
+        }
+        __m512i low01 = _mm512_unpacklo_epi32(parts[0], parts[1]), high01 = _mm512_unpackhi_epi32(parts[0], parts[1]);
+        __m512i low23 = _mm512_unpacklo_epi32(parts[2], parts[3]), high23 = _mm512_unpackhi_epi32(parts[2], parts[3]);
+        words[4 * c] = _mm512_unpacklo_epi64(low01, low23);
+        words[4 * c + 1] = _mm512_unpackhi_epi64(low01, low23);
+        words[4 * c + 2] = _mm512_unpacklo_epi64(high01, high23);
+        words[4 * c + 3] = _mm512_unpackhi_epi64(high01, high23);
+    }
+}
+
 /* Adds a pair of inputs of 16 rows to their chains. */
 PAIRS_TARGET static inline __m512 add_pair(__m512i pairs, const uint16_t *x, __m512 chain) {
     int32_t pair;
@@ -54,13 +75,18 @@ PAIRS_TARGET static inline __m512 add_pair(__m512i pairs, const uint16_t *x, __m
     return _mm512_dpbf16_ps(chain, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(pair));
 }
 
-/* Adds STEP inputs of 16 rows, `stride` bytes apart, to their chains. */
-PAIRS_TARGET static inline __m512 add_step(const char *w, size_t stride, const uint16_t *x, __m512 chain) {
-    __m512i pairs[16];
-    transpose(w, stride, pairs);
+/* Adds STEP inputs of 16 rows, as pairs, to their chains. */
+PAIRS_TARGET static inline __m512 add_pairs(const __m512i pairs[16], const uint16_t *x, __m512 chain) {
     for (int i = 0; i < 16; i++)
         chain = add_pair(pairs[i], x + 2 * i, chain);
     return chain;
+}
+
+/* The same of rows as they lie, `stride` bytes apart. */
+PAIRS_TARGET static inline __m512 add_step(const char *w, size_t stride, const uint16_t *x, __m512 chain) {
+    __m512i pairs[16];
+    transpose(w, stride, pairs);
+    return add_pairs(pairs, x, chain);
 }
 
 #endif
