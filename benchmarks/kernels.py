@@ -209,9 +209,10 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
             for group in cycle(groups):
                 yield partial(torch_numbers, hidden, [all_numbers[number] for number in group])
         if weights == LOSSLESS:
-            maths, experts = ExpertMaths(Experts(shape)), [dict(samples[number % COPIES]) for number in range(count)]
-            for expert in experts:
-                expert.update((name, tensor.clone()) for name, tensor in expert.items())
+            maths = ExpertMaths(Experts(shape))
+            experts: list[Tensors] = [
+                {name: tensor.clone() for name, tensor in samples[number % COPIES].items()} for number in range(count)
+            ]
         else:
             maths = ExpertMaths(Experts(shape), layout.quantization)
             experts = [views(layout, image) for image in memory]
@@ -270,6 +271,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--weights", choices=(*BITS, LOSSLESS, *RELEASED), default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--variant", help="another set of instructions than the one that adds as torch does, or the best")
     parser.add_argument("--working-set", type=float, default=2.0, metavar="GB")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--busy", type=int, default=0, help="programs beside it that never rest")
@@ -278,7 +280,7 @@ def main() -> None:
     if arguments.weights in ("fp8", LOSSLESS, "int8", "int4"):
         arguments.shapes = [name for name in arguments.shapes if not SHAPES[name].is_transposed]
     torch.set_num_threads(arguments.threads)
-    pool = NativePool(arguments.threads)
+    pool = NativePool(arguments.threads, arguments.variant)
     results = []
     with torch.inference_mode(), busy(arguments.busy):
         for name in arguments.shapes:

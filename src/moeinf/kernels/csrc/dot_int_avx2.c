@@ -1,7 +1,7 @@
 /* Weights of 8 and 4 bits times x, in whole numbers (whole_numbers.h), where the processor multiplies and adds numbers of 16
  * bits (AVX2). Those of 8 bits are widened. Those of 4 bits are looked up in place: of the four that share a half-word, each
  * becomes a place alone in it, and a table without signs, whose first number is 0, leaves the upper byte 0; what that adds to
- * the sum is taken off beforehand. */
+ * the sum is taken off beforehand. Memory is asked for those of 4 bits AHEAD bytes before they are read. */
 #include "avx2.h"
 #include "whole_numbers.h"
 
@@ -9,7 +9,7 @@
 
 #define TARGET AVX2_TARGET
 
-enum { LANES = 8, WORDS = 16, PER = 4, STEP = PER * WORDS, OFFSET = 127, SCALES = 8, TOGETHER = 2 };
+enum { LANES = 8, WORDS = 16, PER = 4, STEP = PER * WORDS, OFFSET = 127, SCALES = 8, TOGETHER = 2, AHEAD = 4096 };
 
 /* x for GROUP weights of 8 bits. */
 typedef struct {
@@ -177,8 +177,11 @@ TARGET static inline __attribute__((always_inline)) void dot_fours(const uint8_t
         factors[r] = scales + r * apart * row_scales + UNIT_BYTES;
         sums[r] = _mm256_setzero_ps();
     }
-    for (; i + STEP <= width; i += STEP, x++)
+    for (; i + STEP <= width; i += STEP, x++) {
+        for (size_t r = 0; r < together; r++)
+            _mm_prefetch((const char *)row[r] + i / 2 + AHEAD, _MM_HINT_T0);
         add_fours(row, factors, i, together, x, table, sums);
+    }
     for (size_t r = 0; r < together; r++) {
         if (i < width) {
             uint8_t last[STEP / 2] = {0}, last_factors[STEP / INT4_GROUP] = {0};

@@ -2,8 +2,9 @@
  *
  * A panel has 16 rows because a vector has 16 lanes, and four columns of a row in a word because two shifts then leave two
  * pairs. So weights are read in the order in which they lie, and nothing is transposed: three loads and ten
- * operations make four vectors of pairs. A panel is one stream, of which memory is asked for what comes AHEAD bytes later;
- * several panels are added up side by side, since each sum of one would wait for the one before it. */
+ * operations make four vectors of pairs. AMD's processors fetch such a stream by themselves, sooner than if they are told to;
+ * Intel's are told AHEAD, and add up several panels side by side, since a sum of one would wait for the sum before it
+ * (docs/experiments.md). */
 #include "pairs.h"
 #include "panels.h"
 
@@ -42,7 +43,7 @@ static inline void fetch(const uint8_t *panel) {
         _mm_prefetch((const char *)panel + line, _MM_HINT_T0);
 }
 
-/* All outputs of so many panels that follow each other, in chains of so many inputs. */
+/* All outputs of so many panels that follow each other, in chains of so many inputs. Fetches ahead if they are several. */
 TARGET static inline __attribute__((always_inline)) void dot_some(const lossless *w, size_t panel, size_t count, size_t width,
                                                                   size_t chain, const uint16_t *x, float *out) {
     size_t panel_bytes = width / PANEL_INPUTS * PANEL_BYTES;
@@ -61,7 +62,8 @@ TARGET static inline __attribute__((always_inline)) void dot_some(const lossless
         for (size_t i = start; i < end; i += PANEL_INPUTS, from += PANEL_BYTES) {
             __m512i pairs[TOGETHER][4];
             for (size_t p = 0; p < count; p++) {
-                fetch(from + p * panel_bytes + AHEAD);
+                if (count > 1)
+                    fetch(from + p * panel_bytes + AHEAD);
                 expand_eight(from + p * panel_bytes, table, &at[p], i, pairs[p]);
             }
             for (int k = 0; k < 4; k++)
@@ -157,7 +159,7 @@ static void dot_all(panel_dot *some, panel_dot *one, const lossless *w, size_t w
 }
 
 void dot_lossless(const lossless *w, size_t width, size_t first, size_t rows, const void *packed, float *out) {
-    dot_all(dot_panels, dot_panel, w, width, first, rows, CHAIN, packed, out);
+    dot_all(is_intel() ? dot_panels : NULL, dot_panel, w, width, first, rows, CHAIN, packed, out);
 }
 
 #ifdef HAS_DOT_AMX

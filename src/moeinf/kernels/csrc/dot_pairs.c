@@ -99,7 +99,7 @@ TARGET static void dot_rows_beside(const uint16_t *w, size_t width, const uint16
 
 void dot_pairs(const uint16_t *w, size_t width, size_t rows, const void *packed, float *out) {
     void (*dot_sixteen)(const uint16_t *, size_t, const uint16_t *, float *) =
-        __builtin_cpu_is("intel") ? dot_rows_beside : dot_rows_in_line;
+        is_intel() ? dot_rows_beside : dot_rows_in_line;
     size_t r = 0;
     for (; r + ROWS <= rows; r += ROWS)
         dot_sixteen(w + r * width, width, packed, out + r);

@@ -7,6 +7,7 @@
 #ifdef HAS_DOT_PAIRS
 
 #include <immintrin.h>
+#include <stdbool.h>
 
 #define PAIRS_TARGET __attribute__((target("avx512f,avx512bf16")))
 
@@ -16,6 +17,11 @@ enum {
     LINE_BYTES = 64,
     DEPTH = 512, /* inputs that are unpacked or transposed at a time */
 };
+
+/* What memory is asked for ahead of its time depends on who made the processor. */
+static inline bool is_intel(void) {
+    return __builtin_cpu_is("intel");
+}
 
 /* One chain of one row, the slow way: for rows that are left over, and to be read. */
 float dot_chain(const uint16_t *w, size_t count, const uint16_t *x);
