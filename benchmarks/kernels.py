@@ -271,7 +271,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--weights", choices=(*BITS, LOSSLESS, *RELEASED), default="bf16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--variant", help="another set of instructions than the one that adds as torch does, or the best")
+    parser.add_argument(
+        "--variant", help="another set of instructions than the one that adds as torch does, or the best"
+    )
     parser.add_argument("--working-set", type=float, default=2.0, metavar="GB")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--busy", type=int, default=0, help="programs beside it that never rest")
