@@ -66,6 +66,7 @@ LAYERS = [
     {
         "cache",
         "cgroups",
+        "dense_reader",
         "device",
         "gate",
         "hardware",
@@ -129,6 +130,7 @@ HEAVY = {
         "calibrated",
         "codebook",
         "conversion",
+        "dense_reader",
         "densefile",
         "embedding",
         "dtypes",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +28,9 @@ from .cache import ExpertCache
 from .collection import ActivationCollection, RequestCounter
 from .collectionfile import COLLECTION_FILE, CollectionFile
 from .compiling import compile_layers, load_compiler
-from .densefile import DenseFiles, read_plain
+from .dense_reader import read_dense, take_packed
+from .densefile import read_plain
 from .device import Device, is_out_of_memory
-from .dtypes import TORCH_DTYPES
 from .embedding import EmbeddingTable, left_behind
 from .errors import CapacityError, IntegrityError, MoeinfError, UnsupportedError, UsageError
 from .gate import GatePredictor, first_decoder_layer
@@ -40,7 +39,7 @@ from .kernels import choose_device_maths, choose_maths, expands_for_a_token, spe
 from .kvcache import continues
 from .latents import keep_expanded
 from .ledger import MemoryPlan, can_cache_files
-from .manifest import EXPERT_ALIGNMENT, Manifest, expert_path, uppers_name
+from .manifest import Manifest, expert_path
 from .metamodel import model_shape
 from .misses import HostMisses, MissChoice
 from .native_reader import open_reader
@@ -56,11 +55,10 @@ from .runtime import ExpertRuntime
 from .settings import DEFAULT_POLICY, EngineOptions, check_transformers, tune_libraries
 from .stats import ByteStats, ExpertStats, MemoryStats, PrefetchStats, Stats
 from .store import TRACES_FOLDER, Store, StoredModel
-from .tensorfile import TensorEntry, TensorFile
 from .tiers import DevicePool, HostTier
 from .trace import ModelIdentity
-from .transfer import READERS, ExpertReader, Fetcher, Pool, SlotPool, allocate_buffer, can_read_direct
-from .units import align_up, format_bytes
+from .transfer import READERS, ExpertReader, Fetcher, Pool, SlotPool, can_read_direct
+from .units import format_bytes
 
 __all__ = ["Engine", "load", "load_tokenizer"]
 
@@ -357,11 +355,11 @@ def _load(stored: StoredModel, options: EngineOptions, dtype: str, stack: ExitSt
     direct = not reads_files and can_read_direct(folder / expert_path(0, 0))
     is_as_stored = placement.manifest.packed_dense == manifest.packed_dense
     on_disk = shape.table if placement.plan.looked_up else ""
-    tensors = _read_dense(folder, manifest, direct, on_disk) if is_as_stored else read_plain(folder, manifest, on_disk)
+    tensors = read_dense(folder, manifest, direct, on_disk) if is_as_stored else read_plain(folder, manifest, on_disk)
     table = stack.enter_context(EmbeddingTable(folder, manifest, on_disk)) if on_disk else None
     if table is not None:
         tensors[on_disk] = table.weight
-    packed = _take_packed(tensors, placement.manifest)
+    packed = take_packed(tensors, placement.manifest)
     model = hooks.load_dense_model(config, tensors, placement.dtype, packed)
     if table is not None:
         table.serve(model.get_input_embeddings())
@@ -568,51 +566,3 @@ def _load_part(auto: Any, folder: Path, what: str) -> Any:
             f"{folder} holds no {what} that transformers can read: {error}",
             hint="`moeinf verify MODEL` says what is damaged, and how to mend it",
         ) from error
-
-
-def _take_packed(tensors: dict[str, torch.Tensor], manifest: Manifest) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Take the packed weights out of `tensors`: panels and uppers, by the names of their layers."""
-    return {
-        name.removesuffix(".weight"): (tensors.pop(name), tensors.pop(uppers_name(name)))
-        for name in manifest.packed_dense
-    }
-
-
-def _read_dense(folder: Path, manifest: Manifest, direct: bool, left_out: str) -> dict[str, torch.Tensor]:
-    """The dense tensors by name, but the one of the name `left_out`, as they lie: views of one or two buffers per file,
-    filled at the disk's speed.
-    """
-    with DenseFiles(folder, manifest):
-        pass  # it has looked at the headers
-    reader = open_reader(threads=READERS, direct=direct)
-    try:
-        tensors: dict[str, torch.Tensor] = {}
-        for name in manifest.dense_files:
-            with TensorFile.open(folder / name) as file:
-                entries = dict(file.entries)
-            for begin, end in _around(entries.pop(left_out, None), manifest.files[name].size):
-                buffer = allocate_buffer(align_up(end - begin, EXPERT_ALIGNMENT))
-                reader.fetch(0, folder / name, begin, end, memoryview(buffer))
-                arrival = reader.wait()
-                if arrival.error is not None:
-                    raise arrival.error
-                inside = [entry for entry in entries.values() if begin <= entry.begin and entry.end <= end]
-                tensors |= {entry.name: _tensor(entry, buffer, entry.begin - begin) for entry in inside}
-        return tensors
-    finally:
-        reader.close()
-
-
-def _around(entry: TensorEntry | None, size: int) -> list[tuple[int, int]]:
-    """The parts of a file of `size` bytes before and behind a tensor, which begin and end with pages, or all of it."""
-    if entry is None:
-        return [(0, size)]
-    parts = (0, align_up(entry.begin, EXPERT_ALIGNMENT)), (entry.end - entry.end % EXPERT_ALIGNMENT, size)
-    return [(begin, min(end, size)) for begin, end in parts if begin < min(end, size)]
-
-
-def _tensor(entry: TensorEntry, buffer: Any, offset: int) -> torch.Tensor:
-    """The tensor whose bytes are in `buffer` from `offset` on."""
-    dtype, count = TORCH_DTYPES[entry.dtype], math.prod(entry.shape)
-    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
-    return flat.view(entry.shape)
