@@ -167,18 +167,15 @@ def measure(name: str, weights: str, pool: NativePool, working_set: int, repeats
     layout = shape.layout
     samples = [make_expert(shape, generator) for _ in range(COPIES)]
     images = [torch.cat([tensor.flatten().view(torch.uint8) for tensor in sample.values()]) for sample in samples]
-    if weights in NUMBER_BITS:
-        quantizer = Quantizer(layout, shape.is_transposed, weights, GROUPS[weights][0])
-        layout = quantizer.layout
+    if weights == LOSSLESS or weights in NUMBER_BITS:
+        encoder = (
+            LosslessPacker(layout, shape.is_transposed)
+            if weights == LOSSLESS
+            else Quantizer(layout, shape.is_transposed, weights, GROUPS[weights][0])
+        )
+        layout = encoder.layout
         images = [
-            torch.frombuffer(bytearray(b"".join(quantizer.encode(sample, "an expert"))), dtype=torch.uint8)
-            for sample in samples
-        ]
-    elif weights == LOSSLESS:
-        packer = LosslessPacker(layout, shape.is_transposed)
-        layout = packer.layout
-        images = [
-            torch.frombuffer(bytearray(b"".join(packer.encode(sample, "an expert"))), dtype=torch.uint8)
+            torch.frombuffer(bytearray(b"".join(encoder.encode(sample, "an expert"))), dtype=torch.uint8)
             for sample in samples
         ]
     elif weights in RELEASED:

@@ -42,7 +42,6 @@ TAKEN = [
 ]
 NOT_TAKEN = ["cohere2_moe", "gemma4_text", "gpt_oss", "jamba", "qwen3_next"]
 """With logits times a factor, layers in other places, masks for every token, and state of other kinds."""
-EXPERTS = {"num_experts": 32}
 SIZES: dict[str, dict[str, Any]] = {
     "granitemoe": {"embedding_multiplier": 3.0, "logits_scaling": 7.0, "residual_multiplier": 0.22},
     "phimoe": {
@@ -57,7 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
-    "qwen3_moe": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, **EXPERTS},
+    "qwen3_moe": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "num_experts": 32},
 }
 PIECES = [5, *[1] * 12, 3, *[1] * 12]
 
